@@ -1,0 +1,179 @@
+//! What an I/O engine is: operations go in, completions come out.
+
+use std::{fmt, io, os::fd::BorrowedFd, sync::Arc, time::Duration};
+
+use crate::{Buffer, Error, File, sync::SyncEngine, uring::UringEngine};
+
+/// Index into the files that an engine was made with.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct FileIndex(pub u8);
+
+/// One operation. Offsets and lengths are in bytes.
+///
+/// On a direct file, `offset` and length of reads and writes must be multiples of
+/// [`Alignment::offset`](crate::Alignment); memory may lie anywhere.
+#[derive(Debug)]
+pub enum Op {
+    /// Fills all of `buf` from `offset` on.
+    Read {
+        /// The file.
+        file: FileIndex,
+        /// First byte.
+        offset: u64,
+        /// Where to; its length is the operation's.
+        buf: Buffer,
+    },
+    /// Writes all of `buf` from `offset` on.
+    Write {
+        /// The file.
+        file: FileIndex,
+        /// First byte.
+        offset: u64,
+        /// What; its length is the operation's.
+        buf: Buffer,
+        /// Complete only when the data is on stable storage (`RWF_DSYNC`).
+        dsync: bool,
+    },
+    /// `fdatasync`: what was complete before this was pushed is on stable storage afterwards.
+    SyncData {
+        /// The file.
+        file: FileIndex,
+    },
+    /// Deallocates a range, which reads as zeros afterwards; the file keeps its size.
+    Punch {
+        /// The file.
+        file: FileIndex,
+        /// First byte.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+    },
+    /// Makes a range read as zeros; the file keeps its size.
+    Zero {
+        /// The file.
+        file: FileIndex,
+        /// First byte.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+        /// Whether the range may be deallocated.
+        may_unmap: bool,
+    },
+}
+
+impl Op {
+    /// The file that the operation is on.
+    pub fn file(&self) -> FileIndex {
+        match self {
+            Op::Read { file, .. }
+            | Op::Write { file, .. }
+            | Op::SyncData { file }
+            | Op::Punch { file, .. }
+            | Op::Zero { file, .. } => *file,
+        }
+    }
+
+    /// First byte (0 for a sync).
+    pub fn offset(&self) -> u64 {
+        match self {
+            Op::Read { offset, .. }
+            | Op::Write { offset, .. }
+            | Op::Punch { offset, .. }
+            | Op::Zero { offset, .. } => *offset,
+            Op::SyncData { .. } => 0,
+        }
+    }
+
+    /// Bytes (0 for a sync).
+    pub fn len(&self) -> u64 {
+        match self {
+            Op::Read { buf, .. } | Op::Write { buf, .. } => buf.len() as u64,
+            Op::Punch { len, .. } | Op::Zero { len, .. } => *len,
+            Op::SyncData { .. } => 0,
+        }
+    }
+
+    /// Whether the operation is on no bytes at all (true for a sync).
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    pub(crate) fn into_buf(self) -> Option<Buffer> {
+        match self {
+            Op::Read { buf, .. } | Op::Write { buf, .. } => Some(buf),
+            _ => None,
+        }
+    }
+}
+
+/// A finished operation.
+#[derive(Debug)]
+pub struct Completion {
+    /// The token that the operation was pushed with.
+    pub token: u64,
+    /// `Ok` only if every byte was transferred.
+    pub result: io::Result<()>,
+    /// The buffer of a read or write.
+    pub buf: Option<Buffer>,
+}
+
+/// Performs operations on a fixed list of files, in no particular order.
+///
+/// - A completion is `Ok` only if every byte was transferred. A read that hits the end of the file
+///   fails with `UnexpectedEof`.
+/// - Nothing that was pushed is started before [`submit`](Engine::submit), whatever else is called.
+/// - Dropping an engine waits for the I/O that the kernel has begun; what had not begun never happens.
+pub trait Engine: Send + fmt::Debug {
+    /// Takes an operation; never refuses. It completes with `token`.
+    fn push(&mut self, token: u64, op: Op);
+
+    /// Starts everything that was pushed. What cannot be started completes with an error.
+    ///
+    /// Call [`reap`](Engine::reap) once between this and waiting on
+    /// [`completion_fd`](Engine::completion_fd): the descriptor does not tell of an operation that
+    /// never reached the kernel because the ring itself is broken.
+    fn submit(&mut self);
+
+    /// Appends what is complete to `done`. Never blocks.
+    fn reap(&mut self, done: &mut Vec<Completion>);
+
+    /// Waits until `reap` has something to append, nothing that was submitted is in flight, or
+    /// `timeout` is over.
+    ///
+    /// # Errors
+    /// If the wait itself fails; what is in flight stays so.
+    fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()>;
+
+    /// Operations that were pushed and not yet reaped.
+    fn in_flight(&self) -> usize;
+
+    /// Readable when there may be something to reap; never to be read from. `None`: everything
+    /// completes inside `submit`.
+    fn completion_fd(&self) -> Option<BorrowedFd<'_>>;
+}
+
+/// Which engine.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum EngineKind {
+    /// io_uring: asynchronous.
+    IoUring,
+    /// Plain system calls inside `submit`: the fallback, and the oracle of tests.
+    Sync,
+}
+
+/// Makes an engine for `files`, of which [`FileIndex`] names one. Up to `depth` operations are at
+/// work at once (the kernel may allow fewer); more are queued.
+///
+/// # Errors
+/// If there are more than 256 files, or the kernel cannot or must not provide an io_uring.
+pub fn new_engine(kind: EngineKind, depth: u32, files: Vec<Arc<File>>) -> Result<Box<dyn Engine>, Error> {
+    let path = files.first().map(|file| file.path().to_owned()).unwrap_or_default();
+    let fail = |error| Error::new("set up an I/O engine for", &path, error);
+    if files.len() > usize::from(u8::MAX) + 1 {
+        return Err(fail(io::Error::new(io::ErrorKind::InvalidInput, "more than 256 files")));
+    }
+    match kind {
+        EngineKind::IoUring => Ok(Box::new(UringEngine::new(depth, files).map_err(fail)?)),
+        EngineKind::Sync => Ok(Box::new(SyncEngine::new(files))),
+    }
+}

@@ -1,0 +1,24 @@
+//! File and block device I/O: files with their abilities and locks, asynchronous engines.
+//!
+//! This crate knows the kernel: io_uring and plain calls, alignment of direct I/O, holes, locks,
+//! shared mappings. It does not know what the bytes mean: no virtio, no sessions, no logs. All
+//! `unsafe` that file I/O needs lives here.
+
+mod buffer;
+mod engine;
+mod error;
+pub mod fault;
+mod file;
+mod lock;
+mod mapping;
+mod probe;
+mod sync;
+mod transfer;
+mod uring;
+
+pub use buffer::{AlignedBuf, BUF_ALIGNMENT, Buffer, GuestBuf, IoVec};
+pub use engine::{Completion, Engine, EngineKind, FileIndex, Op, new_engine};
+pub use error::{Error, ErrorKind};
+pub use file::{Alignment, File, FileKind, Identity, OpenOptions};
+pub use lock::ImageAccess;
+pub use mapping::SharedPage;

@@ -1,0 +1,134 @@
+//! What a file can do: alignment of direct I/O, punching holes, zeroing ranges.
+//!
+//! Nothing here changes the file, not even its times: `fallocate` past the end of a file changes
+//! no data, yet sets mtime and ctime, which tell whether somebody wrote the file behind our back.
+//! So the file system is tried on an unnamed temporary file beside the file.
+
+use std::{
+    io,
+    os::fd::{AsFd, OwnedFd},
+    path::{Path, PathBuf},
+};
+
+use rustix::{
+    fs::{AtFlags, FallocateFlags, Mode, OFlags, StatxFlags},
+    io::Errno,
+};
+
+use crate::{AlignedBuf, Alignment, FileKind};
+
+/// The largest piece that is copied through an aligned buffer at once, in bytes. A multiple of
+/// every alignment.
+pub(crate) const BOUNCE_MAX: usize = 1 << 20;
+
+pub(crate) const PUNCH: FallocateFlags = FallocateFlags::PUNCH_HOLE.union(FallocateFlags::KEEP_SIZE);
+pub(crate) const ZERO: FallocateFlags = FallocateFlags::ZERO_RANGE.union(FallocateFlags::KEEP_SIZE);
+
+/// What can be done with ranges of a file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Abilities {
+    pub(crate) punch: bool,
+    pub(crate) zero: bool,
+}
+
+/// What direct I/O on `fd` must be aligned to.
+pub(crate) fn alignment(fd: &OwnedFd, kind: FileKind) -> io::Result<Alignment> {
+    let stat = rustix::fs::statx(fd, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN)?;
+    if stat.stx_mask & StatxFlags::DIOALIGN.bits() != 0 {
+        return match (stat.stx_dio_mem_align, stat.stx_dio_offset_align) {
+            (0, _) | (_, 0) => Err(Errno::OPNOTSUPP.into()),
+            (memory, offset) => checked(Alignment { memory, offset }),
+        };
+    }
+    if kind == FileKind::BlockDevice {
+        let sector = rustix::fs::ioctl_blksszget(fd)?;
+        return checked(Alignment { memory: sector, offset: sector });
+    }
+    // A kernel before 6.1, or a file system that does not say: the smallest read that works.
+    let mut buf = AlignedBuf::new_zeroed(4096);
+    for align in [512u32, 1024, 2048, 4096] {
+        let part = buf.get_mut(..align as usize).unwrap_or_default();
+        match rustix::io::retry_on_intr(|| rustix::io::pread(fd, &mut *part, u64::from(align))) {
+            Err(Errno::INVAL) => {}
+            Err(errno) => return Err(errno.into()),
+            Ok(_) => return checked(Alignment { memory: align, offset: align }),
+        }
+    }
+    Err(Errno::OPNOTSUPP.into())
+}
+
+/// Alignments are powers of two, and bounce buffers are aligned to a page.
+fn checked(alignment: Alignment) -> io::Result<Alignment> {
+    let Alignment { memory, offset } = alignment;
+    if memory.is_power_of_two() && memory <= 4096 && offset.is_power_of_two() && offset as usize <= BOUNCE_MAX
+    {
+        return Ok(alignment);
+    }
+    Err(io::Error::new(
+        io::ErrorKind::Unsupported,
+        format!("direct I/O would need memory aligned to {memory} and offsets aligned to {offset} bytes"),
+    ))
+}
+
+/// Whether reading `fd` without waiting is refused on principle. Reads far past the end, so that
+/// there is nothing to read.
+pub(crate) fn supports_nowait(fd: &OwnedFd) -> bool {
+    let mut buf = AlignedBuf::new_zeroed(4096);
+    let mut part = [io::IoSliceMut::new(&mut buf)];
+    let past_the_end = (i64::MAX as u64 >> 1) & !(BOUNCE_MAX as u64 - 1);
+    let outcome = rustix::io::preadv2(fd, &mut part, past_the_end, rustix::io::ReadWriteFlags::NOWAIT);
+    outcome != Err(Errno::OPNOTSUPP)
+}
+
+/// What can be done with ranges of the file that `fd` has open for writing.
+pub(crate) fn abilities(fd: &OwnedFd, path: &Path, kind: FileKind) -> Abilities {
+    match kind {
+        FileKind::BlockDevice => of_device(fd),
+        FileKind::Regular => of_neighbour(fd, path).unwrap_or_else(|_| of_file_system(fd)),
+    }
+}
+
+/// Tries an unnamed file in the same directory, which must be on the same file system.
+fn of_neighbour(fd: &OwnedFd, path: &Path) -> io::Result<Abilities> {
+    let path = path.canonicalize()?;
+    let directory = path.parent().ok_or(io::ErrorKind::NotFound)?;
+    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+    let neighbour = rustix::fs::open(directory, flags, Mode::RUSR | Mode::WUSR)?;
+    if rustix::fs::fstat(&neighbour)?.st_dev != rustix::fs::fstat(fd)?.st_dev {
+        return Err(io::ErrorKind::CrossesDevices.into());
+    }
+    rustix::fs::ftruncate(&neighbour, 8192)?;
+    let works = |mode| rustix::io::retry_on_intr(|| rustix::fs::fallocate(&neighbour, mode, 0, 4096)).is_ok();
+    Ok(Abilities { punch: works(PUNCH), zero: works(ZERO) })
+}
+
+/// What the file system's type promises: for a directory that we may not write to.
+fn of_file_system(fd: &OwnedFd) -> Abilities {
+    const EXT4: u64 = 0xef53;
+    const XFS: u64 = 0x5846_5342;
+    const BTRFS: u64 = 0x9123_683e;
+    const F2FS: u64 = 0xf2f5_2010;
+    const TMPFS: u64 = 0x0102_1994;
+    match rustix::fs::fstatfs(fd).map(|stat| stat.f_type as u64) {
+        Ok(EXT4 | XFS | BTRFS | F2FS) => Abilities { punch: true, zero: true },
+        Ok(TMPFS) => Abilities { punch: true, zero: false },
+        _ => Abilities::default(),
+    }
+}
+
+/// Zeroing always works: the kernel writes zeros where the device cannot. Punching is a
+/// write-zeroes command that may unmap, without that fallback.
+fn of_device(fd: impl AsFd) -> Abilities {
+    let punch = queue_limit(fd, "write_zeroes_max_bytes").is_some_and(|bytes| bytes > 0);
+    Abilities { punch, zero: true }
+}
+
+fn queue_limit(fd: impl AsFd, name: &str) -> Option<u64> {
+    let device = rustix::fs::fstat(fd).ok()?.st_rdev;
+    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+    let mut directory = PathBuf::from(format!("/sys/dev/block/{major}:{minor}"));
+    if directory.join("partition").exists() {
+        directory = directory.canonicalize().ok()?.parent()?.to_owned();
+    }
+    std::fs::read_to_string(directory.join("queue").join(name)).ok()?.trim().parse().ok()
+}

@@ -1,0 +1,99 @@
+//! The synchronous engine: plain system calls inside `submit`.
+
+use std::{
+    io,
+    os::fd::{AsFd, AsRawFd, BorrowedFd},
+    sync::Arc,
+    time::Duration,
+};
+
+use crate::{
+    Completion, Engine, File, IoVec, Op,
+    transfer::{Call, Memory, Work},
+};
+
+const _: () = assert!(size_of::<IoVec>() == size_of::<libc::iovec>());
+
+/// Performs everything inside [`Engine::submit`], in the order it was pushed.
+#[derive(Debug)]
+pub(crate) struct SyncEngine {
+    files: Vec<Arc<File>>,
+    pushed: Vec<(u64, Op)>,
+    ready: Vec<Completion>,
+    work: Work,
+}
+
+impl SyncEngine {
+    pub(crate) fn new(files: Vec<Arc<File>>) -> Self {
+        Self { files, pushed: Vec::new(), ready: Vec::new(), work: Work::idle() }
+    }
+}
+
+impl Engine for SyncEngine {
+    fn push(&mut self, token: u64, op: Op) {
+        self.pushed.push((token, op));
+    }
+
+    fn submit(&mut self) {
+        for (token, op) in self.pushed.drain(..) {
+            self.work.begin(token, op, &self.files);
+            let result = loop {
+                let call = self.work.call();
+                let file = self.files.get(usize::from(self.work.file().0));
+                let outcome = file.map_or(Ok(0), |file| perform(file, call));
+                if let Some(result) = self.work.advance(outcome) {
+                    break result;
+                }
+            };
+            self.ready.push(self.work.complete(result));
+        }
+    }
+
+    fn reap(&mut self, done: &mut Vec<Completion>) {
+        done.append(&mut self.ready);
+    }
+
+    fn wait(&mut self, _timeout: Option<Duration>) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn in_flight(&self) -> usize {
+        self.pushed.len() + self.ready.len()
+    }
+
+    fn completion_fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+}
+
+fn perform(file: &File, call: Call) -> io::Result<usize> {
+    match call {
+        Call::Nothing => Ok(0),
+        Call::SyncData => Ok(rustix::fs::fdatasync(file).map(|()| 0)?),
+        Call::Allocate { mode, offset, len } => {
+            Ok(rustix::fs::fallocate(file, mode, offset, len).map(|()| 0)?)
+        }
+        Call::Transfer { write, dsync, offset, memory } => {
+            let one;
+            let (pieces, count) = match memory {
+                Memory::One(piece) => {
+                    one = piece;
+                    (&raw const one, 1)
+                }
+                Memory::Many(pieces, count) => (pieces, count as i32),
+            };
+            let (fd, pieces) = (file.as_fd().as_raw_fd(), pieces.cast::<libc::iovec>());
+            let offset = offset as libc::off_t;
+            let count = if write {
+                let flags = if dsync { libc::RWF_DSYNC } else { 0 };
+                // SAFETY: the pieces are laid out as `iovec`, and the work that made this call keeps
+                // them and the memory they name until it is told the outcome.
+                unsafe { libc::pwritev2(fd, pieces, count, offset, flags) }
+            } else {
+                // SAFETY: as above; the memory is valid for writes too.
+                unsafe { libc::preadv(fd, pieces, count, offset) }
+            };
+            usize::try_from(count).map_err(|_| io::Error::last_os_error())
+        }
+    }
+}

@@ -1,0 +1,249 @@
+//! What remains of one operation, and what to ask the kernel for next.
+//!
+//! Both engines drive a [`Work`] the same way: ask for the next [`Call`], perform it, tell the
+//! outcome, until the work is finished. Short transfers, interrupted calls, more pieces than the
+//! kernel takes and memory that direct I/O cannot use are dealt with here.
+
+use std::{io, sync::Arc};
+
+use rustix::{fs::FallocateFlags, io::Errno};
+
+use crate::{AlignedBuf, Alignment, Buffer, Completion, File, FileIndex, IoVec, Op, probe::BOUNCE_MAX};
+
+/// The most pieces that one call takes (the kernel's `UIO_MAXIOV`).
+pub(crate) const PIECES_MAX: usize = 1024;
+
+/// The most bytes that one call transfers (the kernel's `MAX_RW_COUNT`; a multiple of a page).
+const TRANSFER_MAX: usize = 0x7fff_f000;
+
+/// How many times in a row a call may say "try again" before that is an error.
+const STALLS_MAX: u32 = 1000;
+
+/// A call to the kernel. Its memory is valid until the outcome is told to the [`Work`].
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Call {
+    /// Nothing to ask: the work is finished, whatever outcome is told.
+    Nothing,
+    Transfer {
+        write: bool,
+        dsync: bool,
+        offset: u64,
+        memory: Memory,
+    },
+    SyncData,
+    Allocate {
+        mode: FallocateFlags,
+        offset: u64,
+        len: u64,
+    },
+}
+
+/// Where a transfer goes to or comes from.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Memory {
+    One(IoVec),
+    /// At most [`PIECES_MAX`] pieces.
+    Many(*const IoVec, u32),
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Kind {
+    Nothing,
+    Read,
+    Write { dsync: bool },
+    SyncData,
+    Allocate(FallocateFlags),
+}
+
+/// One operation at work. Reusable, so that it needs no memory of its own in the steady state.
+#[derive(Debug)]
+pub(crate) struct Work {
+    token: u64,
+    file: FileIndex,
+    kind: Kind,
+    /// Why it failed before it began.
+    refused: Option<io::Error>,
+    offset: u64,
+    len: u64,
+    done: u64,
+    /// Bytes of the call at work.
+    asked: u64,
+    align: u64,
+    stalls: u32,
+    buf: Option<Buffer>,
+    bounces: bool,
+    bounce: Option<AlignedBuf>,
+    pieces: Vec<IoVec>,
+}
+
+impl Work {
+    /// A work without an operation.
+    pub(crate) fn idle() -> Work {
+        Work {
+            token: 0,
+            file: FileIndex(0),
+            kind: Kind::Nothing,
+            refused: None,
+            offset: 0,
+            len: 0,
+            done: 0,
+            asked: 0,
+            align: 1,
+            stalls: 0,
+            buf: None,
+            bounces: false,
+            bounce: None,
+            pieces: Vec::new(),
+        }
+    }
+
+    /// Begins an operation.
+    pub(crate) fn begin(&mut self, token: u64, op: Op, files: &[Arc<File>]) {
+        (self.token, self.file) = (token, op.file());
+        (self.offset, self.len) = (op.offset(), op.len());
+        (self.done, self.asked, self.stalls, self.align) = (0, 0, 0, 1);
+        (self.bounces, self.bounce, self.refused) = (false, None, None);
+        let file = files.get(usize::from(self.file.0));
+        self.kind = match &op {
+            Op::SyncData { .. } => Kind::SyncData,
+            op if op.is_empty() => Kind::Nothing,
+            Op::Read { .. } => Kind::Read,
+            Op::Write { dsync, .. } => Kind::Write { dsync: *dsync },
+            Op::Punch { .. } => Kind::Allocate(crate::probe::PUNCH),
+            Op::Zero { may_unmap, .. } => {
+                Kind::Allocate(file.map_or(crate::probe::ZERO, |file| file.zero_mode(*may_unmap)))
+            }
+        };
+        self.buf = op.into_buf();
+        if let Err(error) = self.check(file) {
+            self.kind = Kind::Nothing;
+            self.refused = Some(error);
+        }
+    }
+
+    fn check(&mut self, file: Option<&Arc<File>>) -> io::Result<()> {
+        let refuse = |why: &str| Err(io::Error::new(io::ErrorKind::InvalidInput, why.to_owned()));
+        let Some(file) = file else { return refuse("the engine has no file of this index") };
+        if self.offset.checked_add(self.len).is_none_or(|end| end > i64::MAX as u64) {
+            return refuse("the range ends past the largest file");
+        }
+        let Some(buf) = self.buf.as_ref().filter(|_| file.is_direct()) else { return Ok(()) };
+        let alignment = file.alignment();
+        self.align = u64::from(alignment.offset.max(1));
+        if !self.offset.is_multiple_of(self.align) || !self.len.is_multiple_of(self.align) {
+            return refuse("offset or length are not aligned for direct I/O");
+        }
+        self.bounces = !memory_is_aligned(buf, alignment);
+        Ok(())
+    }
+
+    pub(crate) fn file(&self) -> FileIndex {
+        self.file
+    }
+
+    /// What to ask the kernel for next.
+    pub(crate) fn call(&mut self) -> Call {
+        let (write, dsync) = match self.kind {
+            Kind::Nothing => return Call::Nothing,
+            Kind::SyncData => return Call::SyncData,
+            Kind::Allocate(mode) => return Call::Allocate { mode, offset: self.offset, len: self.len },
+            Kind::Read => (false, false),
+            Kind::Write { dsync } => (true, dsync),
+        };
+        let memory = if self.bounces { self.bounce_memory(write) } else { self.own_memory() };
+        Call::Transfer { write, dsync, offset: self.offset + self.done, memory }
+    }
+
+    fn own_memory(&mut self) -> Memory {
+        let at = self.done as usize;
+        self.asked = self.len - self.done;
+        match &mut self.buf {
+            Some(Buffer::Owned(buf)) => {
+                let all = IoVec { base: buf.as_mut_ptr(), len: buf.len() };
+                Memory::One(all.skip(at).take(TRANSFER_MAX))
+            }
+            Some(Buffer::Guest(buf)) => match buf.parts() {
+                [one] => Memory::One(one.skip(at).take(TRANSFER_MAX)),
+                parts if at == 0 && parts.len() <= PIECES_MAX => {
+                    Memory::Many(parts.as_ptr(), parts.len() as u32)
+                }
+                _ => {
+                    self.pieces.clear();
+                    self.pieces.extend(buf.pieces(at, usize::MAX).take(PIECES_MAX));
+                    Memory::Many(self.pieces.as_ptr(), self.pieces.len() as u32)
+                }
+            },
+            None => Memory::Many(std::ptr::null(), 0),
+        }
+    }
+
+    fn bounce_memory(&mut self, write: bool) -> Memory {
+        let len = (self.len - self.done).min(BOUNCE_MAX as u64) as usize;
+        self.asked = len as u64;
+        let bounce = self.bounce.get_or_insert_with(|| AlignedBuf::new_zeroed(len));
+        if let (true, Some(buf), Some(to)) = (write, &self.buf, bounce.get_mut(..len)) {
+            buf.copy_out(self.done as usize, to);
+        }
+        Memory::One(IoVec { base: bounce.as_mut_ptr(), len })
+    }
+
+    /// Takes the outcome of the last call: how many bytes were transferred. Returns the
+    /// operation's result, or `None` if there is another call to make.
+    pub(crate) fn advance(&mut self, outcome: io::Result<usize>) -> Option<io::Result<()>> {
+        let eof = match self.kind {
+            Kind::Nothing => return Some(self.refused.take().map_or(Ok(()), Err)),
+            Kind::Read => io::ErrorKind::UnexpectedEof,
+            _ => io::ErrorKind::WriteZero,
+        };
+        let count = match outcome {
+            Ok(count) => count as u64,
+            Err(error) => return self.stall(error),
+        };
+        if matches!(self.kind, Kind::SyncData | Kind::Allocate(_)) {
+            return Some(Ok(()));
+        }
+        self.stalls = 0;
+        let before = self.done;
+        let count = count.min(self.asked);
+        if let (Kind::Read, Some(bounce), Some(buf)) = (self.kind, &self.bounce, &mut self.buf) {
+            buf.copy_in(before as usize, bounce.get(..count as usize).unwrap_or_default());
+        }
+        self.done += count;
+        if self.done == self.len {
+            return Some(Ok(()));
+        }
+        // Direct I/O cannot go on in the middle of a sector: do that one again.
+        self.done -= self.done % self.align;
+        (self.done <= before).then(|| Err(eof.into()))
+    }
+
+    /// A call failed. `ECANCELED`: the thread that submitted it has ended.
+    fn stall(&mut self, error: io::Error) -> Option<io::Result<()>> {
+        match error.raw_os_error().map(Errno::from_raw_os_error) {
+            Some(Errno::INTR) => None,
+            Some(Errno::AGAIN | Errno::CANCELED) if self.stalls < STALLS_MAX => {
+                self.stalls += 1;
+                None
+            }
+            _ => Some(Err(error)),
+        }
+    }
+
+    /// Ends the operation; the work is idle again.
+    pub(crate) fn complete(&mut self, result: io::Result<()>) -> Completion {
+        self.kind = Kind::Nothing;
+        self.bounce = None;
+        Completion { token: self.token, result, buf: self.buf.take() }
+    }
+}
+
+fn memory_is_aligned(buf: &Buffer, alignment: Alignment) -> bool {
+    let aligned = |base: *const u8, len: usize| {
+        base.addr().is_multiple_of(alignment.memory.max(1) as usize)
+            && len.is_multiple_of(alignment.offset.max(1) as usize)
+    };
+    match buf {
+        Buffer::Owned(buf) => aligned(buf.as_ptr(), buf.len()),
+        Buffer::Guest(buf) => buf.parts().iter().all(|part| aligned(part.base, part.len)),
+    }
+}

@@ -1,0 +1,329 @@
+//! The io_uring engine.
+//!
+//! Every operation has a [`Work`] of its own that never moves and owns the buffer until the
+//! kernel is done with it. At most as many calls are in the kernel as the completion ring has room
+//! for, so it cannot overflow. Only what was submitted by the caller goes into the submission ring.
+
+use std::{
+    collections::VecDeque,
+    fmt, io,
+    os::fd::{AsRawFd, BorrowedFd},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use io_uring::{IoUring, opcode, squeue, types};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec},
+    io::Errno,
+};
+
+use crate::{
+    Completion, Engine, File, Op,
+    transfer::{Call, Memory, Work},
+};
+
+/// How often a submission is tried again, a millisecond apart, while the kernel has no memory for
+/// it and nothing is in flight that would free some.
+const SUBMIT_TRIES_MAX: u32 = 1000;
+
+/// An engine on an io_uring of its own.
+pub(crate) struct UringEngine {
+    ring: IoUring,
+    files: Vec<Arc<File>>,
+    /// Whether the files are registered with the ring, by their index.
+    registered: bool,
+    /// Boxed: the kernel is given addresses inside.
+    #[expect(clippy::vec_box)]
+    works: Vec<Box<Work>>,
+    idle: Vec<u32>,
+    /// Works whose next call is still to be made; the first `released` of them may be made now.
+    queue: VecDeque<u32>,
+    released: usize,
+    /// Works in the submission ring that the kernel has not taken yet, in order.
+    ringed: Vec<u32>,
+    /// Works in either ring or in the kernel.
+    at_work: usize,
+    at_work_max: usize,
+    ready: Vec<Completion>,
+    /// Why nothing can be submitted any more.
+    broken: Option<Errno>,
+}
+
+impl UringEngine {
+    /// Sets up a ring for up to `depth` operations at once on `files`.
+    pub(crate) fn new(depth: u32, files: Vec<Arc<File>>) -> io::Result<Self> {
+        let depth = depth.max(1);
+        let ring = IoUring::builder().setup_clamp().setup_submit_all().build(depth).or_else(|error| {
+            match error.raw_os_error() {
+                // Before Linux 5.18.
+                Some(libc::EINVAL) => IoUring::builder().setup_clamp().build(depth),
+                _ => Err(error),
+            }
+        })?;
+        let descriptors: Vec<i32> = files.iter().map(|file| file.fd.as_raw_fd()).collect();
+        let registered = !files.is_empty() && ring.submitter().register_files(&descriptors).is_ok();
+        let at_work_max = ring.params().sq_entries().min(ring.params().cq_entries()) as usize;
+        Ok(Self {
+            ring,
+            files,
+            registered,
+            works: Vec::new(),
+            idle: Vec::new(),
+            queue: VecDeque::new(),
+            released: 0,
+            ringed: Vec::new(),
+            at_work: 0,
+            at_work_max,
+            ready: Vec::new(),
+            broken: None,
+        })
+    }
+
+    /// Makes the next calls of all released works, as far as the ring has room. Afterwards
+    /// nothing is left to start, or the kernel has calls at work that will complete.
+    fn start(&mut self) {
+        if self.broken.is_some() {
+            return self.fail_unstarted();
+        }
+        let Self { ring, files, works, queue, ringed, .. } = self;
+        let mut entries = ring.submission();
+        while self.released > 0 && self.at_work < self.at_work_max {
+            let Some(slot) = queue.pop_front() else { break };
+            self.released -= 1;
+            let Some(work) = works.get_mut(slot as usize) else { continue };
+            let index = work.file().0;
+            let descriptor = match files.get(usize::from(index)) {
+                Some(_) if self.registered => i32::from(index),
+                Some(file) => file.fd.as_raw_fd(),
+                None => -1,
+            };
+            let entry = entry_of(work.call(), types::Fd(descriptor), self.registered);
+            let entry = entry.user_data(u64::from(slot));
+            // SAFETY: the work lives in a box and owns the memory that the entry names; it is
+            // neither reused nor freed before the call's completion was seen, or the ring was
+            // given up before the kernel took the entry.
+            if unsafe { entries.push(&entry) }.is_err() {
+                // Never: there are as many entries as `at_work_max`.
+                queue.push_front(slot);
+                self.released += 1;
+                break;
+            }
+            ringed.push(slot);
+            self.at_work += 1;
+        }
+        drop(entries);
+        if !self.ringed.is_empty() {
+            self.enter();
+        }
+    }
+
+    /// Hands the submission ring to the kernel.
+    fn enter(&mut self) {
+        let mut tries = 0;
+        loop {
+            let outcome = self.ring.submit();
+            let left = self.ring.submission().len();
+            let taken = self.ringed.len().saturating_sub(left);
+            self.ringed.drain(..taken);
+            if self.ringed.is_empty() {
+                return;
+            }
+            match outcome.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO)) {
+                Err(Errno::INTR) => continue,
+                Ok(_) if taken > 0 => continue,
+                // Completions will free memory; reaping them tries again.
+                Ok(_) | Err(Errno::AGAIN | Errno::BUSY | Errno::NOMEM)
+                    if self.at_work > self.ringed.len() =>
+                {
+                    return;
+                }
+                Ok(_) | Err(Errno::AGAIN | Errno::BUSY | Errno::NOMEM) if tries < SUBMIT_TRIES_MAX => {
+                    tries += 1;
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                Ok(_) => return self.give_up(Errno::AGAIN),
+                Err(errno) => return self.give_up(errno),
+            }
+        }
+    }
+
+    /// The ring takes nothing any more. What the kernel has taken still completes.
+    fn give_up(&mut self, errno: Errno) {
+        log::error!("io_uring takes no more operations: {errno}");
+        self.broken = Some(errno);
+        self.fail_unstarted();
+    }
+
+    /// Completes with an error what the kernel has not taken, now and never.
+    fn fail_unstarted(&mut self) {
+        let error = || self.broken.map_or_else(|| io::ErrorKind::Other.into(), io::Error::from);
+        self.at_work -= self.ringed.len();
+        let unstarted = self.ringed.drain(..).chain(self.queue.drain(..self.released));
+        for slot in unstarted {
+            if let Some(work) = self.works.get_mut(slot as usize) {
+                self.ready.push(work.complete(Err(error())));
+                self.idle.push(slot);
+            }
+        }
+        self.released = 0;
+    }
+
+    /// Takes completions out of the ring. Works with another call to make are queued.
+    fn collect(&mut self) {
+        let Self { ring, works, idle, queue, released, at_work, ready, .. } = self;
+        for entry in ring.completion() {
+            let slot = entry.user_data() as u32;
+            let Some(work) = works.get_mut(slot as usize) else { continue };
+            *at_work -= 1;
+            let outcome = entry.result();
+            let outcome = usize::try_from(outcome).map_err(|_| io::Error::from_raw_os_error(-outcome));
+            match work.advance(outcome) {
+                Some(result) => {
+                    ready.push(work.complete(result));
+                    idle.push(slot);
+                }
+                None => {
+                    queue.push_front(slot);
+                    *released += 1;
+                }
+            }
+        }
+    }
+
+    /// Waits until the completion ring is not empty, a signal came, or the timeout is over.
+    fn poll(&self, timeout: Option<Duration>) -> io::Result<()> {
+        let timeout = timeout.map(|timeout| Timespec {
+            tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(i64::MAX),
+            tv_nsec: i64::from(timeout.subsec_nanos()),
+        });
+        let fd = self.fd();
+        match rustix::event::poll(&mut [PollFd::new(&fd, PollFlags::IN)], timeout.as_ref()) {
+            Ok(_) | Err(Errno::INTR) => Ok(()),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    fn fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the ring's descriptor is open as long as the ring, which `self` owns.
+        unsafe { BorrowedFd::borrow_raw(self.ring.as_raw_fd()) }
+    }
+}
+
+impl Engine for UringEngine {
+    fn push(&mut self, token: u64, op: Op) {
+        let slot = self.idle.pop().unwrap_or_else(|| {
+            self.works.push(Box::new(Work::idle()));
+            (self.works.len() - 1) as u32
+        });
+        if let Some(work) = self.works.get_mut(slot as usize) {
+            work.begin(token, op, &self.files);
+            self.queue.push_back(slot);
+        }
+    }
+
+    fn submit(&mut self) {
+        self.released = self.queue.len();
+        self.start();
+    }
+
+    fn reap(&mut self, done: &mut Vec<Completion>) {
+        self.collect();
+        if self.released > 0 || !self.ringed.is_empty() {
+            self.start();
+        }
+        done.append(&mut self.ready);
+    }
+
+    fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        loop {
+            self.collect();
+            self.start();
+            if !self.ready.is_empty() || self.at_work == 0 {
+                return Ok(());
+            }
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            if left.is_some_and(|left| left.is_zero()) {
+                return Ok(());
+            }
+            self.poll(left)?;
+        }
+    }
+
+    fn in_flight(&self) -> usize {
+        self.works.len() - self.idle.len() + self.ready.len()
+    }
+
+    fn completion_fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.fd())
+    }
+}
+
+impl Drop for UringEngine {
+    /// The kernel reads and writes the works' memory until their calls complete, whatever happens
+    /// to the ring: so this waits for them, without limit.
+    fn drop(&mut self) {
+        // What the kernel has not taken it never will: nobody enters the ring with it any more.
+        self.at_work -= self.ringed.len();
+        self.ringed.clear();
+        loop {
+            self.collect();
+            if self.at_work == 0 {
+                break;
+            }
+            if let Err(error) = self.poll(Some(Duration::from_secs(1))) {
+                log::error!("cannot wait for I/O in flight, looking for its completion: {error}");
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+        // The ring itself is torn down in the background. The files, and the locks that they
+        // hold, should go now.
+        if self.registered {
+            let _ = self.ring.submitter().unregister_files();
+        }
+    }
+}
+
+impl fmt::Debug for UringEngine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("UringEngine")
+            .field("files", &self.files)
+            .field("in_flight", &self.in_flight())
+            .field("at_work", &self.at_work)
+            .field("broken", &self.broken)
+            .finish_non_exhaustive()
+    }
+}
+
+fn entry_of(call: Call, fd: types::Fd, registered: bool) -> squeue::Entry {
+    let entry = match call {
+        Call::Nothing => return opcode::Nop::new().build(),
+        Call::SyncData => opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build(),
+        Call::Allocate { mode, offset, len } => {
+            opcode::Fallocate::new(fd, len).offset(offset).mode(mode.bits() as i32).build()
+        }
+        Call::Transfer { write, dsync, offset, memory } => {
+            let flags = if dsync { libc::RWF_DSYNC } else { 0 };
+            match (write, memory) {
+                (false, Memory::One(piece)) => {
+                    opcode::Read::new(fd, piece.base, piece.len as u32).offset(offset).build()
+                }
+                (true, Memory::One(piece)) => opcode::Write::new(fd, piece.base, piece.len as u32)
+                    .offset(offset)
+                    .rw_flags(flags)
+                    .build(),
+                (false, Memory::Many(pieces, count)) => {
+                    opcode::Readv::new(fd, pieces.cast(), count).offset(offset).build()
+                }
+                (true, Memory::Many(pieces, count)) => {
+                    opcode::Writev::new(fd, pieces.cast(), count).offset(offset).rw_flags(flags).build()
+                }
+            }
+        }
+    };
+    if registered { entry.flags(squeue::Flags::FIXED_FILE) } else { entry }
+}
+
+#[cfg(test)]
+mod tests;
