@@ -1,0 +1,484 @@
+//! A session disk and its life: open, session, session end, checkpoint, stop.
+
+use std::fs;
+use std::path::Path;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use blockio::EngineKind;
+use blocks::{BlockSet, Geometry};
+use uuid::Uuid;
+use write_log::{LogHeader, LogId, LogWriter};
+
+use crate::drain::Drain;
+use crate::intents::Intents;
+use crate::live::{LiveMark, LivePage};
+use crate::manifest::{EntryKind, LogEntry, Manifest};
+use crate::open::{
+    check_size, describe, disk_witness, judge, open_base, open_disk, prune_logs, refuse_same_file,
+};
+use crate::process::ProcessId;
+use crate::recover::Basis;
+use crate::shared::{FlushPolicy, Parts, QueueCounters, Shared};
+use crate::{DiskQueue, Error, Paths};
+
+/// How a disk is opened.
+#[derive(Clone, Debug)]
+pub struct DiskOptions {
+    /// The session disk.
+    pub disk: PathBuf,
+    /// Instead of `DISK.pristine`.
+    pub state_dir: Option<PathBuf>,
+    /// Instead of the default runtime directory.
+    pub runtime_dir: Option<PathBuf>,
+    /// Open the disk with O_DIRECT.
+    pub direct: bool,
+    /// Which I/O engine.
+    pub engine: EngineKind,
+    /// What a guest's FLUSH does.
+    pub flush: FlushPolicy,
+    /// How many retired logs stay for audit.
+    pub keep_logs: usize,
+}
+
+impl DiskOptions {
+    /// The defaults for the disk at `path`: buffered, io_uring, 8 retired logs.
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self {
+            disk: path.into(),
+            state_dir: None,
+            runtime_dir: None,
+            direct: false,
+            engine: EngineKind::IoUring,
+            flush: FlushPolicy::Auto,
+            keep_logs: 8,
+        }
+    }
+
+    /// Where everything of the disk lives.
+    pub fn paths(&self) -> Paths {
+        Paths::new(&self.disk, self.state_dir.as_deref(), self.runtime_dir.as_deref())
+    }
+}
+
+/// What is known when a session starts.
+#[derive(Clone, Debug)]
+pub struct SessionStart {
+    /// Sequence number of the session's write log.
+    pub sequence: u64,
+    /// Blocks that are still to be restored.
+    pub pending_blocks: u64,
+}
+
+/// What a session did.
+#[derive(Clone, Debug)]
+pub struct SessionSummary {
+    /// Sequence number of the session's write log.
+    pub sequence: u64,
+    /// Distinct blocks that the session took.
+    pub dirty_blocks: u64,
+    /// Bytes that the guest wrote; each write counts.
+    pub bytes_written: u64,
+    /// From its start to its end.
+    pub duration: Duration,
+}
+
+/// A session that is open.
+#[derive(Debug)]
+struct OpenSession {
+    entry: LogEntry,
+    started: Instant,
+    /// Bytes that queues had written before.
+    bytes_before: u64,
+}
+
+/// What changes only at a session's start and end, and at checkpoints.
+#[derive(Debug)]
+struct Lifecycle {
+    manifest: Manifest,
+    session: Option<OpenSession>,
+    queues: Vec<Weak<QueueCounters>>,
+}
+
+/// One guest's disk: base, session disk, log and pending set. Shared by all queues.
+#[derive(Debug)]
+pub struct SessionDisk {
+    shared: Arc<Shared>,
+    paths: Paths,
+    keep_logs: usize,
+    lifecycle: Mutex<Lifecycle>,
+    basis: Basis,
+}
+
+impl SessionDisk {
+    /// Takes the disk over: locks it, finds out what is pending, and makes that durable.
+    ///
+    /// # Errors
+    /// If the disk was not provisioned, is in use, its base changed, or its state can't be read. A
+    /// state that can be read but not trusted is no error: then all blocks are pending.
+    pub fn open(options: &DiskOptions) -> Result<Arc<Self>, Error> {
+        let paths = options.paths();
+        // A first look, to know the live page's name; it is read again under the lock.
+        let disk_id = Manifest::load(&paths)?.disk;
+        let live = LivePage::inspect(&paths.live_page(disk_id), disk_id);
+        let disk = open_disk(&options.disk, options.direct, live.as_ref())?;
+        drop(live);
+        let manifest = Manifest::load(&paths)?;
+        let geometry = check_size(&disk, &manifest)?;
+        if u64::from(disk.alignment().offset) > 512
+            && !geometry.size().is_multiple_of(disk.alignment().offset.into())
+        {
+            return Err(Error::Refused(format!(
+                "{}: direct I/O needs a size that is a multiple of {} bytes; serve it without --direct",
+                options.disk.display(),
+                disk.alignment().offset
+            )));
+        }
+        let base = open_base(&manifest)?;
+        refuse_same_file(&options.disk, &manifest.base.path)?;
+        paths.create_state_dirs()?;
+        let (live, before) = LivePage::adopt(&paths, manifest.disk)?;
+        let verdict = judge(&paths, &manifest, geometry, &disk, before)?;
+        if let Basis::Everything(why) = &verdict.basis {
+            log::warn!("{}: {why}; all of its blocks will be restored", options.disk.display());
+        }
+        if !paths.intents().exists() {
+            Intents::create(&paths.intents(), geometry)?;
+        }
+        let engine = available_engine(options.engine);
+        let shared = Arc::new(Shared::new(Parts {
+            geometry,
+            disk,
+            base,
+            base_identity: manifest.base.identity.clone(),
+            engine,
+            flush: options.flush,
+            pending: verdict.pending,
+            intents: Intents::open(&paths.intents(), geometry)?,
+            live,
+        }));
+        shared.live.set_dirty(0);
+        shared.live.set_drain_failing(false);
+        shared.live.set_pending(shared.pending.count());
+        let lifecycle = Lifecycle { manifest, session: None, queues: Vec::new() };
+        let disk = Self {
+            shared,
+            paths,
+            keep_logs: options.keep_logs,
+            lifecycle: Mutex::new(lifecycle),
+            basis: verdict.basis,
+        };
+        // Step 10: in memory alone the next kill would forget what was concluded.
+        if !disk.lifecycle().manifest.speaks_alone(&disk.basis) {
+            disk.checkpoint()?;
+        }
+        Ok(Arc::new(disk))
+    }
+
+    fn lifecycle(&self) -> MutexGuard<'_, Lifecycle> {
+        self.lifecycle.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Size of the disk.
+    pub fn geometry(&self) -> Geometry {
+        self.shared.geometry
+    }
+
+    /// Where the disk and its state live.
+    pub fn paths(&self) -> &Paths {
+        &self.paths
+    }
+
+    /// Where the base lives.
+    pub fn base_path(&self) -> &Path {
+        self.shared.base.path()
+    }
+
+    /// What the pending set at opening rested on.
+    pub fn basis(&self) -> &Basis {
+        &self.basis
+    }
+
+    /// The answer to VIRTIO_BLK_T_GET_ID: the same for the life of the disk; ASCII, 20 bytes.
+    pub fn serial(&self) -> [u8; 20] {
+        let mut serial = [0; 20];
+        let mut text = [0; 32];
+        let uuid = self.lifecycle().manifest.disk;
+        uuid.simple().encode_lower(&mut text);
+        serial.iter_mut().zip(text).for_each(|(to, from)| *to = from);
+        serial
+    }
+
+    /// The smallest request that the storage can do, in bytes (virtio 1.2, 5.2.4 `blk_size`).
+    pub fn logical_block_size(&self) -> u32 {
+        self.shared.disk.alignment().offset.max(512)
+    }
+
+    /// Whether the disk's storage can give up the contents of a range.
+    pub fn supports_discard(&self) -> bool {
+        self.shared.disk.supports_punch()
+    }
+
+    /// Whether the disk's storage can zero a range without being sent zeroes.
+    pub fn supports_write_zeroes(&self) -> bool {
+        self.shared.disk.supports_zero()
+    }
+
+    /// Blocks that are still to be restored.
+    pub fn pending_blocks(&self) -> u64 {
+        self.shared.pending.count()
+    }
+
+    /// Blocks that the open session owns.
+    pub fn dirty_blocks(&self) -> u64 {
+        self.shared.owned.count()
+    }
+
+    /// Whether a session is open.
+    pub fn session_is_open(&self) -> bool {
+        self.lifecycle().session.is_some()
+    }
+
+    /// Makes the data path of a virtqueue, with an engine of its own for `depth` operations at once.
+    pub fn queue(self: &Arc<Self>, depth: u32) -> Result<DiskQueue, Error> {
+        let counters = Arc::new(QueueCounters::default());
+        let queue = DiskQueue::new(Arc::clone(&self.shared), Arc::clone(&counters), depth)?;
+        self.register(&counters);
+        Ok(queue)
+    }
+
+    fn bytes_written(&self, lifecycle: &Lifecycle) -> u64 {
+        let of_live_queues: u64 =
+            lifecycle.live_queues().map(|queue| queue.bytes_written.load(Ordering::Relaxed)).sum();
+        self.shared.bytes_of_gone_queues.load(Ordering::Relaxed) + of_live_queues
+    }
+
+    fn register(&self, counters: &Arc<QueueCounters>) {
+        let mut lifecycle = self.lifecycle();
+        lifecycle.queues.retain(|queue| queue.strong_count() > 0);
+        lifecycle.queues.push(Arc::downgrade(counters));
+    }
+
+    /// Opens a session: from now on requests are taken. Its log's room is reserved, and the manifest
+    /// names it, before the first of them.
+    ///
+    /// # Errors
+    /// If one is open already, or the log can't be made; then nothing has changed.
+    pub fn begin_session(&self, owner: Option<ProcessId>) -> Result<SessionStart, Error> {
+        let mut lifecycle = self.lifecycle();
+        if lifecycle.session.is_some() {
+            return Err(Error::WrongState("a session is open already"));
+        }
+        if self.shared.is_poisoned() {
+            return Err(Error::Poisoned(self.shared.disk.path().to_owned()));
+        }
+        self.shared.check_base()?;
+        let mut manifest = lifecycle.manifest.clone();
+        let entry = next_entry(&mut manifest, EntryKind::Session);
+        let writer = LogWriter::create(&self.paths.sessions(), &self.log_header(&manifest, entry))?;
+        // The mark comes first: were we killed between the two, the earlier logs are sealed and speak
+        // for themselves.
+        self.shared.live.set_mark(LiveMark { sequence: entry.sequence, mark: writer.mark() });
+        manifest.pristine_since = None;
+        if let Err(error) = manifest.store(&self.paths) {
+            let path = writer.path().to_owned();
+            drop(writer);
+            let _ = fs::remove_file(path);
+            return Err(error);
+        }
+        lifecycle.manifest = manifest;
+        *self.shared.log() = Some(writer);
+        let bytes_before = self.bytes_written(&lifecycle);
+        lifecycle.session = Some(OpenSession { entry, started: Instant::now(), bytes_before });
+        self.shared.live.set_owner(owner);
+        self.shared.live.set_dirty(0);
+        self.shared.live.set_session_open(true);
+        self.shared.open.store(true, Ordering::SeqCst);
+        Ok(SessionStart { sequence: entry.sequence, pending_blocks: self.shared.pending.count() })
+    }
+
+    /// Notes a new owner of the open session: the same process under a new connection.
+    pub fn set_owner(&self, owner: Option<ProcessId>) {
+        self.shared.live.set_owner(owner);
+    }
+
+    /// Ends the session: step 8. Everything that it owns is pending from now on. Nothing is synced.
+    ///
+    /// # Errors
+    /// If none is open, or a queue has requests that are not reaped.
+    pub fn end_session(&self) -> Result<SessionSummary, Error> {
+        let mut lifecycle = self.lifecycle();
+        let Some(session) = &lifecycle.session else {
+            return Err(Error::WrongState("no session is open"));
+        };
+        // Closed first, counted then: a queue counts first and looks then.
+        self.shared.open.store(false, Ordering::SeqCst);
+        if lifecycle.in_flight() > 0 {
+            self.shared.open.store(true, Ordering::SeqCst);
+            return Err(Error::WrongState("a queue has requests in flight"));
+        }
+        let dirty_blocks = self.shared.owned.count();
+        let summary = SessionSummary {
+            sequence: session.entry.sequence,
+            dirty_blocks,
+            bytes_written: self.bytes_written(&lifecycle) - session.bytes_before,
+            duration: session.started.elapsed(),
+        };
+        if let Some(mut writer) = self.shared.log().take() {
+            // Sealed, it is exact without the live page's mark, which will be the next log's. If that
+            // fails and we are killed before the next checkpoint, it counts as damaged: all is pending.
+            if let Err(error) = writer.seal(dirty_blocks) {
+                log::warn!("write log {}: {error}", writer.path().display());
+            }
+        }
+        self.shared.claims.end_generation(|| {
+            self.shared.pending.insert_set(&self.shared.owned);
+            self.shared.owned.clear();
+        });
+        lifecycle.session = None;
+        self.shared.live.set_session_open(false);
+        self.shared.live.set_owner(None);
+        self.shared.live.set_dirty(0);
+        self.shared.live.set_pending(self.shared.pending.count());
+        Ok(summary)
+    }
+
+    /// Replaces all logs but the open session's by what is pending now: steps 9 and 10.
+    ///
+    /// When nothing is pending they are retired. What a guest took meanwhile is in the open session's log, and the
+    /// intents cover that log in a power cut.
+    pub fn checkpoint(&self) -> Result<(), Error> {
+        let mut lifecycle = self.lifecycle();
+        let session = lifecycle.session.as_ref().map(|session| session.entry);
+        let snapshot = BlockSet::new(self.shared.geometry.blocks());
+        self.shared.claims.freeze(|| snapshot.insert_set(&self.shared.pending));
+        let mut manifest = lifecycle.manifest.clone();
+        manifest.logs.clear();
+        if !snapshot.is_empty() {
+            let entry = next_entry(&mut manifest, EntryKind::Pending);
+            LogWriter::write_pending(&self.paths.sessions(), &self.log_header(&manifest, entry), &snapshot)?;
+        }
+        manifest.logs.extend(session);
+        manifest.pristine_since = None;
+        if manifest.logs.is_empty() {
+            self.shared.disk.sync_all()?;
+            manifest.pristine_since = disk_witness(&self.shared.disk)?;
+        }
+        manifest.store(&self.paths)?;
+        lifecycle.manifest = manifest;
+        prune_logs(&self.paths, &lifecycle.manifest, self.keep_logs);
+        Ok(())
+    }
+
+    /// Whether logs are left that a checkpoint would retire now that nothing is pending.
+    pub(crate) fn has_old_logs(&self) -> bool {
+        let lifecycle = self.lifecycle();
+        lifecycle.manifest.logs.len() > usize::from(lifecycle.session.is_some())
+    }
+
+    /// Copies base content into all pending blocks, in this thread, and makes it durable. `progress` is
+    /// told how many blocks are left.
+    ///
+    /// # Errors
+    /// If base or disk can't be read or written, or `stop` is set; what was not restored stays pending.
+    pub fn drain(&self, stop: &AtomicBool, progress: &mut dyn FnMut(u64)) -> Result<u64, Error> {
+        let mut drain = Drain::new(Arc::clone(&self.shared))?;
+        let mut restored = 0;
+        while !self.shared.pending.is_empty() {
+            let mut left = self.shared.pending.count();
+            let batch = drain.batch(stop, &mut |copied| {
+                left = left.saturating_sub(copied);
+                progress(left);
+            })?;
+            restored += batch.restored;
+        }
+        self.checkpoint()?;
+        self.forget_intents(&self.lifecycle())?;
+        Ok(restored)
+    }
+
+    /// Stops: the queues are quiesced, nothing more is taken. An open session's log is made durable, so that the next
+    /// start knows exactly what it owned, whatever happens to the host meanwhile.
+    pub fn stop(&self) -> Result<(), Error> {
+        let mut lifecycle = self.lifecycle();
+        self.shared.open.store(false, Ordering::SeqCst);
+        if lifecycle.in_flight() > 0 {
+            return Err(Error::WrongState("a queue has requests in flight"));
+        }
+        if let Some(mut writer) = self.shared.log().take() {
+            writer.seal(self.shared.owned.count())?;
+            writer.sync()?;
+        }
+        lifecycle.session = None;
+        self.shared.live.set_session_open(false);
+        self.forget_intents(&lifecycle)?;
+        self.shared.live.set_server(None);
+        // All that it said is in sealed logs now.
+        let live_page = self.paths.live_page(lifecycle.manifest.disk);
+        fs::remove_file(&live_page).map_err(|error| Error::state("remove", &live_page, error))
+    }
+
+    /// Clears the intents if the disk is pristine and synced, which is what no log means. While a
+    /// server runs they stay, so that the next session's writes find them set.
+    fn forget_intents(&self, lifecycle: &Lifecycle) -> Result<(), Error> {
+        if lifecycle.manifest.logs.is_empty() { self.shared.intents.clear() } else { Ok(()) }
+    }
+
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
+    fn log_header(&self, manifest: &Manifest, entry: LogEntry) -> LogHeader {
+        LogHeader {
+            kind: entry.kind(),
+            id: LogId { seq: entry.sequence, uuid: entry.uuid },
+            disk: manifest.disk,
+            geometry: self.shared.geometry,
+            created_unix_ns: unix_ns(),
+        }
+    }
+}
+
+impl Lifecycle {
+    fn live_queues(&self) -> impl Iterator<Item = Arc<QueueCounters>> {
+        self.queues.iter().filter_map(Weak::upgrade)
+    }
+
+    fn in_flight(&self) -> usize {
+        self.live_queues().map(|queue| queue.in_flight.load(Ordering::SeqCst)).sum()
+    }
+}
+
+impl Drop for SessionDisk {
+    fn drop(&mut self) {
+        self.shared.live.set_server(None);
+    }
+}
+
+/// io_uring where the kernel has and allows it, plain system calls elsewhere.
+fn available_engine(wanted: EngineKind) -> EngineKind {
+    match blockio::new_engine(wanted, 1, Vec::new()) {
+        Ok(_) => wanted,
+        Err(error) => {
+            log::warn!("io_uring is not to be had ({}): I/O is synchronous and slower", describe(&error));
+            EngineKind::Sync
+        }
+    }
+}
+
+/// Adds a log to a manifest.
+pub(crate) fn next_entry(manifest: &mut Manifest, kind: EntryKind) -> LogEntry {
+    let entry = LogEntry { sequence: manifest.next_sequence, uuid: Uuid::new_v4(), kind };
+    manifest.next_sequence += 1;
+    manifest.logs.push(entry);
+    entry
+}
+
+/// Nanoseconds since the epoch.
+pub(crate) fn unix_ns() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |d| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX))
+}

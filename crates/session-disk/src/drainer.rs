@@ -1,0 +1,158 @@
+//! The drain in the background of a server: a thread that works whenever something is pending.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use crate::drain::Drain;
+use crate::open::describe;
+use crate::{Error, SessionDisk};
+
+/// First and longest pause after a failed attempt.
+const BACK_OFF_MIN: Duration = Duration::from_secs(1);
+const BACK_OFF_MAX: Duration = Duration::from_secs(60);
+/// Pause when all that is left is claimed by guests' writes, if no release comes first.
+const BLOCKED_WAIT: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
+/// After so many restored blocks (4 GiB) the rest is made a new log, so that a kill does not send
+/// the drain back to its beginning.
+const CHECKPOINT_BLOCKS: u64 = 1 << 20;
+
+/// Told when a disk has become pristine, or at least everything that was pending is restored.
+pub trait DrainObserver: Send + Sync {
+    /// `blocks` were restored since the drain had something to do, in `duration`.
+    fn restored(&self, blocks: u64, duration: Duration);
+}
+
+/// The background drain of a disk; stops when dropped.
+#[derive(Debug)]
+pub struct Drainer {
+    control: Arc<Control>,
+    thread: Option<JoinHandle<()>>,
+}
+
+#[derive(Debug, Default)]
+struct Control {
+    stop: AtomicBool,
+    /// Whether there may be work.
+    work: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl Control {
+    /// Waits until there is work, `timeout` is over, or the drain is to stop; whether to go on.
+    fn wait(&self, timeout: Option<Duration>) -> bool {
+        let work = self.work.lock().unwrap_or_else(PoisonError::into_inner);
+        let idle = |work: &mut bool| !*work && !self.stop.load(Ordering::Acquire);
+        let mut work = match timeout {
+            None => self.changed.wait_while(work, idle).unwrap_or_else(PoisonError::into_inner),
+            Some(t) => {
+                self.changed.wait_timeout_while(work, t, idle).unwrap_or_else(PoisonError::into_inner).0
+            }
+        };
+        *work = false;
+        !self.stop.load(Ordering::Acquire)
+    }
+}
+
+impl Drainer {
+    /// Starts the thread. It begins at once if something is pending.
+    pub fn start(disk: Arc<SessionDisk>, observer: Arc<dyn DrainObserver>) -> Result<Self, Error> {
+        let control = Arc::new(Control { work: Mutex::new(true), ..Control::default() });
+        let for_thread = Arc::clone(&control);
+        let path = disk.paths().disk().to_owned();
+        let thread = std::thread::Builder::new()
+            .name("drain".into())
+            .spawn(move || run(&disk, &for_thread, observer.as_ref()))
+            .map_err(|error| Error::state("start a drain thread for", &path, error))?;
+        Ok(Self { control, thread: Some(thread) })
+    }
+
+    /// Says that something may be pending: call it after a session's end.
+    pub fn wake(&self) {
+        *self.control.work.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        self.control.changed.notify_all();
+    }
+
+    /// Stops the drain; what it had not restored stays pending.
+    pub fn stop(&mut self) {
+        self.control.stop.store(true, Ordering::Release);
+        self.wake();
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            log::error!("the drain thread panicked");
+        }
+    }
+}
+
+impl Drop for Drainer {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+fn run(disk: &SessionDisk, control: &Control, observer: &dyn DrainObserver) {
+    let mut back_off: Option<Duration> = None;
+    while control.wait(back_off) {
+        match drain_all(disk, control, observer) {
+            Ok(()) => {
+                back_off = None;
+                disk.shared().live.set_drain_failing(false);
+            }
+            Err(Error::Stopped) => {}
+            Err(error) => {
+                let pause = back_off.map_or(BACK_OFF_MIN, |last| (last * 2).min(BACK_OFF_MAX));
+                log::warn!(
+                    "{}: restoring failed, {} blocks stay pending, next attempt in {} s: {}",
+                    disk.paths().disk().display(),
+                    disk.pending_blocks(),
+                    pause.as_secs(),
+                    describe(&error)
+                );
+                disk.shared().live.set_drain_failing(true);
+                back_off = Some(pause);
+            }
+        }
+    }
+}
+
+fn drain_all(disk: &SessionDisk, control: &Control, observer: &dyn DrainObserver) -> Result<(), Error> {
+    let started = Instant::now();
+    let (mut restored, mut since_checkpoint) = (0, 0);
+    let shared = disk.shared();
+    if !shared.pending.is_empty() {
+        // Made anew each time: between sessions an idle disk keeps no ring and no buffers for it.
+        let mut drain = Drain::new(Arc::clone(shared))?;
+        while !shared.pending.is_empty() {
+            let live = &shared.live;
+            let mut left = shared.pending.count();
+            let batch = drain.batch(&control.stop, &mut |copied| {
+                left = left.saturating_sub(copied);
+                live.set_pending(left);
+            })?;
+            restored += batch.restored;
+            since_checkpoint += batch.restored;
+            if since_checkpoint >= CHECKPOINT_BLOCKS {
+                since_checkpoint = 0;
+                disk.checkpoint()?;
+            }
+            if batch.blocked && batch.restored == 0 {
+                let mut fds = [PollFd::new(drain.waker(), PollFlags::IN)];
+                if let Err(error) = poll(&mut fds, Some(&BLOCKED_WAIT))
+                    && error != rustix::io::Errno::INTR
+                {
+                    return Err(Error::state("wait for", disk.paths().disk(), error.into()));
+                }
+                drain.waker().consume();
+            }
+        }
+    }
+    if disk.has_old_logs() {
+        disk.checkpoint()?;
+        observer.restored(restored, started.elapsed());
+    }
+    Ok(())
+}

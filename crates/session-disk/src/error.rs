@@ -1,0 +1,130 @@
+//! Everything that can go wrong with a session disk, and what an operator can do about it.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use base_image::BaseError;
+use thiserror::Error;
+use write_log::LogError;
+
+/// Why an operation on a session disk failed. `Display` never repeats the source.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// I/O on the session disk or on a device.
+    #[error("session disk")]
+    Disk(#[from] blockio::Error),
+    /// The base image.
+    #[error(transparent)]
+    Base(#[from] BaseError),
+    /// A write log.
+    #[error("write log")]
+    Log(#[from] LogError),
+    /// A file of the state or the runtime directory.
+    #[error("cannot {operation} {path}")]
+    State {
+        /// What was tried, a verb.
+        operation: &'static str,
+        /// The file or directory.
+        path: PathBuf,
+        /// What the operating system said.
+        source: io::Error,
+    },
+    /// Somebody else has the disk open.
+    #[error("{path} is in use{by}")]
+    InUse {
+        /// The disk or base.
+        path: PathBuf,
+        /// By whom, as far as is known.
+        by: String,
+    },
+    /// The disk was never provisioned, or its state directory is elsewhere.
+    #[error("{disk} is not a pristine disk: {manifest} does not exist")]
+    NotProvisioned {
+        /// The disk.
+        disk: PathBuf,
+        /// Where its manifest was expected.
+        manifest: PathBuf,
+    },
+    /// The manifest can't be trusted.
+    #[error("the manifest {path} is damaged: {what}")]
+    DamagedManifest {
+        /// The manifest.
+        path: PathBuf,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// Written by a newer version of this program.
+    #[error("the manifest {path} has format version {found}, this program knows {known}")]
+    NewerManifest {
+        /// The manifest.
+        path: PathBuf,
+        /// Its version.
+        found: u32,
+        /// The newest known version.
+        known: u32,
+    },
+    /// The disk does not have the size that it was provisioned with.
+    #[error("{path} has {found} bytes, expected {expected}")]
+    DiskSize {
+        /// The disk.
+        path: PathBuf,
+        /// Its size now, in bytes.
+        found: u64,
+        /// Its size when it was provisioned, in bytes.
+        expected: u64,
+    },
+    /// A size that can't be a disk's.
+    #[error("{path}: {source}")]
+    Geometry {
+        /// Disk or base.
+        path: PathBuf,
+        /// What is wrong.
+        source: blocks::GeometryError,
+    },
+    /// A request that makes no sense with these arguments; nothing was changed.
+    #[error("{0}")]
+    Refused(String),
+    /// An operation in the wrong state: a defect of the caller.
+    #[error("{0}")]
+    WrongState(&'static str),
+    /// The disk's storage failed in a way after which its contents can't be vouched for.
+    #[error("{0} failed to reach stable storage; it takes no more I/O until the server is started again")]
+    Poisoned(PathBuf),
+    /// The operator asked to stop.
+    #[error("stopped")]
+    Stopped,
+}
+
+impl Error {
+    pub(crate) fn state(operation: &'static str, path: &Path, source: io::Error) -> Self {
+        Self::State { operation, path: path.to_owned(), source }
+    }
+
+    /// What the operator can do about it, as a sentence, where there is something.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::NotProvisioned { disk, .. } => Some(format!(
+                "make the disk with `pristine provision --base BASE --disk {d}`, name the state directory with \
+                 --state-dir, or take over an existing file with `pristine provision --adopt --base BASE --disk {d}`",
+                d = disk.display()
+            )),
+            Self::DamagedManifest { .. } => Some(
+                "no block of the disk can be trusted: `pristine provision --adopt --base BASE --disk DISK` \
+                 restores all of it"
+                    .into(),
+            ),
+            Self::NewerManifest { .. } => Some("use the version of pristine that wrote it".into()),
+            Self::Base(BaseError::Changed { .. }) => Some(
+                "put the old contents back under the same name, or move the disk to the new contents with \
+                 `pristine provision --adopt --base BASE --disk DISK` (restores all of it)"
+                    .into(),
+            ),
+            Self::InUse { .. } => Some("stop the other program first".into()),
+            Self::Log(write_log::LogError::NoSpace { .. }) => Some(
+                "make room on the file system of the state directory, or choose another with --state-dir"
+                    .into(),
+            ),
+            _ => None,
+        }
+    }
+}

@@ -1,0 +1,190 @@
+//! Intents: which 64 MiB regions of the disk may have been written to since it was last pristine.
+//!
+//! They are the only thing that is made durable while a session runs, so they are what speaks for
+//! the disk after a power cut. The file has a fixed size: 512-byte sectors, each 508 bytes of bits
+//! (bit `n % 8` of byte `n / 8` is region `n` of that sector) and a little-endian CRC32C of them. A
+//! sector with a wrong CRC counts as all ones.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use blocks::{BLOCK_SIZE, BlockSet, Extent, Geometry};
+use rustix::fs::OFlags;
+
+use crate::Error;
+
+/// Size of a region in bytes.
+pub const REGION_SIZE: u64 = 64 << 20;
+const REGION_BLOCKS: u64 = REGION_SIZE / BLOCK_SIZE;
+const SECTOR: usize = 512;
+const SECTOR_BITS: u64 = (SECTOR as u64 - 4) * 8;
+
+/// The intents of an open disk.
+#[derive(Debug)]
+pub(crate) struct Intents {
+    /// Regions whose bit is durable.
+    durable: BlockSet,
+    file: Mutex<fs::File>,
+    path: PathBuf,
+}
+
+fn region_count(geometry: Geometry) -> u64 {
+    geometry.size().div_ceil(REGION_SIZE)
+}
+
+fn regions_of(blocks: Extent) -> Extent {
+    Extent::between(blocks.first() / REGION_BLOCKS, blocks.end().div_ceil(REGION_BLOCKS))
+}
+
+/// The bytes of sector `index` of the file for these regions.
+fn encode_sector(bits: &[u8], index: usize) -> [u8; SECTOR] {
+    let mut sector = [0u8; SECTOR];
+    let (body, checksum) = sector.split_at_mut(SECTOR - 4);
+    let part = bits.chunks(SECTOR - 4).nth(index).unwrap_or_default();
+    body.iter_mut().zip(part).for_each(|(to, from)| *to = *from);
+    checksum.copy_from_slice(&crc32c::crc32c(body).to_le_bytes());
+    sector
+}
+
+/// The regions in the bytes of a file; a bad, short or missing sector has all of its regions.
+fn decode(bytes: &[u8], regions: u64) -> BlockSet {
+    let set = BlockSet::new(regions);
+    for index in 0..regions.div_ceil(SECTOR_BITS) {
+        let first = index * SECTOR_BITS;
+        let sector = bytes.chunks_exact(SECTOR).nth(index as usize);
+        match sector.and_then(|sector| sector.split_last_chunk::<4>()) {
+            Some((body, checksum)) if crc32c::crc32c(body) == u32::from_le_bytes(*checksum) => {
+                set.insert_bytes(first, body);
+            }
+            _ => {
+                set.insert(Extent::new(first, SECTOR_BITS));
+            }
+        }
+    }
+    set
+}
+
+impl Intents {
+    /// Makes the file with no region set, durably.
+    pub(crate) fn create(path: &Path, geometry: Geometry) -> Result<(), Error> {
+        let write = || -> io::Result<()> {
+            let file =
+                fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
+            for index in 0..region_count(geometry).div_ceil(SECTOR_BITS) {
+                file.write_all_at(&encode_sector(&[], index as usize), index * SECTOR as u64)?;
+            }
+            file.sync_all()
+        };
+        write().map_err(|error| Error::state("create", path, error))
+    }
+
+    /// Opens the file for serving; every write to it is durable when it returns.
+    pub(crate) fn open(path: &Path, geometry: Geometry) -> Result<Self, Error> {
+        let file = fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(OFlags::DSYNC.bits() as i32)
+            .open(path)
+            .map_err(|error| Error::state("open", path, error))?;
+        let bytes = fs::read(path).map_err(|error| Error::state("read", path, error))?;
+        let durable = decode(&bytes, region_count(geometry));
+        Ok(Self { durable, file: Mutex::new(file), path: path.to_owned() })
+    }
+
+    /// The blocks of all regions of the file at `path`; a missing file has all of them.
+    pub(crate) fn read_blocks(path: &Path, geometry: Geometry) -> Result<BlockSet, Error> {
+        let bytes = match fs::read(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+            result => result.map_err(|error| Error::state("read", path, error))?,
+        };
+        let blocks = BlockSet::new(geometry.blocks());
+        for run in decode(&bytes, region_count(geometry)).runs() {
+            blocks.insert(Extent::between(run.first() * REGION_BLOCKS, run.end() * REGION_BLOCKS));
+        }
+        Ok(blocks)
+    }
+
+    /// Returns when the regions of `blocks` are durable: at once, but for a region's first time.
+    pub(crate) fn ensure(&self, blocks: Extent) -> Result<(), Error> {
+        let regions = regions_of(blocks);
+        if self.durable.contains_all(regions) {
+            return Ok(());
+        }
+        let file = self.file.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let wanted = BlockSet::new(self.durable.bound());
+        wanted.insert_set(&self.durable);
+        wanted.insert(regions);
+        self.write(&file, &wanted, regions)?;
+        self.durable.insert(regions);
+        Ok(())
+    }
+
+    /// Forgets all regions. Only when the disk is pristine and synced, and nothing writes.
+    pub(crate) fn clear(&self) -> Result<(), Error> {
+        let file = self.file.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if self.durable.is_empty() {
+            return Ok(());
+        }
+        let all = Extent::new(0, self.durable.bound());
+        // What is forgotten here must not be taken for durable by a writer that comes meanwhile.
+        self.durable.clear();
+        self.write(&file, &BlockSet::new(self.durable.bound()), all)
+    }
+
+    fn write(&self, file: &fs::File, set: &BlockSet, regions: Extent) -> Result<(), Error> {
+        let bytes = set.to_bytes();
+        for index in regions.first() / SECTOR_BITS..regions.end().div_ceil(SECTOR_BITS) {
+            file.write_all_at(&encode_sector(&bytes, index as usize), index * SECTOR as u64)
+                .map_err(|error| Error::state("write", &self.path, error))?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn disk() -> Geometry {
+        Geometry::new(5000 * REGION_SIZE).unwrap()
+    }
+
+    #[test]
+    fn ensured_regions_are_read_again_and_cleared_ones_are_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("intents");
+        Intents::create(&path, disk()).unwrap();
+        assert!(Intents::read_blocks(&path, disk()).unwrap().is_empty());
+        let intents = Intents::open(&path, disk()).unwrap();
+        intents.ensure(Extent::new(5, 1)).unwrap();
+        intents.ensure(Extent::new(4100 * REGION_BLOCKS - 1, 2)).unwrap();
+        let blocks = Intents::read_blocks(&path, disk()).unwrap();
+        assert_eq!(
+            blocks.runs().collect::<Vec<_>>(),
+            [Extent::new(0, REGION_BLOCKS), Extent::new(4099 * REGION_BLOCKS, 2 * REGION_BLOCKS)]
+        );
+        intents.clear().unwrap();
+        assert!(Intents::read_blocks(&path, disk()).unwrap().is_empty());
+        intents.ensure(Extent::new(5, 1)).unwrap();
+        assert_eq!(Intents::read_blocks(&path, disk()).unwrap().count(), REGION_BLOCKS);
+    }
+
+    /// Invariant 6: what can't be read counts as written to.
+    #[test]
+    fn damaged_sector_counts_as_all_regions() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("intents");
+        Intents::create(&path, disk()).unwrap();
+        let mut bytes = fs::read(&path).unwrap();
+        bytes[17] ^= 4;
+        fs::write(&path, &bytes).unwrap();
+        assert_eq!(Intents::read_blocks(&path, disk()).unwrap().count(), SECTOR_BITS * REGION_BLOCKS);
+        fs::write(&path, &bytes[..600]).unwrap();
+        assert_eq!(Intents::read_blocks(&path, disk()).unwrap().count(), disk().blocks());
+        fs::remove_file(&path).unwrap();
+        assert_eq!(Intents::read_blocks(&path, disk()).unwrap().count(), disk().blocks());
+    }
+}

@@ -1,0 +1,49 @@
+//! A guest's disk: what a session owns, what is pending, and how it becomes pristine again.
+//!
+//! Everything that is not serving I/O is one operation on one set, the *pending set*: blocks that may
+//! not hold the base's content and must not be read from the session disk. A session's end adds what
+//! the session dirtied, a provision adds what the base has, a log that can't be trusted adds everything,
+//! and the drain takes blocks out after it has put the base's content back. Reads of pending
+//! blocks come from the base, so the next session never waits.
+//!
+//! - [`provision`] makes a disk, [`SessionDisk::open`] takes one over, [`verify`] and [`status`] look at one.
+//! - [`SessionDisk::begin_session`] and [`SessionDisk::end_session`] bound what a guest owns.
+//! - [`DiskQueue`] serves one virtqueue; [`Drainer`] restores in the background.
+//!
+//! The crash order is written above the code that keeps it: `queue` (steps 1 to 6), `drain` (7),
+//! `disk` (8 to 10). This crate knows nothing of virtio and sockets.
+#![forbid(unsafe_code)]
+
+mod claims;
+mod disk;
+mod drain;
+mod drainer;
+mod error;
+mod intents;
+mod live;
+mod manifest;
+mod open;
+mod paths;
+mod process;
+mod provision;
+mod queue;
+mod recover;
+mod request;
+mod shared;
+mod status;
+mod verify;
+
+pub use disk::{DiskOptions, SessionDisk, SessionStart, SessionSummary};
+pub use drainer::{DrainObserver, Drainer};
+pub use error::Error;
+pub use intents::REGION_SIZE;
+pub use manifest::{BaseEntry, EntryKind, LogEntry, MANIFEST_VERSION, Manifest};
+pub use paths::Paths;
+pub use process::ProcessId;
+pub use provision::{ProvisionOptions, Provisioned, provision};
+pub use queue::DiskQueue;
+pub use recover::{Basis, Distrust};
+pub use request::{Done, Request};
+pub use shared::FlushPolicy;
+pub use status::{DiskState, Status, status};
+pub use verify::{Comparison, verify};

@@ -1,0 +1,240 @@
+//! The live page: what survives the process but not the host.
+//!
+//! One page of shared memory per disk in the runtime directory (a tmpfs). It says how much of the
+//! current log counts, who serves the disk, and who owns the session. A page of an earlier boot or of
+//! another disk is as good as none.
+//!
+//! | word | holds |
+//! | --- | --- |
+//! | 0 | magic and version |
+//! | 1, 2 | boot ID, high and low half |
+//! | 3, 4 | disk ID, high and low half |
+//! | 5, 6 | the server's pid and start time; 0: stopped |
+//! | 7 | which mark counts: 0 none, 1 the first, 2 the second |
+//! | 8, 9 | the session owner's pid and start time |
+//! | 10, 11 | blocks that are dirty, pending |
+//! | 12 | 1 while a session is open |
+//! | 13 | 1 while the drain is failing |
+//! | 16..20, 24..28 | the two marks: log sequence, epoch, committed bytes, CRC |
+
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use blockio::SharedPage;
+use uuid::Uuid;
+use write_log::Mark;
+
+use crate::process::{ProcessId, boot_id};
+use crate::{Error, paths::Paths};
+
+/// "prstnlv" and the layout's version.
+const MAGIC: u64 = 0x7072_7374_6e6c_7601;
+
+const WORD_BOOT: usize = 1;
+const WORD_DISK: usize = 3;
+const WORD_SERVER: usize = 5;
+const WORD_MARK: usize = 7;
+const WORD_OWNER: usize = 8;
+const WORD_DIRTY: usize = 10;
+const WORD_PENDING: usize = 11;
+const WORD_SESSION: usize = 12;
+const WORD_DRAIN_FAILING: usize = 13;
+const WORD_MARKS: [usize; 2] = [16, 24];
+
+/// A log and how much of it counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct LiveMark {
+    pub(crate) sequence: u64,
+    pub(crate) mark: Mark,
+}
+
+/// What a server before left in the page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Before {
+    /// Whether the page is of this boot and this disk.
+    pub(crate) same_boot: bool,
+    /// The mark that counts; only if it is.
+    pub(crate) mark: Option<LiveMark>,
+}
+
+/// A disk's live page.
+#[derive(Debug)]
+pub(crate) struct LivePage {
+    page: SharedPage,
+    /// Stands in for words that the page does not have: never read, never missed.
+    nowhere: AtomicU64,
+}
+
+impl LivePage {
+    /// Opens the page of `disk` and makes it one of this boot and this disk, if it was not. It must be
+    /// called by the disk's owner only. Returns what a server before left.
+    pub(crate) fn adopt(paths: &Paths, disk: Uuid) -> Result<(Self, Before), Error> {
+        paths.create_runtime_dir()?;
+        let live = Self { page: SharedPage::open(&paths.live_page(disk), true)?, nowhere: AtomicU64::new(0) };
+        let boot = boot_id()?;
+        let same_boot = live.is_of(boot, disk);
+        let mark = same_boot.then(|| live.mark()).flatten();
+        live.word(0).store(0, Ordering::Release);
+        for (word, value) in [(WORD_BOOT, boot), (WORD_DISK, disk)] {
+            let (high, low) = value.as_u64_pair();
+            live.word(word).store(high, Ordering::Release);
+            live.word(word + 1).store(low, Ordering::Release);
+        }
+        if mark.is_none() {
+            live.word(WORD_MARK).store(0, Ordering::Release);
+        }
+        live.set_server(Some(ProcessId::own()));
+        live.word(0).store(MAGIC, Ordering::Release);
+        live.set_session_open(false);
+        live.set_owner(None);
+        Ok((live, Before { same_boot, mark }))
+    }
+
+    /// Opens the page for looking only. `None`: there is none of this boot and disk.
+    pub(crate) fn inspect(path: &Path, disk: Uuid) -> Option<Self> {
+        let live = Self { page: SharedPage::open(path, false).ok()?, nowhere: AtomicU64::new(0) };
+        live.is_of(boot_id().ok()?, disk).then_some(live)
+    }
+
+    fn word(&self, index: usize) -> &AtomicU64 {
+        self.page.word(index).unwrap_or(&self.nowhere)
+    }
+
+    fn load(&self, index: usize) -> u64 {
+        self.word(index).load(Ordering::Acquire)
+    }
+
+    fn is_of(&self, boot: Uuid, disk: Uuid) -> bool {
+        let id = |word| Uuid::from_u64_pair(self.load(word), self.load(word + 1));
+        self.load(0) == MAGIC && id(WORD_BOOT) == boot && id(WORD_DISK) == disk
+    }
+
+    /// The mark that counts.
+    pub(crate) fn mark(&self) -> Option<LiveMark> {
+        let slot = *WORD_MARKS.get((self.load(WORD_MARK) as usize).checked_sub(1)?)?;
+        Some(LiveMark {
+            sequence: self.load(slot),
+            mark: Mark {
+                epoch: u32::try_from(self.load(slot + 1)).ok()?,
+                committed: self.load(slot + 2),
+                crc: u32::try_from(self.load(slot + 3)).ok()?,
+            },
+        })
+    }
+
+    /// Makes `mark` the one that counts. A process that is killed at any instruction of it leaves the
+    /// old mark or the new one: it is written where none counts, then made to count. One writer at a
+    /// time.
+    pub(crate) fn set_mark(&self, mark: LiveMark) {
+        let next = if self.load(WORD_MARK) == 1 { 2 } else { 1 };
+        if let Some(slot) = WORD_MARKS.get(next - 1) {
+            self.word(*slot).store(mark.sequence, Ordering::Release);
+            self.word(slot + 1).store(mark.mark.epoch.into(), Ordering::Release);
+            self.word(slot + 2).store(mark.mark.committed, Ordering::Release);
+            self.word(slot + 3).store(mark.mark.crc.into(), Ordering::Release);
+        }
+        self.word(WORD_MARK).store(next as u64, Ordering::Release);
+    }
+
+    fn process(&self, word: usize) -> Option<ProcessId> {
+        let pid = u32::try_from(self.load(word)).ok().filter(|pid| *pid != 0)?;
+        Some(ProcessId { pid, start_ticks: self.load(word + 1) })
+    }
+
+    fn set_process(&self, word: usize, process: Option<ProcessId>) {
+        self.word(word + 1).store(process.map_or(0, |p| p.start_ticks), Ordering::Release);
+        self.word(word).store(process.map_or(0, |p| p.pid.into()), Ordering::Release);
+    }
+
+    /// Who serves the disk, whether that process still lives or not.
+    pub(crate) fn server(&self) -> Option<ProcessId> {
+        self.process(WORD_SERVER)
+    }
+
+    /// Notes who serves the disk.
+    pub(crate) fn set_server(&self, process: Option<ProcessId>) {
+        self.set_process(WORD_SERVER, process);
+    }
+
+    /// Who owns the open session.
+    pub(crate) fn owner(&self) -> Option<ProcessId> {
+        self.process(WORD_OWNER)
+    }
+
+    /// Notes who owns the open session.
+    pub(crate) fn set_owner(&self, process: Option<ProcessId>) {
+        self.set_process(WORD_OWNER, process);
+    }
+
+    /// Whether a session is open.
+    pub(crate) fn session_is_open(&self) -> bool {
+        self.load(WORD_SESSION) == 1
+    }
+
+    /// Notes whether a session is open.
+    pub(crate) fn set_session_open(&self, open: bool) {
+        self.word(WORD_SESSION).store(open.into(), Ordering::Release);
+    }
+
+    /// Numbers of dirty and of pending blocks.
+    pub(crate) fn counts(&self) -> (u64, u64) {
+        (self.load(WORD_DIRTY), self.load(WORD_PENDING))
+    }
+
+    /// Notes the number of dirty blocks.
+    pub(crate) fn set_dirty(&self, blocks: u64) {
+        self.word(WORD_DIRTY).store(blocks, Ordering::Relaxed);
+    }
+
+    /// Notes the number of pending blocks.
+    pub(crate) fn set_pending(&self, blocks: u64) {
+        self.word(WORD_PENDING).store(blocks, Ordering::Relaxed);
+    }
+
+    /// Whether the drain's last attempt failed.
+    pub(crate) fn drain_is_failing(&self) -> bool {
+        self.load(WORD_DRAIN_FAILING) == 1
+    }
+
+    /// Notes whether the drain's last attempt failed.
+    pub(crate) fn set_drain_failing(&self, failing: bool) {
+        self.word(WORD_DRAIN_FAILING).store(failing.into(), Ordering::Release);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mark(sequence: u64) -> LiveMark {
+        LiveMark { sequence, mark: Mark { epoch: 7, committed: sequence * 8, crc: 0xfeed_f00d } }
+    }
+
+    #[test]
+    fn adopted_page_gives_the_last_mark_of_the_same_disk_only() {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = Paths::new(Path::new("disk"), None, Some(dir.path()));
+        let disk = Uuid::from_u128(1);
+        let (page, before) = LivePage::adopt(&paths, disk).unwrap();
+        assert_eq!(before, Before { same_boot: false, mark: None });
+        page.set_mark(mark(1));
+        page.set_mark(mark(2));
+        drop(page);
+        assert_eq!(LivePage::adopt(&paths, disk).unwrap().1.mark, Some(mark(2)));
+        std::fs::rename(paths.live_page(disk), paths.live_page(Uuid::from_u128(2))).unwrap();
+        assert_eq!(LivePage::adopt(&paths, Uuid::from_u128(2)).unwrap().1.mark, None);
+    }
+
+    #[test]
+    fn page_of_another_boot_is_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = Paths::new(Path::new("disk"), None, Some(dir.path()));
+        let disk = Uuid::from_u128(1);
+        let (page, _) = LivePage::adopt(&paths, disk).unwrap();
+        page.set_mark(mark(1));
+        page.word(WORD_BOOT).fetch_xor(1, Ordering::AcqRel);
+        assert!(LivePage::inspect(&paths.live_page(disk), disk).is_none());
+        drop(page);
+        assert_eq!(LivePage::adopt(&paths, disk).unwrap().1, Before { same_boot: false, mark: None });
+    }
+}

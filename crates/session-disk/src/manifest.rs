@@ -1,0 +1,230 @@
+//! The manifest: what a disk is, what its base is, and which logs still speak for it.
+//!
+//! A JSON document, then a line with its CRC32C. It is only ever replaced as a whole (write new, fsync,
+//! rename, fsync of the directory), so a crash leaves the old one or the new one.
+
+use std::fs;
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use base_image::BaseIdentity;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+use write_log::{LogId, LogKind};
+
+use crate::Error;
+use crate::paths::{Paths, sync_dir};
+use crate::recover::Basis;
+
+/// The newest format version that this program reads, and the one that it writes.
+pub const MANIFEST_VERSION: u32 = 1;
+
+/// No manifest is larger: a few hundred logs at most.
+const MANIFEST_SIZE_MAX: u64 = 1 << 20;
+
+const CHECKSUM_PREFIX: &str = "crc32c ";
+
+/// What is durable about a disk besides its blocks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Manifest {
+    /// Format version.
+    pub version: u32,
+    /// The disk's own identity; every log names it.
+    pub disk: Uuid,
+    /// Size of the disk in bytes.
+    pub size: u64,
+    /// The base and what it looked like when the disk was provisioned from it.
+    pub base: BaseEntry,
+    /// Sequence number for the next log.
+    pub next_sequence: u64,
+    /// Logs that are not retired: what they hold may differ from the base.
+    pub logs: Vec<LogEntry>,
+    /// When there is no log: what the disk looked like when it was last known pristine. `None` for a
+    /// block device.
+    pub pristine_since: Option<BaseIdentity>,
+}
+
+/// A disk's base.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BaseEntry {
+    /// Absolute path.
+    pub path: PathBuf,
+    /// What it looked like.
+    pub identity: BaseIdentity,
+}
+
+/// A log that is not retired.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LogEntry {
+    /// Sequence number; higher is younger.
+    pub sequence: u64,
+    /// Part of the log's file name and of its header.
+    pub uuid: Uuid,
+    /// Whether a session wrote it, or it is a set that is wholly durable.
+    pub kind: EntryKind,
+}
+
+/// The kinds of logs, as the manifest names them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum EntryKind {
+    /// Blocks that a session owned.
+    Session,
+    /// Blocks that were pending when the log was made.
+    Pending,
+}
+
+impl LogEntry {
+    /// The log's name.
+    pub fn id(&self) -> LogId {
+        LogId { seq: self.sequence, uuid: self.uuid }
+    }
+
+    /// The log's kind, as its own header names it.
+    pub fn kind(&self) -> LogKind {
+        match self.kind {
+            EntryKind::Session => LogKind::Session,
+            EntryKind::Pending => LogKind::Pending,
+        }
+    }
+}
+
+#[derive(Deserialize)]
+struct VersionOnly {
+    version: u32,
+}
+
+impl Manifest {
+    /// Reads the manifest of a disk.
+    pub fn load(paths: &Paths) -> Result<Self, Error> {
+        let path = paths.manifest();
+        let missing = || Error::NotProvisioned { disk: paths.disk().to_owned(), manifest: path.clone() };
+        let metadata = match fs::metadata(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(missing()),
+            result => result.map_err(|error| Error::state("read", &path, error))?,
+        };
+        if metadata.len() > MANIFEST_SIZE_MAX {
+            return Err(Error::DamagedManifest { path, what: format!("it has {} bytes", metadata.len()) });
+        }
+        let bytes = fs::read(&path).map_err(|error| Error::state("read", &path, error))?;
+        Self::parse(&path, &bytes)
+    }
+
+    /// Reads a manifest out of the bytes of `path`.
+    pub(crate) fn parse(path: &Path, bytes: &[u8]) -> Result<Self, Error> {
+        let damaged = |what: String| Error::DamagedManifest { path: path.to_owned(), what };
+        let text = std::str::from_utf8(bytes).map_err(|_| damaged("it is not text".into()))?;
+        let (body, checksum) = text
+            .trim_end_matches('\n')
+            .rsplit_once('\n')
+            .ok_or_else(|| damaged("it has no checksum".into()))?;
+        let stated = checksum
+            .strip_prefix(CHECKSUM_PREFIX)
+            .and_then(|hex| u32::from_str_radix(hex, 16).ok())
+            .ok_or_else(|| damaged("its last line is not a checksum".into()))?;
+        let actual = crc32c::crc32c(body.as_bytes());
+        if stated != actual {
+            return Err(damaged(format!("its checksum is {actual:08x}, expected {stated:08x}")));
+        }
+        let version = serde_json::from_str::<VersionOnly>(body).map_err(|e| damaged(e.to_string()))?.version;
+        if version != MANIFEST_VERSION {
+            return Err(Error::NewerManifest {
+                path: path.to_owned(),
+                found: version,
+                known: MANIFEST_VERSION,
+            });
+        }
+        serde_json::from_str(body).map_err(|error| damaged(error.to_string()))
+    }
+
+    /// Whether this is already the shortest durable form of a verdict: no log, or one durable set.
+    pub(crate) fn speaks_alone(&self, basis: &Basis) -> bool {
+        match (basis, self.logs.as_slice()) {
+            (Basis::Pristine, _) => true,
+            (Basis::ExactLogs, [only]) => only.kind == EntryKind::Pending,
+            _ => false,
+        }
+    }
+
+    fn to_bytes(&self) -> Result<Vec<u8>, io::Error> {
+        let mut bytes = serde_json::to_vec_pretty(self)?;
+        let checksum = crc32c::crc32c(&bytes);
+        writeln!(bytes, "\n{CHECKSUM_PREFIX}{checksum:08x}")?;
+        Ok(bytes)
+    }
+
+    /// Makes this the disk's manifest, durably. After an error the old one still holds.
+    pub(crate) fn store(&self, paths: &Paths) -> Result<(), Error> {
+        let path = paths.manifest();
+        let new = paths.state_dir().join("manifest.new");
+        let write = || -> io::Result<()> {
+            let bytes = self.to_bytes()?;
+            let mut file =
+                fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
+            file.write_all(&bytes)?;
+            file.sync_all()?;
+            fs::rename(&new, &path)
+        };
+        write().map_err(|error| {
+            let _ = fs::remove_file(&new);
+            Error::state("replace", &path, error)
+        })?;
+        sync_dir(paths.state_dir())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn manifest() -> Manifest {
+        Manifest {
+            version: MANIFEST_VERSION,
+            disk: Uuid::from_u128(1),
+            size: 1 << 20,
+            base: BaseEntry { path: "/images/golden.raw".into(), identity: BaseIdentity::of_size(1 << 20) },
+            next_sequence: 3,
+            logs: vec![LogEntry { sequence: 2, uuid: Uuid::from_u128(2), kind: EntryKind::Session }],
+            pristine_since: None,
+        }
+    }
+
+    #[test]
+    fn manifest_stored_and_loaded_is_the_same() {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = Paths::new(&dir.path().join("disk"), Some(dir.path()), None);
+        assert!(matches!(Manifest::load(&paths), Err(Error::NotProvisioned { .. })));
+        manifest().store(&paths).unwrap();
+        assert_eq!(Manifest::load(&paths).unwrap(), manifest());
+    }
+
+    /// Invariant 6: a manifest that can't be trusted is not believed.
+    #[test]
+    fn manifest_with_any_bit_flipped_is_refused_or_the_same() {
+        let bytes = manifest().to_bytes().unwrap();
+        for index in 0..bytes.len() * 8 {
+            let mut flipped = bytes.clone();
+            flipped[index / 8] ^= 1 << (index % 8);
+            match Manifest::parse(Path::new("m"), &flipped) {
+                Ok(read) => assert_eq!(read, manifest(), "bit {index}"),
+                Err(error) => assert!(matches!(error, Error::DamagedManifest { .. }), "bit {index}: {error}"),
+            }
+        }
+        for len in 0..bytes.len() - 1 {
+            assert!(Manifest::parse(Path::new("m"), &bytes[..len]).is_err(), "cut at {len}");
+        }
+    }
+
+    #[test]
+    fn manifest_of_a_newer_version_is_refused_by_name() {
+        let newer = Manifest { version: 2, ..manifest() }.to_bytes().unwrap();
+        assert!(matches!(
+            Manifest::parse(Path::new("m"), &newer),
+            Err(Error::NewerManifest { found: 2, known: 1, .. })
+        ));
+    }
+}

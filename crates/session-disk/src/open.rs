@@ -1,0 +1,165 @@
+//! Taking a disk over: locks, identity, and what the state on disk says.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use base_image::{BaseIdentity, BaseImage};
+use blockio::{File, FileKind, ImageAccess, OpenOptions};
+use blocks::Geometry;
+
+use crate::Error;
+use crate::intents::Intents;
+use crate::live::{Before, LivePage};
+use crate::manifest::Manifest;
+use crate::paths::Paths;
+use crate::recover::{Evidence, FoundLog, Verdict, conclude};
+
+/// How long to wait for the I/O of a server that died: its lock is held until the last of it has landed.
+const DEAD_SERVER_WAIT_MAX: Duration = Duration::from_secs(30);
+/// How long to wait for a holder of whom nothing is known: it may be about to go.
+const UNKNOWN_HOLDER_WAIT_MAX: Duration = Duration::from_secs(1);
+const DEAD_SERVER_POLL: Duration = Duration::from_millis(5);
+
+/// Opens the disk for writing and takes all locks. Nothing is changed.
+///
+/// Invariant 7: the lock is on the open file description that does all writes, so it is held until
+/// the last write of a killed server has landed, and two servers can't have it.
+pub(crate) fn open_disk(path: &Path, direct: bool, live: Option<&LivePage>) -> Result<Arc<File>, Error> {
+    let options = OpenOptions { write: true, direct, exclusive: true };
+    let in_use = |by: String| Error::InUse { path: path.to_owned(), by };
+    let started = Instant::now();
+    loop {
+        let attempt = File::open(path, options).and_then(|file| {
+            file.lock_exclusive()?;
+            file.lock_image(ImageAccess::ReadWrite)?;
+            Ok(file)
+        });
+        match (attempt, live.and_then(LivePage::server)) {
+            (Ok(file), _) => return Ok(Arc::new(file)),
+            (Err(error), _) if !error.is_in_use() => return Err(error.into()),
+            (Err(_), Some(server)) if server.is_alive() => {
+                return Err(in_use(format!(": it is served by process {}", server.pid)));
+            }
+            // The server died; the kernel still finishes or cancels its I/O.
+            (Err(_), Some(_)) if started.elapsed() < DEAD_SERVER_WAIT_MAX => {
+                std::thread::sleep(DEAD_SERVER_POLL);
+            }
+            // A server that stopped in order, or a tool: its descriptors may outlive it for a moment.
+            (Err(_), None) if started.elapsed() < UNKNOWN_HOLDER_WAIT_MAX => {
+                std::thread::sleep(DEAD_SERVER_POLL);
+            }
+            (Err(_), _) => return Err(in_use(" by another program (QEMU, qemu-img or pristine)".into())),
+        }
+    }
+}
+
+/// Fails if the two paths name one file or device.
+pub(crate) fn refuse_same_file(disk: &Path, base: &Path) -> Result<(), Error> {
+    let id = |path: &Path| -> Result<(u64, u64, u64), Error> {
+        let metadata = fs::metadata(path).map_err(|error| Error::state("open", path, error))?;
+        Ok(if metadata.rdev() != 0 { (0, 0, metadata.rdev()) } else { (metadata.dev(), metadata.ino(), 0) })
+    };
+    if id(disk)? == id(base)? {
+        return Err(Error::Refused(format!(
+            "disk {} and base {} are the same file; a disk needs a file of its own",
+            disk.display(),
+            base.display()
+        )));
+    }
+    Ok(())
+}
+
+/// The size of a disk, which must be what the manifest says.
+pub(crate) fn check_size(disk: &File, manifest: &Manifest) -> Result<Geometry, Error> {
+    let geometry = Geometry::new(manifest.size)
+        .map_err(|source| Error::Geometry { path: disk.path().to_owned(), source })?;
+    let found = disk.size()?;
+    let fits = match disk.kind() {
+        FileKind::Regular => found == manifest.size,
+        FileKind::BlockDevice => found >= manifest.size,
+    };
+    if fits {
+        Ok(geometry)
+    } else {
+        Err(Error::DiskSize { path: disk.path().to_owned(), found, expected: manifest.size })
+    }
+}
+
+/// Opens the base of a manifest; fails if it changed.
+pub(crate) fn open_base(manifest: &Manifest) -> Result<BaseImage, Error> {
+    let path = &manifest.base.path;
+    let base = BaseImage::open(path).map_err(|error| match error {
+        base_image::BaseError::Io(error) if error.is_in_use() => {
+            Error::InUse { path: path.clone(), by: " by a program that may write to it".into() }
+        }
+        error => error.into(),
+    })?;
+    base.check(&manifest.base.identity)?;
+    Ok(base)
+}
+
+/// What a disk looks like, to notice writes from outside; `None` for a block device.
+pub(crate) fn disk_witness(disk: &File) -> Result<Option<BaseIdentity>, Error> {
+    Ok(match disk.kind() {
+        FileKind::Regular => Some(BaseIdentity::of_file(&disk.identity()?)),
+        FileKind::BlockDevice => None,
+    })
+}
+
+/// Reads all that speaks for the disk, and concludes. Changes nothing.
+pub(crate) fn judge(
+    paths: &Paths,
+    manifest: &Manifest,
+    geometry: Geometry,
+    disk: &File,
+    live: Before,
+) -> Result<Verdict, Error> {
+    let read = |path: &Path| -> FoundLog { write_log::read(path).map_err(|error| describe(&error)) };
+    let logs = manifest.logs.iter().map(|e| (*e, read(&paths.sessions().join(e.id().file_name())))).collect();
+    let witness = disk_witness(disk)?;
+    let evidence = Evidence {
+        disk_now: witness.as_ref(),
+        logs,
+        live: live.mark,
+        same_boot: live.same_boot,
+        intents: Intents::read_blocks(&paths.intents(), geometry)?,
+    };
+    Ok(conclude(manifest, geometry, evidence))
+}
+
+/// An error and its sources in one line.
+pub(crate) fn describe(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(inner) = source {
+        text.push_str(": ");
+        text.push_str(&inner.to_string());
+        source = inner.source();
+    }
+    text
+}
+
+/// Removes retired logs but the youngest `keep`, and anything half-made.
+pub(crate) fn prune_logs(paths: &Paths, manifest: &Manifest, keep: usize) {
+    let dir = paths.sessions();
+    let Ok(entries) = fs::read_dir(&dir) else { return };
+    let mut retired: Vec<write_log::LogId> = entries
+        .flatten()
+        .filter_map(|entry| write_log::LogId::parse(entry.file_name().to_str()?))
+        .filter(|id| !manifest.logs.iter().any(|entry| entry.id() == *id))
+        .collect();
+    retired.sort_by_key(|id| std::cmp::Reverse(id.seq));
+    for id in retired.into_iter().skip(keep) {
+        let path = dir.join(id.file_name());
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                log::warn!("cannot remove retired log {}: {error}", path.display());
+            }
+            _ => {}
+        }
+    }
+}

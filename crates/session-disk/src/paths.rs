@@ -1,0 +1,101 @@
+//! Where the state of a disk lives.
+
+use std::ffi::OsString;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use uuid::Uuid;
+
+use crate::Error;
+
+/// Environment variable that systemd sets for a service with `RuntimeDirectory=`.
+const RUNTIME_DIRECTORY: &str = "RUNTIME_DIRECTORY";
+
+/// The files of one disk.
+#[derive(Clone, Debug)]
+pub struct Paths {
+    disk: PathBuf,
+    state: PathBuf,
+    runtime: PathBuf,
+}
+
+impl Paths {
+    /// `state_dir` defaults to `DISK.pristine`; `runtime_dir` to `/run/pristine` for root, else to a
+    /// directory under `XDG_RUNTIME_DIR`. The runtime directory should be on a tmpfs.
+    pub fn new(disk: &Path, state_dir: Option<&Path>, runtime_dir: Option<&Path>) -> Self {
+        let state = state_dir.map(Path::to_owned).unwrap_or_else(|| {
+            let mut name = OsString::from(disk.as_os_str());
+            name.push(".pristine");
+            PathBuf::from(name)
+        });
+        let runtime = runtime_dir.map(Path::to_owned).unwrap_or_else(default_runtime_dir);
+        Self { disk: disk.to_owned(), state, runtime }
+    }
+
+    /// The session disk.
+    pub fn disk(&self) -> &Path {
+        &self.disk
+    }
+
+    /// The state directory.
+    pub fn state_dir(&self) -> &Path {
+        &self.state
+    }
+
+    /// The manifest.
+    pub fn manifest(&self) -> PathBuf {
+        self.state.join("manifest")
+    }
+
+    /// The bitmap of regions that may have been written to.
+    pub fn intents(&self) -> PathBuf {
+        self.state.join("intents")
+    }
+
+    /// The directory of write logs.
+    pub fn sessions(&self) -> PathBuf {
+        self.state.join("sessions")
+    }
+
+    /// The page that survives the process but not the host.
+    pub fn live_page(&self, disk: Uuid) -> PathBuf {
+        self.runtime.join(format!("{disk}.live"))
+    }
+
+    /// Makes the directories that are missing, for the owner only.
+    pub(crate) fn create_state_dirs(&self) -> Result<(), Error> {
+        create_private(&self.state)?;
+        create_private(&self.sessions())
+    }
+
+    /// Makes the runtime directory if it is missing.
+    pub(crate) fn create_runtime_dir(&self) -> Result<(), Error> {
+        create_private(&self.runtime)
+    }
+}
+
+fn create_private(dir: &Path) -> Result<(), Error> {
+    use std::os::unix::fs::DirBuilderExt;
+    match fs::DirBuilder::new().mode(0o700).create(dir) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && dir.is_dir() => Ok(()),
+        result => result.map_err(|error| Error::state("create directory", dir, error)),
+    }
+}
+
+fn default_runtime_dir() -> PathBuf {
+    if let Some(dir) = std::env::var_os(RUNTIME_DIRECTORY).filter(|dir| Path::new(dir).is_absolute()) {
+        return dir.into();
+    }
+    match std::env::var_os("XDG_RUNTIME_DIR") {
+        Some(dir) if !rustix::process::geteuid().is_root() => Path::new(&dir).join("pristine"),
+        _ => PathBuf::from("/run/pristine"),
+    }
+}
+
+/// Makes the entries of a directory durable.
+pub(crate) fn sync_dir(dir: &Path) -> Result<(), Error> {
+    fs::File::open(dir)
+        .and_then(|dir| dir.sync_all())
+        .map_err(|error| Error::state("sync directory", dir, error))
+}

@@ -1,0 +1,240 @@
+//! Making a session disk from a base: everything that the base has as data becomes pending.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use base_image::{BaseImage, Content};
+use blockio::{File, FileKind, OpenOptions};
+use blocks::{BLOCK_SIZE, BlockSet, Extent, Geometry};
+use uuid::Uuid;
+use write_log::{LogHeader, LogWriter};
+
+use crate::disk::{next_entry, unix_ns};
+use crate::intents::Intents;
+use crate::live::LivePage;
+use crate::manifest::{BaseEntry, EntryKind, MANIFEST_VERSION, Manifest};
+use crate::open::{disk_witness, open_disk, refuse_same_file};
+use crate::paths::sync_dir;
+use crate::{DiskOptions, Error, Paths};
+
+/// What is to be made.
+#[derive(Clone, Debug)]
+pub struct ProvisionOptions {
+    /// The base.
+    pub base: PathBuf,
+    /// The disk and where its state goes.
+    pub disk: DiskOptions,
+    /// Size of the disk in bytes, if it is to be larger than the base; the tail is zeroes.
+    pub size: Option<u64>,
+    /// Take over an existing file: all of its blocks are restored.
+    pub adopt: bool,
+}
+
+/// What was made; files that were not there before can be removed again.
+#[derive(Debug)]
+pub struct Provisioned {
+    /// Size of the disk in bytes.
+    pub size: u64,
+    /// Blocks that are to be restored.
+    pub pending_blocks: u64,
+    made: Made,
+}
+
+/// What did not exist before, youngest last.
+#[derive(Debug, Default)]
+struct Made {
+    files: Vec<PathBuf>,
+    dirs: Vec<PathBuf>,
+}
+
+impl Made {
+    fn undo(&mut self) {
+        for dir in self.dirs.drain(..).rev() {
+            let _ = fs::remove_dir_all(dir);
+        }
+        for file in self.files.drain(..).rev() {
+            let _ = fs::remove_file(file);
+        }
+    }
+}
+
+impl Provisioned {
+    /// Removes what was made: for a provision that could not be finished.
+    pub fn undo(mut self) {
+        self.made.undo();
+    }
+}
+
+/// Makes the disk and its state, durably; copies nothing. The disk can be served at once. When this fails, nothing
+/// that it made is left.
+pub fn provision(options: &ProvisionOptions) -> Result<Provisioned, Error> {
+    let mut made = Made::default();
+    let result = make(options, &mut made);
+    match result {
+        Ok((size, pending_blocks)) => Ok(Provisioned { size, pending_blocks, made }),
+        Err(error) => {
+            made.undo();
+            Err(error)
+        }
+    }
+}
+
+fn make(options: &ProvisionOptions, made: &mut Made) -> Result<(u64, u64), Error> {
+    let path = &options.disk.disk;
+    let paths = options.disk.paths();
+    let base_path =
+        fs::canonicalize(&options.base).map_err(|e| Error::state("open base image", &options.base, e))?;
+    let base = BaseImage::open(&base_path)?;
+    let exists = match fs::metadata(path) {
+        Ok(_) => true,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => false,
+        Err(error) => return Err(Error::state("open", path, error)),
+    };
+    if exists {
+        refuse_same_file(path, &base_path)?;
+    }
+    let before = existing_state(options, &paths)?;
+    let (disk, fresh) = if exists {
+        let live = before.as_ref().and_then(|id| LivePage::inspect(&paths.live_page(*id), *id));
+        (open_existing(options, live.as_ref())?, false)
+    } else {
+        let size = wanted_size(options, &base, None)?;
+        Geometry::new(size).map_err(|source| Error::Geometry { path: path.clone(), source })?;
+        let file = File::create_new(path, size, OpenOptions { write: true, direct: false, exclusive: true })?;
+        made.files.push(path.clone());
+        file.lock_exclusive()?;
+        (std::sync::Arc::new(file), true)
+    };
+    let size = wanted_size(options, &base, Some(&disk))?;
+    let geometry = Geometry::new(size).map_err(|source| Error::Geometry { path: path.clone(), source })?;
+    let pending = BlockSet::new(geometry.blocks());
+    if fresh {
+        data_blocks(&base, geometry, &pending)?;
+        check_room(path, pending.count() * BLOCK_SIZE)?;
+    } else {
+        pending.insert(geometry.all());
+    }
+    for dir in [paths.state_dir().to_owned(), paths.sessions()] {
+        if !dir.exists() {
+            made.dirs.push(dir);
+        }
+    }
+    paths.create_state_dirs()?;
+    Intents::create(&paths.intents(), geometry)?;
+    let mut manifest = Manifest {
+        version: MANIFEST_VERSION,
+        disk: Uuid::new_v4(),
+        size,
+        base: BaseEntry { path: base_path, identity: base.identity()? },
+        next_sequence: 1,
+        logs: Vec::new(),
+        pristine_since: None,
+    };
+    if pending.is_empty() {
+        disk.sync_all()?;
+        manifest.pristine_since = disk_witness(&disk)?;
+    } else {
+        let entry = next_entry(&mut manifest, EntryKind::Pending);
+        let header = LogHeader {
+            kind: entry.kind(),
+            id: entry.id(),
+            disk: manifest.disk,
+            geometry,
+            created_unix_ns: unix_ns(),
+        };
+        LogWriter::write_pending(&paths.sessions(), &header, &pending)?;
+    }
+    manifest.store(&paths)?;
+    if fresh {
+        disk.sync_all()?;
+    }
+    sync_dir(parent(path))?;
+    sync_dir(parent(paths.state_dir()))?;
+    Ok((size, pending.count()))
+}
+
+/// The ID in a state directory that is there already; refused unless it is to be replaced.
+fn existing_state(options: &ProvisionOptions, paths: &Paths) -> Result<Option<Uuid>, Error> {
+    match Manifest::load(paths) {
+        Err(Error::NotProvisioned { .. }) => Ok(None),
+        _ if !options.adopt => Err(Error::Refused(format!(
+            "{} is provisioned already ({} exists); to restore it use `pristine restore`, to start over use --adopt",
+            options.disk.disk.display(),
+            paths.manifest().display()
+        ))),
+        Ok(manifest) => Ok(Some(manifest.disk)),
+        Err(Error::DamagedManifest { .. }) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+fn open_existing(options: &ProvisionOptions, live: Option<&LivePage>) -> Result<std::sync::Arc<File>, Error> {
+    let path = &options.disk.disk;
+    let disk = open_disk(path, false, live)?;
+    if disk.kind() == FileKind::Regular && !options.adopt {
+        return Err(Error::Refused(format!(
+            "{} exists; choose another name, or take the file over with --adopt (all of its contents are replaced by \
+             the base's)",
+            path.display()
+        )));
+    }
+    Ok(disk)
+}
+
+/// The size of the disk: as asked for, else that of a device or an adopted file, else the base's.
+fn wanted_size(options: &ProvisionOptions, base: &BaseImage, disk: Option<&File>) -> Result<u64, Error> {
+    let of_disk = disk.map(File::size).transpose()?;
+    let size = options.size.or(of_disk).unwrap_or(base.size());
+    if size < base.size() {
+        return Err(Error::Refused(format!(
+            "the base {} has {} bytes, more than the {size} of the disk; a disk is at least as large as its base",
+            base.path().display(),
+            base.size()
+        )));
+    }
+    match (disk, of_disk) {
+        (Some(disk), Some(has)) if has < size || (has != size && disk.kind() == FileKind::Regular) => {
+            Err(Error::DiskSize { path: disk.path().to_owned(), found: has, expected: size })
+        }
+        _ => Ok(size),
+    }
+}
+
+/// Adds every block of which the base has data.
+fn data_blocks(base: &BaseImage, geometry: Geometry, set: &BlockSet) -> Result<(), Error> {
+    let mut offset = 0;
+    while offset < geometry.size() {
+        let left = geometry.size() - offset;
+        offset += match base.content_at(offset, left)? {
+            Content::Hole(len) => len,
+            Content::Data(len) => {
+                set.insert(Extent::between(offset / BLOCK_SIZE, (offset + len).div_ceil(BLOCK_SIZE)));
+                len
+            }
+        };
+    }
+    Ok(())
+}
+
+/// Refuses early what would only fail after minutes of copying.
+fn check_room(disk: &Path, needed: u64) -> Result<(), Error> {
+    let dir = parent(disk);
+    let stat = rustix::fs::statvfs(dir).map_err(|error| Error::state("look at", dir, error.into()))?;
+    let free = stat.f_bavail.saturating_mul(stat.f_frsize);
+    if free < needed {
+        return Err(Error::Refused(format!(
+            "{}: the base has {needed} bytes of data and only {free} bytes are free; make room, or choose another \
+             directory for the disk",
+            dir.display()
+        )));
+    }
+    Ok(())
+}
+
+fn parent(path: &Path) -> &Path {
+    match path.parent() {
+        Some(dir) if !dir.as_os_str().is_empty() => dir,
+        _ => Path::new("."),
+    }
+}

@@ -1,0 +1,371 @@
+//! The data path of one virtqueue: requests in, operations on disk and base, answers out.
+//!
+//! Crash order, as far as it is kept here (the numbers are the design's):
+//!
+//! 1. *Write to a clean block*: [`DiskQueue::write_clean`] stages it, [`DiskQueue::submit`] makes the
+//!    intent durable, appends the record (log, live page, L: [`Shared::own`]), then submits the data.
+//! 2. *Whole pending block*: [`DiskQueue::start_write`] claims, looks at P again and makes the intent
+//!    durable; the data is submitted; when all of it is written [`DiskQueue::take_blocks`] appends the record, clears
+//!    P and releases. A record first would vouch for old content if we were killed between the two.
+//! 3. *Part of a pending block*: the same, with a read of the base into a bounce block before.
+//! 4. *Write-zeroes* goes the same ways. *Discard* only affects whole blocks that the session owns.
+//! 5. *Mixed requests* are split; the answer waits for all parts, and what failed stays pending.
+//! 6. *Read*: per run, pending blocks from the base, others from the disk. P only shrinks while a session runs.
+//!
+//! In steady state (nothing pending, the block owned) a request costs two looks at bitmaps and one
+//! operation: no lock, no allocation.
+
+mod slots;
+mod write;
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use blockio::{AlignedBuf, Buffer, Completion, Engine, GuestBuf, Op, new_engine};
+use blocks::{BlockRange, Extent};
+use rustix::event::{PollFd, PollFlags, poll};
+
+use self::slots::Slots;
+use self::write::Fill;
+use crate::Error;
+use crate::claims::Waker;
+use crate::request::{Data, Done, Request, Write};
+use crate::shared::{BASE, DISK, FlushPolicy, QueueCounters, Shared};
+
+/// Set in the token of an operation that fills a bounce block; the rest is the fill's number.
+const FILL: u64 = 1 << 63;
+
+/// The data path of one virtqueue. Used by one thread at a time; blocks only in [`DiskQueue::quiesce`].
+///
+/// A pass is: any number of [`push`](Self::push), one [`submit`](Self::submit), one
+/// [`reap`](Self::reap). When a descriptor of [`wait_fds`](Self::wait_fds) becomes readable, `reap`
+/// again. Dropping it waits for all I/O.
+#[derive(Debug)]
+pub struct DiskQueue {
+    shared: Arc<Shared>,
+    counters: Arc<QueueCounters>,
+    engine: Box<dyn Engine>,
+    slots: Slots,
+    fills: Vec<Option<Fill>>,
+    free_fills: Vec<usize>,
+    /// Blocks to log before anything of `staged` is submitted.
+    first_touches: Vec<Extent>,
+    staged: Vec<(usize, Op)>,
+    /// Slots whose writes wait for claims, oldest first.
+    parked: VecDeque<usize>,
+    waker: Arc<Waker>,
+    /// Slots whose data is on the disk and whose pending blocks wait for their record.
+    to_take: Vec<usize>,
+    completions: Vec<Completion>,
+    ready: Vec<Done>,
+    /// Operations pushed to the engine and not submitted.
+    unsubmitted: bool,
+    bytes_written: u64,
+}
+
+fn failed(kind: io::ErrorKind) -> io::Error {
+    io::Error::from(kind)
+}
+
+impl DiskQueue {
+    pub(crate) fn new(shared: Arc<Shared>, counters: Arc<QueueCounters>, depth: u32) -> Result<Self, Error> {
+        let engine = new_engine(shared.engine, depth, shared.files())?;
+        Self::with_engine(shared, counters, engine)
+    }
+
+    /// A queue on any engine for the files of [`Shared::files`].
+    pub(crate) fn with_engine(
+        shared: Arc<Shared>,
+        counters: Arc<QueueCounters>,
+        engine: Box<dyn Engine>,
+    ) -> Result<Self, Error> {
+        let waker =
+            Waker::new().map_err(|error| Error::state("make a wake-up for", shared.disk.path(), error))?;
+        Ok(Self {
+            shared,
+            counters,
+            engine,
+            slots: Slots::default(),
+            fills: Vec::new(),
+            free_fills: Vec::new(),
+            first_touches: Vec::new(),
+            staged: Vec::new(),
+            parked: VecDeque::new(),
+            waker,
+            to_take: Vec::new(),
+            completions: Vec::new(),
+            ready: Vec::new(),
+            unsubmitted: false,
+            bytes_written: 0,
+        })
+    }
+
+    /// Takes a request; its answer comes out of [`reap`](Self::reap) with `token`. Nothing is done
+    /// before [`submit`](Self::submit).
+    pub fn push(&mut self, token: u64, request: Request) {
+        // Counted before looking whether a session is open: a session end closes, then counts.
+        self.counters.in_flight.store(self.in_flight() + 1, Ordering::SeqCst);
+        let slot = self.slots.take(token);
+        if !self.shared.open.load(Ordering::SeqCst) || self.shared.is_poisoned() {
+            self.part_done(slot, Err(failed(io::ErrorKind::NotConnected)));
+            return;
+        }
+        match request {
+            Request::Read { range, buf } => self.read(slot, range, buf),
+            Request::Write { range, buf, durable } => {
+                if buf.len() as u64 == range.len() {
+                    self.bytes_written += range.len();
+                    self.start_write(slot, Write { range, data: Data::Guest(buf), durable });
+                } else {
+                    self.fail(slot, failed(io::ErrorKind::InvalidInput));
+                }
+            }
+            Request::WriteZeroes { range, may_unmap, durable } => {
+                self.start_write(slot, Write { range, data: Data::Zeroes { may_unmap }, durable });
+            }
+            Request::Discard { range } => self.discard(slot, range),
+            Request::Flush => {
+                if self.shared.flush == FlushPolicy::Always {
+                    self.push_sync(slot);
+                }
+            }
+        }
+        self.part_done(slot, Ok(()));
+    }
+
+    /// Ends a pass: one append to the log for all first touches, then one submission of everything.
+    pub fn submit(&mut self) {
+        if !self.staged.is_empty() {
+            self.log_first_touches();
+        }
+        if self.unsubmitted {
+            self.unsubmitted = false;
+            self.engine.submit();
+        }
+        self.counters.bytes_written.store(self.bytes_written, Ordering::Relaxed);
+    }
+
+    /// Appends the finished requests to `done`, and submits what follows from what was finished. Never
+    /// waits for I/O.
+    pub fn reap(&mut self, done: &mut Vec<Done>) {
+        loop {
+            self.complete();
+            if !self.parked.is_empty() && self.waker.consume() {
+                self.retry_parked();
+            }
+            self.take_blocks();
+            if !self.unsubmitted && self.staged.is_empty() {
+                break;
+            }
+            self.submit();
+        }
+        done.append(&mut self.ready);
+        self.counters.in_flight.store(self.in_flight(), Ordering::SeqCst);
+    }
+
+    /// Requests that were pushed and whose answers were not yet taken.
+    pub fn in_flight(&self) -> usize {
+        self.slots.in_use() + self.ready.len()
+    }
+
+    /// Fails every write that waits for claims. Claims of other queues are only given back when those
+    /// are reaped, so when nobody does that any more, waiting would never end.
+    pub fn cancel_parked(&mut self) {
+        while let Some(slot) = self.parked.pop_front() {
+            if let Some(state) = self.slots.get_mut(slot) {
+                state.parked = None;
+            }
+            self.part_done(slot, Err(failed(io::ErrorKind::Interrupted)));
+        }
+    }
+
+    /// Waits until every request is finished and appends all answers to `done`. The other queues
+    /// must be served meanwhile, or [`cancel_parked`](Self::cancel_parked) be called before.
+    pub fn quiesce(&mut self, done: &mut Vec<Done>) {
+        self.submit();
+        self.reap(done);
+        while self.in_flight() > 0 {
+            let mut fds: Vec<PollFd<'_>> =
+                self.wait_fds().into_iter().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
+            if let Err(error) = poll(&mut fds, None)
+                && error != rustix::io::Errno::INTR
+            {
+                log::error!("waiting for I/O on {}: {error}", self.shared.disk.path().display());
+            }
+            self.reap(done);
+        }
+    }
+
+    /// Readable when [`reap`](Self::reap) has something to do.
+    pub fn wait_fds(&self) -> Vec<BorrowedFd<'_>> {
+        self.engine.completion_fd().into_iter().chain([self.waker.as_fd()]).collect()
+    }
+
+    fn read(&mut self, slot: usize, range: BlockRange, buf: GuestBuf) {
+        if buf.len() as u64 != range.len() {
+            return self.fail(slot, failed(io::ErrorKind::InvalidInput));
+        }
+        let touched = range.touched();
+        if self.shared.pending.is_empty() || !self.shared.pending.intersects(touched) {
+            let op = Op::Read { file: DISK, offset: range.offset(), buf: Buffer::Guest(buf) };
+            return self.push_part(slot, op);
+        }
+        // P only shrinks: what is not pending now stays readable from the disk, what is pending now
+        // has the base's content for whoever asks now, even if somebody takes it meanwhile.
+        let shared = Arc::clone(&self.shared);
+        for (pending, run) in shared.pending.mixed_runs(touched) {
+            let Some(part) = range.within(run) else { continue };
+            let Some(buf) = buf.slice((part.offset() - range.offset()) as usize, part.len() as usize) else {
+                return self.fail(slot, failed(io::ErrorKind::InvalidInput));
+            };
+            if pending {
+                self.read_base(slot, part, buf);
+            } else {
+                self.push_part(slot, Op::Read { file: DISK, offset: part.offset(), buf: Buffer::Guest(buf) });
+            }
+        }
+    }
+
+    fn read_base(&mut self, slot: usize, range: BlockRange, buf: GuestBuf) {
+        if !self.shared.base_is_good() {
+            return self.fail(slot, failed(io::ErrorKind::StaleNetworkFileHandle));
+        }
+        let inside = self.shared.base.bytes_inside(range.offset(), range.len()) as usize;
+        buf.fill_zero(inside, buf.len() - inside);
+        match buf.slice(0, inside) {
+            Some(buf) if !buf.is_empty() => {
+                self.push_part(
+                    slot,
+                    Op::Read { file: BASE, offset: range.offset(), buf: Buffer::Guest(buf) },
+                );
+            }
+            _ => {}
+        }
+    }
+
+    /// Step 4: gives up whole blocks that the session owns. Anything else would make the disk dirty
+    /// for nothing.
+    fn discard(&mut self, slot: usize, range: BlockRange) {
+        let shared = Arc::clone(&self.shared);
+        for (owned, run) in shared.owned.mixed_runs(shared.geometry.covered(range)) {
+            if !owned {
+                continue;
+            }
+            if let Some(part) = shared.geometry.bytes_of(run) {
+                self.push_part(slot, Op::Punch { file: DISK, offset: part.offset(), len: part.len() });
+            }
+        }
+    }
+
+    fn push_sync(&mut self, slot: usize) {
+        if let Some(state) = self.slots.get_mut(slot) {
+            state.is_sync = true;
+        }
+        self.push_part(slot, Op::SyncData { file: DISK });
+    }
+
+    /// Hands an operation to the engine as a part of the request in `slot`.
+    fn push_part(&mut self, slot: usize, op: Op) {
+        if let Some(state) = self.slots.get_mut(slot) {
+            state.parts += 1;
+        }
+        self.push_op(slot as u64, op);
+    }
+
+    fn push_op(&mut self, token: u64, op: Op) {
+        self.unsubmitted = true;
+        self.engine.push(token, op);
+    }
+
+    /// Notes a failure of the request in `slot`; it is answered when its parts are done.
+    fn fail(&mut self, slot: usize, error: io::Error) {
+        if let Some(state) = self.slots.get_mut(slot)
+            && state.error.is_none()
+        {
+            state.error = Some(error);
+        }
+    }
+
+    /// Takes finished operations from the engine.
+    fn complete(&mut self) {
+        let mut completions = std::mem::take(&mut self.completions);
+        self.engine.reap(&mut completions);
+        for completion in completions.drain(..) {
+            if completion.token & FILL == 0 {
+                self.part_done(completion.token as usize, completion.result);
+            } else {
+                let bounce = match completion.buf {
+                    Some(Buffer::Owned(buf)) => Some(buf),
+                    _ => None,
+                };
+                self.filled((completion.token & !FILL) as usize, completion.result, bounce);
+            }
+        }
+        self.completions = completions;
+    }
+
+    /// One part of the request in `slot` is done; the last one finishes it or sends it on.
+    fn part_done(&mut self, slot: usize, result: io::Result<()>) {
+        if let Err(error) = result {
+            self.fail(slot, error);
+        }
+        let Some(state) = self.slots.get_mut(slot) else { return };
+        state.parts -= 1;
+        if state.parts > 0 {
+            return;
+        }
+        if state.is_sync && state.error.is_some() {
+            self.shared.poison();
+            return self.finish(slot);
+        }
+        if state.error.is_none() && std::mem::take(&mut state.sync_after) {
+            return self.push_sync(slot);
+        }
+        if state.error.is_none() && !state.taking.is_empty() {
+            self.to_take.push(slot);
+        } else {
+            self.finish(slot);
+        }
+    }
+
+    /// Answers the request in `slot` and gives back what it held.
+    fn finish(&mut self, slot: usize) {
+        let Some(state) = self.slots.get_mut(slot) else { return };
+        self.shared.claims.release(&state.claimed);
+        state.claimed.clear();
+        state.taking.clear();
+        let result = state.error.take().map_or(Ok(()), Err);
+        self.ready.push(Done { token: state.token, result });
+        self.slots.put_back(slot);
+    }
+
+    /// Reads `block` of the base into a bounce block, with a read of its own if the base has all of it.
+    fn bounce_from_base(&mut self, block: BlockRange) -> io::Result<(AlignedBuf, bool)> {
+        if !self.shared.base_is_good() {
+            return Err(failed(io::ErrorKind::StaleNetworkFileHandle));
+        }
+        let mut bounce = AlignedBuf::new_zeroed(block.len() as usize);
+        let inside = self.shared.base.bytes_inside(block.offset(), block.len());
+        if inside == block.len() {
+            return Ok((bounce, true));
+        }
+        // The one block in which the base ends.
+        self.shared.base.read_at(&mut bounce, block.offset()).map_err(io::Error::other)?;
+        Ok((bounce, false))
+    }
+}
+
+impl Drop for DiskQueue {
+    fn drop(&mut self) {
+        // Claims of requests on their way must not outlive them.
+        let mut unanswered = Vec::new();
+        self.cancel_parked();
+        self.quiesce(&mut unanswered);
+        self.counters.in_flight.store(0, Ordering::SeqCst);
+        self.counters.bytes_written.store(0, Ordering::Relaxed);
+        self.shared.bytes_of_gone_queues.fetch_add(self.bytes_written, Ordering::Relaxed);
+    }
+}

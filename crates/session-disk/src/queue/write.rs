@@ -1,0 +1,248 @@
+//! What a write becomes: steps 1 to 5 of the crash order (see the module above).
+
+use std::io;
+use std::sync::Arc;
+
+use blockio::{AlignedBuf, Buffer, Op};
+use blocks::{BlockRange, Extent};
+
+use super::{DiskQueue, FILL, failed};
+use crate::request::{Data, Write};
+use crate::shared::{BASE, DISK, FlushPolicy};
+
+/// A bounce block on its way: part of a pending block is being written.
+#[derive(Debug)]
+pub(super) struct Fill {
+    /// The request.
+    slot: usize,
+    /// The whole block.
+    block: BlockRange,
+    /// The part of it that is written.
+    part: BlockRange,
+    /// With what.
+    data: Data,
+}
+
+impl DiskQueue {
+    /// Begins a write, or parks it until the claims that it needs are free.
+    pub(super) fn start_write(&mut self, slot: usize, write: Write) {
+        if write.durable
+            && self.shared.flush == FlushPolicy::Always
+            && let Some(state) = self.slots.get_mut(slot)
+        {
+            state.sync_after = true;
+        }
+        let touched = write.range.touched();
+        let shared = Arc::clone(&self.shared);
+        if shared.pending.is_empty() || !shared.pending.intersects(touched) {
+            return self.write_clean(slot, write.range, write.data);
+        }
+        let Some(state) = self.slots.get_mut(slot) else { return };
+        state.claimed.clear();
+        state
+            .claimed
+            .extend(shared.pending.mixed_runs(touched).filter(|(pending, _)| *pending).map(|(_, run)| run));
+        if !shared.claims.try_claim(&state.claimed, &self.waker) {
+            state.claimed.clear();
+            state.parts += 1;
+            state.parked = Some(write);
+            self.parked.push_back(slot);
+            return;
+        }
+        // Looked at again: what was drained or taken before we had the claim is not pending any more.
+        for (pending, run) in shared.pending.mixed_runs(touched) {
+            let Some(part) = write.range.within(run) else { continue };
+            let Some(data) = write.data.part(write.range, part) else {
+                return self.fail(slot, failed(io::ErrorKind::InvalidInput));
+            };
+            if pending {
+                self.write_pending(slot, run, part, data);
+            } else {
+                self.write_clean(slot, part, data);
+            }
+        }
+    }
+
+    /// Begins the parked writes again, oldest first; those that still get no claims park again.
+    pub(super) fn retry_parked(&mut self) {
+        for _ in 0..self.parked.len() {
+            let Some(slot) = self.parked.pop_front() else { return };
+            let Some(write) = self.slots.get_mut(slot).and_then(|state| state.parked.take()) else {
+                continue;
+            };
+            self.start_write(slot, write);
+            self.part_done(slot, Ok(()));
+        }
+    }
+
+    /// Step 1: blocks that are not pending. Those that the session does not own yet are staged, to be
+    /// logged at the end of the pass.
+    fn write_clean(&mut self, slot: usize, range: BlockRange, data: Data) {
+        let touched = range.touched();
+        let op = data_op(range, data);
+        if self.shared.owned.contains_all(touched) {
+            return self.push_part(slot, op);
+        }
+        let missing = self.shared.owned.mixed_runs(touched).filter(|(owned, _)| !owned).map(|(_, run)| run);
+        self.first_touches.extend(missing);
+        if let Some(state) = self.slots.get_mut(slot) {
+            state.parts += 1;
+        }
+        self.staged.push((slot, op));
+    }
+
+    /// The rest of step 1, for all staged writes of a pass: intents, record, live page, L; only
+    /// then the data. If any of it fails, nothing changes and the writes fail (invariant 6).
+    pub(super) fn log_first_touches(&mut self) {
+        let mut staged = std::mem::take(&mut self.staged);
+        Extent::normalize(&mut self.first_touches);
+        let logged = self
+            .first_touches
+            .iter()
+            .try_for_each(|extent| self.shared.intents.ensure(*extent).map_err(io::Error::other))
+            .and_then(|()| self.shared.own(&self.first_touches));
+        self.first_touches.clear();
+        match logged {
+            Ok(()) => {
+                for (slot, op) in staged.drain(..) {
+                    self.push_op(slot as u64, op);
+                }
+            }
+            Err(error) => {
+                let message = error.to_string();
+                log::warn!(
+                    "{}: a write was not logged and fails: {message}",
+                    self.shared.disk.path().display()
+                );
+                for (slot, _) in staged.drain(..) {
+                    self.part_done(slot, Err(io::Error::new(error.kind(), message.clone())));
+                }
+            }
+        }
+        // The vector goes back for its room; nothing staged anything meanwhile.
+        if self.staged.is_empty() {
+            self.staged = staged;
+        }
+    }
+
+    /// Steps 2 and 3 up to the data: a claimed run of pending blocks, of which `part` is written.
+    fn write_pending(&mut self, slot: usize, run: Extent, part: BlockRange, data: Data) {
+        if let Err(error) = self.shared.intents.ensure(run) {
+            log::warn!("{}: a write fails: {error}", self.shared.disk.path().display());
+            return self.fail(slot, io::Error::other(error));
+        }
+        let whole = self.shared.geometry.covered(part).intersection(run);
+        // At most one partly covered block at either side of the wholly covered ones.
+        let (head, tail) = if whole.is_empty() {
+            (part.touched(), Extent::new(run.end(), 0))
+        } else {
+            (Extent::between(run.first(), whole.first()), Extent::between(whole.end(), run.end()))
+        };
+        let edges = [head, tail];
+        let single_blocks =
+            edges.iter().flat_map(|e| (e.first()..e.end()).map(|block| Extent::new(block, 1)));
+        for block in single_blocks {
+            self.fill_block(slot, block, part, &data);
+        }
+        if let Some(inner) = part.within(whole)
+            && let Some(data) = data.part(part, inner)
+        {
+            self.push_part(slot, data_op(inner, data));
+        }
+        if let Some(state) = self.slots.get_mut(slot) {
+            state.taking.push(run);
+        }
+    }
+
+    /// Step 3: the base's content of a partly written block goes into a bounce block first.
+    fn fill_block(&mut self, slot: usize, block: Extent, part: BlockRange, data: &Data) {
+        let Some(bytes) = self.shared.geometry.bytes_of(block) else { return };
+        let Some(inner) = part.within(block) else { return };
+        let Some(data) = data.part(part, inner) else {
+            return self.fail(slot, failed(io::ErrorKind::InvalidInput));
+        };
+        let fill = Fill { slot, block: bytes, part: inner, data };
+        match self.bounce_from_base(bytes) {
+            Err(error) => self.fail(slot, error),
+            Ok((bounce, read)) => {
+                if let Some(state) = self.slots.get_mut(slot) {
+                    state.parts += 1;
+                }
+                if read {
+                    let index = self.free_fills.pop().unwrap_or_else(|| {
+                        self.fills.push(None);
+                        self.fills.len() - 1
+                    });
+                    if let Some(place) = self.fills.get_mut(index) {
+                        *place = Some(fill);
+                    }
+                    let op = Op::Read { file: BASE, offset: bytes.offset(), buf: Buffer::Owned(bounce) };
+                    self.push_op(FILL | index as u64, op);
+                } else {
+                    self.write_filled(fill, bounce);
+                }
+            }
+        }
+    }
+
+    /// A bounce block was read: merge and write it.
+    pub(super) fn filled(&mut self, index: usize, result: io::Result<()>, bounce: Option<AlignedBuf>) {
+        let Some(fill) = self.fills.get_mut(index).and_then(Option::take) else { return };
+        self.free_fills.push(index);
+        match (result, bounce) {
+            (Ok(()), Some(bounce)) => self.write_filled(fill, bounce),
+            (Ok(()), None) => self.part_done(fill.slot, Err(failed(io::ErrorKind::InvalidData))),
+            (Err(error), _) => self.part_done(fill.slot, Err(error)),
+        }
+    }
+
+    /// Writes the whole block: the base's content with the guest's over it. The part was counted
+    /// when the fill began.
+    fn write_filled(&mut self, fill: Fill, mut bounce: AlignedBuf) {
+        let at = (fill.part.offset() - fill.block.offset()) as usize;
+        fill.data.merge_into(&mut bounce, at, fill.part.len() as usize);
+        let op =
+            Op::Write { file: DISK, offset: fill.block.offset(), buf: Buffer::Owned(bounce), dsync: false };
+        self.push_op(fill.slot as u64, op);
+    }
+
+    /// The rest of steps 2 and 3, for all requests whose data has reached the disk: record, live page, L, then clear P and
+    /// release. If the record fails the blocks stay pending, and the requests fail.
+    pub(super) fn take_blocks(&mut self) {
+        if self.to_take.is_empty() {
+            return;
+        }
+        let slots = std::mem::take(&mut self.to_take);
+        let mut taken: Vec<Extent> = Vec::new();
+        for slot in &slots {
+            if let Some(state) = self.slots.get_mut(*slot) {
+                taken.extend_from_slice(&state.taking);
+            }
+        }
+        Extent::normalize(&mut taken);
+        let result = self.shared.own(&taken);
+        if result.is_ok() {
+            for extent in &taken {
+                self.shared.pending.remove(*extent);
+            }
+            self.shared.live.set_pending(self.shared.pending.count());
+        }
+        for slot in slots {
+            if let Err(error) = &result {
+                self.fail(slot, io::Error::new(error.kind(), error.to_string()));
+            }
+            self.finish(slot);
+        }
+    }
+}
+
+fn data_op(range: BlockRange, data: Data) -> Op {
+    match data {
+        Data::Guest(buf) => {
+            Op::Write { file: DISK, offset: range.offset(), buf: Buffer::Guest(buf), dsync: false }
+        }
+        Data::Zeroes { may_unmap } => {
+            Op::Zero { file: DISK, offset: range.offset(), len: range.len(), may_unmap }
+        }
+    }
+}

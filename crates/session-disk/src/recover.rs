@@ -1,0 +1,137 @@
+//! What a disk's state says about its blocks after a stop, a kill or a power cut. No I/O.
+//!
+//! Crash order, step 10: every log that is not retired speaks for the blocks it names. A log is exact
+//! if it is sealed, or if the live page says how much of it counts; then what it does not name is
+//! untouched. After a power cut (no live page) the intents name every region that may have been
+//! touched since. A log that should be exact and is not can hide anything: all blocks are pending.
+
+use std::fmt;
+
+use base_image::BaseIdentity;
+use blocks::{BlockSet, Geometry};
+use uuid::Uuid;
+use write_log::{LogContents, LogKind};
+
+use crate::live::LiveMark;
+use crate::manifest::{LogEntry, Manifest};
+
+/// A log as it was found: its contents, or why there are none.
+pub(crate) type FoundLog = Result<LogContents, String>;
+
+/// Which blocks may not hold the base's contents, and why that is known.
+#[derive(Debug)]
+pub(crate) struct Verdict {
+    /// The pending set.
+    pub pending: BlockSet,
+    /// How it was found.
+    pub basis: Basis,
+}
+
+/// What a verdict rests on, from the best to the worst.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Basis {
+    /// No log: the disk was left pristine and nobody wrote to it since.
+    Pristine,
+    /// Every log is exact.
+    ExactLogs,
+    /// The live page is gone: readable records and all intended regions.
+    Intents,
+    /// Something can't be trusted, so nothing is: all blocks.
+    Everything(Distrust),
+}
+
+/// Why all blocks are pending.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Distrust {
+    /// The disk was changed while it was pristine and nobody served it.
+    WrittenFromOutside,
+    /// A log is missing or can't be read; its name, and why.
+    LogUnreadable(String, String),
+    /// A log is of another disk or another session than the manifest says; its name.
+    WrongLog(String),
+    /// A log is not what the live page or its seal says; its name.
+    LogDamaged(String),
+}
+
+impl fmt::Display for Distrust {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::WrittenFromOutside => write!(f, "the disk was changed from outside while it was pristine"),
+            Self::LogUnreadable(log, why) => write!(f, "write log {log} can't be read: {why}"),
+            Self::WrongLog(log) => write!(f, "write log {log} belongs to another disk or session"),
+            Self::LogDamaged(log) => write!(f, "write log {log} is damaged"),
+        }
+    }
+}
+
+/// What is known besides the manifest.
+pub(crate) struct Evidence<'a> {
+    /// The disk as it is now; `None` for a block device, which has no witnesses.
+    pub(crate) disk_now: Option<&'a BaseIdentity>,
+    /// The logs of the manifest, in its order.
+    pub(crate) logs: Vec<(LogEntry, FoundLog)>,
+    /// The live page's mark, if the page is of this boot and this disk.
+    pub(crate) live: Option<LiveMark>,
+    /// Whether there is a live page of this boot and this disk at all.
+    pub(crate) same_boot: bool,
+    /// The blocks of all intended regions.
+    pub(crate) intents: BlockSet,
+}
+
+/// Concludes which blocks are pending.
+pub(crate) fn conclude(manifest: &Manifest, geometry: Geometry, evidence: Evidence<'_>) -> Verdict {
+    let everything = |why| {
+        let pending = BlockSet::new(geometry.blocks());
+        pending.insert(geometry.all());
+        Verdict { pending, basis: Basis::Everything(why) }
+    };
+    let pending = BlockSet::new(geometry.blocks());
+    if evidence.logs.is_empty() {
+        return match (&manifest.pristine_since, evidence.disk_now) {
+            (Some(then), Some(now)) if then.change_to(now).is_some() => {
+                everything(Distrust::WrittenFromOutside)
+            }
+            (None, Some(_)) => everything(Distrust::WrittenFromOutside),
+            _ => Verdict { pending, basis: Basis::Pristine },
+        };
+    }
+    let mut exact = true;
+    for (entry, found) in evidence.logs {
+        let name = entry.id().file_name();
+        let contents = match found {
+            Ok(contents) => contents,
+            Err(why) => return everything(Distrust::LogUnreadable(name, why)),
+        };
+        if !is_the_log(&contents, &entry, manifest.disk, geometry) {
+            return everything(Distrust::WrongLog(name));
+        }
+        let blocks = match (entry.kind(), contents.sealed_blocks(), evidence.live) {
+            (_, Some(blocks), _) => blocks,
+            (LogKind::Session, None, Some(live)) if live.sequence == entry.sequence => {
+                match contents.blocks_at(live.mark) {
+                    Some(blocks) => blocks,
+                    None => return everything(Distrust::LogDamaged(name)),
+                }
+            }
+            // An earlier session's log is sealed when the session ends, and a kill can't undo that.
+            (LogKind::Session, None, _) if !evidence.same_boot => {
+                exact = false;
+                contents.readable_blocks()
+            }
+            _ => return everything(Distrust::LogDamaged(name)),
+        };
+        pending.insert_set(&blocks);
+    }
+    if !exact {
+        pending.insert_set(&evidence.intents);
+    }
+    Verdict { pending, basis: if exact { Basis::ExactLogs } else { Basis::Intents } }
+}
+
+fn is_the_log(contents: &LogContents, entry: &LogEntry, disk: Uuid, geometry: Geometry) -> bool {
+    let header = &contents.header;
+    header.id == entry.id()
+        && header.kind == entry.kind()
+        && header.disk == disk
+        && header.geometry == geometry
+}

@@ -1,0 +1,160 @@
+//! What the queues, the drain and the lifecycle of one disk share.
+
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use base_image::{BaseIdentity, BaseImage};
+use blockio::{EngineKind, File, FileIndex};
+use blocks::{BlockSet, Extent, Geometry};
+use write_log::LogWriter;
+
+use crate::Error;
+use crate::claims::Claims;
+use crate::intents::Intents;
+use crate::live::{LiveMark, LivePage};
+
+/// The session disk, in every engine of a disk.
+pub(crate) const DISK: FileIndex = FileIndex(0);
+/// The base.
+pub(crate) const BASE: FileIndex = FileIndex(1);
+
+/// What a guest's FLUSH does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum FlushPolicy {
+    /// Nothing: the session's data dies with the host anyway.
+    #[default]
+    Auto,
+    /// `fdatasync` of the session disk.
+    Always,
+    /// Nothing, whatever the session's policy.
+    Never,
+}
+
+/// One disk's sets and files. The letters are those of the crash order in the design.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) geometry: Geometry,
+    pub(crate) disk: Arc<File>,
+    pub(crate) base: BaseImage,
+    /// What the base must look like.
+    pub(crate) base_identity: BaseIdentity,
+    pub(crate) engine: EngineKind,
+    pub(crate) flush: FlushPolicy,
+    /// P: blocks that may not hold the base's content and are not this session's.
+    pub(crate) pending: BlockSet,
+    /// L: blocks that are committed in this session's log. Added to only after the append returned.
+    pub(crate) owned: BlockSet,
+    /// C, and the generation.
+    pub(crate) claims: Claims,
+    pub(crate) intents: Intents,
+    pub(crate) live: LivePage,
+    /// The open session's log.
+    log: Mutex<Option<LogWriter>>,
+    /// Whether requests are taken.
+    pub(crate) open: AtomicBool,
+    /// A sync failed: nothing can be vouched for any more.
+    poisoned: AtomicBool,
+    /// The base changed while it was in use.
+    base_changed: AtomicBool,
+    /// Bytes that guests wrote through queues that are gone.
+    pub(crate) bytes_of_gone_queues: AtomicU64,
+}
+
+/// Numbers that one queue counts for itself.
+#[derive(Debug, Default)]
+pub(crate) struct QueueCounters {
+    pub(crate) in_flight: AtomicUsize,
+    pub(crate) bytes_written: AtomicU64,
+}
+
+pub(crate) struct Parts {
+    pub(crate) geometry: Geometry,
+    pub(crate) disk: Arc<File>,
+    pub(crate) base: BaseImage,
+    pub(crate) base_identity: BaseIdentity,
+    pub(crate) engine: EngineKind,
+    pub(crate) flush: FlushPolicy,
+    pub(crate) pending: BlockSet,
+    pub(crate) intents: Intents,
+    pub(crate) live: LivePage,
+}
+
+impl Shared {
+    pub(crate) fn new(parts: Parts) -> Self {
+        Self {
+            geometry: parts.geometry,
+            disk: parts.disk,
+            base: parts.base,
+            base_identity: parts.base_identity,
+            engine: parts.engine,
+            flush: parts.flush,
+            owned: BlockSet::new(parts.pending.bound()),
+            pending: parts.pending,
+            claims: Claims::default(),
+            intents: parts.intents,
+            live: parts.live,
+            log: Mutex::new(None),
+            open: AtomicBool::new(false),
+            poisoned: AtomicBool::new(false),
+            base_changed: AtomicBool::new(false),
+            bytes_of_gone_queues: AtomicU64::new(0),
+        }
+    }
+
+    /// The files of an engine for this disk, at [`DISK`] and [`BASE`].
+    pub(crate) fn files(&self) -> Vec<Arc<File>> {
+        vec![Arc::clone(&self.disk), Arc::clone(self.base.file())]
+    }
+
+    pub(crate) fn log(&self) -> MutexGuard<'_, Option<LogWriter>> {
+        self.log.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Makes `extents` this session's, in the log first: crash order, the middle of steps 1 and 2.
+    ///
+    /// The record is appended, then the live page says that it counts, and only then are the
+    /// blocks in L, so that no queue can take a block for logged that is not.
+    pub(crate) fn own(&self, extents: &[Extent]) -> io::Result<()> {
+        let mut log = self.log();
+        let writer = log.as_mut().ok_or_else(|| io::Error::other("no session is open"))?;
+        let sequence = writer.header().id.seq;
+        let mark = writer.append(extents, &self.owned).map_err(io::Error::other)?;
+        self.live.set_mark(LiveMark { sequence, mark });
+        for extent in extents {
+            self.owned.insert(*extent);
+        }
+        self.live.set_dirty(self.owned.count());
+        Ok(())
+    }
+
+    pub(crate) fn poison(&self) {
+        if !self.poisoned.swap(true, Ordering::AcqRel) {
+            log::error!("{}", Error::Poisoned(self.disk.path().to_owned()));
+        }
+    }
+
+    pub(crate) fn is_poisoned(&self) -> bool {
+        self.poisoned.load(Ordering::Acquire)
+    }
+
+    /// Fails, now and for ever, once the base is not what it was.
+    pub(crate) fn check_base(&self) -> Result<(), Error> {
+        let result = self.base.check(&self.base_identity);
+        if let Err(base_image::BaseError::Changed { .. }) = &result {
+            self.base_changed.store(true, Ordering::Release);
+        }
+        if result.is_ok() && self.base_changed.load(Ordering::Acquire) {
+            return Err(Error::Refused(format!(
+                "base image {} was changed while it was in use",
+                self.base.path().display()
+            )));
+        }
+        Ok(result?)
+    }
+
+    /// Whether the base may be read for guests.
+    pub(crate) fn base_is_good(&self) -> bool {
+        !self.base_changed.load(Ordering::Acquire)
+    }
+}

@@ -1,0 +1,107 @@
+//! What state a disk is in, also while a server runs. Looks only, locks nothing, changes nothing.
+
+use std::path::PathBuf;
+
+use blockio::{File, OpenOptions};
+use blocks::BLOCK_SIZE;
+use serde::Serialize;
+
+use crate::live::{Before, LivePage};
+use crate::manifest::Manifest;
+use crate::open::{check_size, judge};
+use crate::process::ProcessId;
+use crate::recover::Basis;
+use crate::{DiskOptions, Error};
+
+/// The state of a disk, one word.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DiskState {
+    /// Every byte equals the base; nobody has a session.
+    Pristine,
+    /// A session is open.
+    InSession,
+    /// A server runs, no session is open, and blocks are being restored.
+    Restoring,
+    /// No server runs and blocks are pending: `restore` or the next `serve` goes on.
+    Interrupted,
+}
+
+/// What is known of a disk.
+#[derive(Clone, Debug, Serialize)]
+pub struct Status {
+    /// In one word.
+    pub state: DiskState,
+    /// Blocks that the open session owns.
+    pub dirty_blocks: u64,
+    /// Blocks that are not restored yet.
+    pub pending_blocks: u64,
+    /// Size of a block in bytes.
+    pub block_size: u64,
+    /// Blocks of the disk.
+    pub blocks: u64,
+    /// Size of the disk in bytes.
+    pub size: u64,
+    /// The base.
+    pub base: PathBuf,
+    /// The process that serves the disk.
+    pub server_pid: Option<u32>,
+    /// The process that owns the open session, if its identity is known.
+    pub session_owner_pid: Option<u32>,
+    /// Logs that are not retired.
+    pub logs: usize,
+    /// Whether the drain's last attempt failed; it tries again.
+    pub drain_failing: bool,
+    /// Why all blocks are pending, if the state could not be trusted.
+    pub distrust: Option<String>,
+}
+
+/// Looks at a disk.
+///
+/// # Errors
+/// If it was not provisioned or its state can't be read.
+pub fn status(options: &DiskOptions) -> Result<Status, Error> {
+    let paths = options.paths();
+    let manifest = Manifest::load(&paths)?;
+    let disk = File::open(&options.disk, OpenOptions { write: false, direct: false, exclusive: false })?;
+    let geometry = check_size(&disk, &manifest)?;
+    let mut status = Status {
+        state: DiskState::Pristine,
+        dirty_blocks: 0,
+        pending_blocks: 0,
+        block_size: BLOCK_SIZE,
+        blocks: geometry.blocks(),
+        size: geometry.size(),
+        base: manifest.base.path.clone(),
+        server_pid: None,
+        session_owner_pid: None,
+        logs: manifest.logs.len(),
+        drain_failing: false,
+        distrust: None,
+    };
+    let live = LivePage::inspect(&paths.live_page(manifest.disk), manifest.disk);
+    if let Some(live) = &live
+        && let Some(server) = live.server().filter(|server| server.is_alive())
+    {
+        (status.dirty_blocks, status.pending_blocks) = live.counts();
+        status.server_pid = Some(server.pid);
+        status.session_owner_pid = live.owner().map(|owner: ProcessId| owner.pid);
+        status.drain_failing = live.drain_is_failing();
+        status.state = match (live.session_is_open(), status.pending_blocks) {
+            (true, _) => DiskState::InSession,
+            (false, 0) => DiskState::Pristine,
+            (false, _) => DiskState::Restoring,
+        };
+        return Ok(status);
+    }
+    let before = Before { same_boot: live.is_some(), mark: live.as_ref().and_then(LivePage::mark) };
+    let verdict = judge(&paths, &manifest, geometry, &disk, before)?;
+    status.pending_blocks = verdict.pending.count();
+    if status.pending_blocks > 0 {
+        status.state = DiskState::Interrupted;
+    }
+    if let Basis::Everything(why) = verdict.basis {
+        status.distrust = Some(why.to_string());
+    }
+    Ok(status)
+}
