@@ -1,0 +1,225 @@
+//! The device as the vhost-user library sees it: one per connection of a frontend.
+
+use std::{
+    io,
+    os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use rustix::event::EventfdFlags;
+use vhost::vhost_user::message::VhostUserProtocolFeatures;
+use vhost_user_backend::VhostUserBackend;
+use vm_memory::GuestAddressSpace;
+use vmm_sys_util::{
+    epoll::EventSet,
+    event::{EventConsumer, EventNotifier},
+};
+
+use crate::{
+    config::{self, DeviceConfig},
+    disk::{AnyError, Disk, DiskTraits},
+    limit::RateLimit,
+    request::Memory,
+    vring::{SharedMemory, Vring},
+    worker::Worker,
+};
+
+/// What all workers of a connection share. Nothing in it is locked on the data path.
+pub(crate) struct Device {
+    pub(crate) config: DeviceConfig,
+    pub(crate) disk: DiskTraits,
+    memory: SharedMemory,
+    acked_features: AtomicU64,
+    /// The guest's cache switch (`writeback` in the configuration space).
+    writeback: AtomicBool,
+    stopping: AtomicBool,
+    warnings: RateLimit,
+}
+
+impl Device {
+    /// The guest's memory as it is mapped now.
+    pub(crate) fn memory(&self) -> Arc<Memory> {
+        self.memory.memory().into_inner()
+    }
+
+    /// Whether workers must let go of their rings.
+    pub(crate) fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Relaxed)
+    }
+
+    /// Whether writes must be durable before they are acknowledged.
+    pub(crate) fn is_write_through(&self) -> bool {
+        let writeback = self.writeback.load(Ordering::Relaxed);
+        config::is_write_through(self.acked_features.load(Ordering::Relaxed), writeback)
+    }
+
+    /// Logs something that a guest or frontend has done wrong, now and then.
+    pub(crate) fn warn(&self, message: impl FnOnce() -> String) {
+        self.warnings.warn(message);
+    }
+}
+
+/// The device and its workers, one per queue.
+pub(crate) struct Backend {
+    device: Device,
+    workers: Vec<Mutex<Worker>>,
+    /// Per worker, the event that ends its thread. The library keeps the number registered without
+    /// owning the descriptor; we do, for longer than the library's threads live.
+    exits: Vec<OwnedFd>,
+}
+
+impl Backend {
+    /// A device on `disk` for one connection, whose guest has no memory yet.
+    pub(crate) fn new(disk: &dyn Disk, config: DeviceConfig) -> Result<Self, AnyError> {
+        let mut workers = Vec::new();
+        let mut exits = Vec::new();
+        for _ in 0..config.num_queues {
+            let io = disk.queue(u32::from(config.queue_size))?;
+            let poll_max = Duration::from_micros(u64::from(config.poll_max_us));
+            workers.push(Mutex::new(Worker::new(io, config.queue_size, poll_max)));
+            exits.push(rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
+        }
+        let device = Device {
+            config,
+            disk: disk.traits(),
+            memory: SharedMemory::new(Memory::new()),
+            acked_features: AtomicU64::new(0),
+            writeback: AtomicBool::new(true),
+            stopping: AtomicBool::new(false),
+            warnings: RateLimit::new(),
+        };
+        Ok(Self { device, workers, exits })
+    }
+
+    /// The memory that the library is to fill.
+    pub(crate) fn shared_memory(&self) -> SharedMemory {
+        self.device.memory.clone()
+    }
+
+    /// Descriptors that wake each worker when I/O is complete. They stay open as long as `self`.
+    pub(crate) fn wait_fds(&self) -> Vec<Vec<RawFd>> {
+        let fds = |worker| lock(worker).io().wait_fds().iter().map(|fd| fd.as_raw_fd()).collect();
+        self.workers.iter().map(fds).collect()
+    }
+
+    /// Makes workers let go of their rings, for good.
+    pub(crate) fn stop(&self) {
+        self.device.stopping.store(true, Ordering::Relaxed);
+    }
+
+    /// Waits for all I/O in flight of all queues, and publishes the answers.
+    pub(crate) fn drain(&self) {
+        for worker in &self.workers {
+            lock(worker).drain(&self.device);
+        }
+    }
+
+    /// Whether no I/O of any queue is in flight.
+    pub(crate) fn is_quiet(&self) -> bool {
+        self.workers.iter().all(|worker| lock(worker).is_quiet())
+    }
+
+    fn worker(&self, index: usize) -> Option<MutexGuard<'_, Worker>> {
+        self.workers.get(index).map(lock)
+    }
+}
+
+/// A worker is never left in a state that a panic could have spoilt: there is none on its path.
+fn lock(worker: &Mutex<Worker>) -> MutexGuard<'_, Worker> {
+    worker.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl VhostUserBackend for Backend {
+    type Bitmap = ();
+    type Vring = Vring;
+
+    fn num_queues(&self) -> usize {
+        self.workers.len()
+    }
+
+    fn max_queue_size(&self) -> usize {
+        usize::from(self.device.config.queue_size)
+    }
+
+    fn features(&self) -> u64 {
+        config::features(&self.device.config, &self.device.disk)
+    }
+
+    fn acked_features(&self, features: u64) {
+        self.device.acked_features.store(features, Ordering::Relaxed);
+    }
+
+    fn protocol_features(&self) -> VhostUserProtocolFeatures {
+        config::protocol_features()
+    }
+
+    /// RESET_DEVICE: all rings are disabled already. When this returns, nothing touches the
+    /// guest's memory any more. It is not the end of a session.
+    fn reset_device(&self) {
+        self.drain();
+        self.device.writeback.store(true, Ordering::Relaxed);
+    }
+
+    fn set_event_idx(&self, _enabled: bool) {}
+
+    fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
+        let writeback = self.device.writeback.load(Ordering::Relaxed);
+        config::read(&self.device.config, &self.device.disk, writeback, offset, size)
+    }
+
+    fn set_config(&self, offset: u32, buf: &[u8]) -> io::Result<()> {
+        if let Some(writeback) = config::written_writeback(offset, buf) {
+            self.device.writeback.store(writeback, Ordering::Relaxed);
+        }
+        // Never an error: that would close the connection for a guest's mistake.
+        Ok(())
+    }
+
+    fn update_memory(&self, _mem: SharedMemory) -> io::Result<()> {
+        // It is the one that workers look at in each pass; requests on their way keep the old one.
+        Ok(())
+    }
+
+    fn queues_per_thread(&self) -> Vec<u64> {
+        (0..self.workers.len()).map(|queue| 1 << queue).collect()
+    }
+
+    fn exit_event(&self, thread_index: usize) -> Option<(EventConsumer, EventNotifier)> {
+        let exit = self.exits.get(thread_index)?;
+        let notifier = exit.try_clone().ok()?;
+        // SAFETY: the library takes the number out of the consumer at once and never closes it
+        // (0.24, `VringEpollHandler::new`); the descriptor is open as long as `self` lives.
+        let consumer = unsafe { EventConsumer::from_raw_fd(exit.as_raw_fd()) };
+        // SAFETY: the notifier owns the duplicate, which nobody else does.
+        let notifier = unsafe { EventNotifier::from_raw_fd(notifier.into_raw_fd()) };
+        Some((consumer, notifier))
+    }
+
+    /// GET_VRING_BASE: the ring is stopped already. When this returns, every request that was
+    /// taken from it is answered, so that its position says all. It is not the end of a session.
+    fn stop_vring(&self, queue_index: u32) -> io::Result<()> {
+        if let Some(mut worker) = self.worker(queue_index as usize) {
+            worker.drain(&self.device);
+        }
+        Ok(())
+    }
+
+    /// A kick, a completion, or a ring was started: all the same, the worker looks at everything.
+    /// Never an error: that would end the worker's thread.
+    fn handle_event(
+        &self,
+        _device_event: u16,
+        _evset: EventSet,
+        vrings: &[Vring],
+        thread_id: usize,
+    ) -> io::Result<()> {
+        if let (Some(vring), Some(mut worker)) = (vrings.first(), self.worker(thread_id)) {
+            worker.run(&self.device, vring);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,210 @@
+//! When a session begins and when it ends: a pure state machine, without I/O and without a clock.
+//!
+//! A session begins with the first ring that a frontend starts, and ends when its owner is gone:
+//!
+//! - Stopping rings (GET_VRING_BASE), resetting or disabling them never ends it: those are
+//!   reboots, pauses and snapshots. There is not even an input for them.
+//! - End of the connection and end of the owner's process end it. While the process lives, the
+//!   session stays open without limit, and the same process may come back to it.
+//! - A stranger that connects meanwhile is held, its handshake unanswered. When it has waited the
+//!   grace, the session ends and the stranger gets a new one.
+//! - If the owner's process can't be watched (it is in another pid namespace), the session ends
+//!   when the grace has passed after the end of the connection. Nobody can prove to be the owner.
+//! - A frontend that connects while another one is connected is turned away.
+//! - A frontend without a session whose rings are not fresh is a guest that was restored, or one
+//!   whose session is over: refused, for it would see other contents under its file system.
+
+use std::time::{Duration, Instant};
+
+use session_disk::ProcessId;
+
+/// Who is at the other end of a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Identity {
+    /// The process, if it is known well enough to recognise it.
+    pub(crate) process: Option<ProcessId>,
+    /// Whether its end will be noticed.
+    pub(crate) watched: bool,
+}
+
+/// What to do with a new connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Admission {
+    /// Serve it. If a session is open, it goes on; a stranger that was held is turned away.
+    Serve,
+    /// Leave it unanswered until the state changes.
+    Hold,
+    /// Close it.
+    Refuse(&'static str),
+}
+
+/// What the start of a ring means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum RingStart {
+    /// A session begins before the ring may start; report a failure with [`Boundary::begin_failed`].
+    Begin,
+    /// The session is open already.
+    Continue,
+    /// Close the connection.
+    Refuse(&'static str),
+}
+
+/// Why a session ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EndReason {
+    /// The process of the frontend is gone.
+    OwnerExited,
+    /// The frontend disconnected, and its process can't be watched.
+    Disconnected,
+    /// Another frontend has waited long enough.
+    TakenOver,
+    /// The operator wanted it.
+    Operator,
+}
+
+impl std::fmt::Display for EndReason {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            EndReason::OwnerExited => "the VM's process is gone",
+            EndReason::Disconnected => "the VM disconnected",
+            EndReason::TakenOver => "another VM took over",
+            EndReason::Operator => "ended by the operator",
+        })
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// No session, nobody connected.
+    Idle,
+    /// A frontend is connected.
+    Served { owner: Identity, session: bool },
+    /// The session is open, its frontend is not connected.
+    Orphaned { owner: Identity, since: Instant, stranger_since: Option<Instant> },
+}
+
+/// The state machine.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Boundary {
+    state: State,
+    grace: Duration,
+}
+
+impl Boundary {
+    pub(crate) fn new(grace: Duration) -> Self {
+        Self { state: State::Idle, grace }
+    }
+
+    /// A session is open whose owner is not known any more.
+    pub(crate) fn with_open_session(grace: Duration, now: Instant) -> Self {
+        let owner = Identity { process: None, watched: false };
+        Self { state: State::Orphaned { owner, since: now, stranger_since: None }, grace }
+    }
+
+    /// A frontend has connected. Also asked again for a held one when a session has ended.
+    pub(crate) fn connected(&mut self, peer: Identity, now: Instant) -> Admission {
+        match &mut self.state {
+            State::Served { .. } => Admission::Refuse("another frontend is connected"),
+            State::Idle => {
+                self.state = State::Served { owner: peer, session: false };
+                Admission::Serve
+            }
+            State::Orphaned { owner, .. } if owner.process.is_some() && owner.process == peer.process => {
+                self.state = State::Served { owner: peer, session: true };
+                Admission::Serve
+            }
+            State::Orphaned { stranger_since: Some(_), .. } => {
+                Admission::Refuse("another frontend is waiting for the session to end")
+            }
+            State::Orphaned { stranger_since, .. } => {
+                *stranger_since = Some(now);
+                Admission::Hold
+            }
+        }
+    }
+
+    /// The held frontend has hung up.
+    pub(crate) fn stranger_left(&mut self) {
+        if let State::Orphaned { stranger_since, .. } = &mut self.state {
+            *stranger_since = None;
+        }
+    }
+
+    /// The connected frontend is about to start a ring; `fresh`: from its beginning.
+    pub(crate) fn ring_starts(&mut self, fresh: bool) -> RingStart {
+        match &mut self.state {
+            State::Served { session: true, .. } => RingStart::Continue,
+            State::Served { session, .. } if fresh => {
+                *session = true;
+                RingStart::Begin
+            }
+            State::Served { .. } => RingStart::Refuse(
+                "its rings are not fresh: it belongs to a session that has ended, or to a restored guest",
+            ),
+            State::Idle | State::Orphaned { .. } => RingStart::Refuse("it is not connected"),
+        }
+    }
+
+    /// The session that [`RingStart::Begin`] asked for could not begin.
+    pub(crate) fn begin_failed(&mut self) {
+        if let State::Served { session, .. } = &mut self.state {
+            *session = false;
+        }
+    }
+
+    /// The connected frontend is gone; `owner_gone`: and so is its process.
+    pub(crate) fn disconnected(&mut self, owner_gone: bool, now: Instant) -> Option<EndReason> {
+        let State::Served { owner, session } = self.state else { return None };
+        if !session {
+            self.state = State::Idle;
+            return None;
+        }
+        self.state = State::Orphaned { owner, since: now, stranger_since: None };
+        if owner_gone { self.owner_exited() } else { self.tick(now) }
+    }
+
+    /// The process of the owner of an orphaned session is gone.
+    pub(crate) fn owner_exited(&mut self) -> Option<EndReason> {
+        self.end_if_orphaned(EndReason::OwnerExited)
+    }
+
+    /// Time has passed; call at [`deadline`](Self::deadline).
+    pub(crate) fn tick(&mut self, now: Instant) -> Option<EndReason> {
+        let State::Orphaned { owner, .. } = self.state else { return None };
+        if self.deadline().is_none_or(|deadline| now < deadline) {
+            return None;
+        }
+        self.end_if_orphaned(if owner.watched { EndReason::TakenOver } else { EndReason::Disconnected })
+    }
+
+    /// When [`tick`](Self::tick) has something to say, if nothing else happens.
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        let State::Orphaned { owner, since, stranger_since } = self.state else { return None };
+        let from = if owner.watched { stranger_since? } else { since };
+        Some(from + self.grace)
+    }
+
+    /// The operator ends the session, if one is open; a connected frontend is to be disconnected.
+    pub(crate) fn operator_end(&mut self) -> Option<EndReason> {
+        if !self.session_is_open() {
+            return None;
+        }
+        self.state = State::Idle;
+        Some(EndReason::Operator)
+    }
+
+    pub(crate) fn session_is_open(&self) -> bool {
+        matches!(self.state, State::Served { session: true, .. } | State::Orphaned { .. })
+    }
+
+    fn end_if_orphaned(&mut self, reason: EndReason) -> Option<EndReason> {
+        if !matches!(self.state, State::Orphaned { .. }) {
+            return None;
+        }
+        self.state = State::Idle;
+        Some(reason)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,286 @@
+use proptest::prelude::*;
+
+use super::*;
+
+const GRACE: Duration = Duration::from_secs(5);
+
+fn process(pid: u32) -> Identity {
+    Identity { process: Some(ProcessId { pid, start_ticks: 100 + u64::from(pid) }), watched: true }
+}
+
+const UNKNOWN: Identity = Identity { process: None, watched: false };
+
+/// A boundary with a session of `owner` whose frontend is connected.
+fn in_session(owner: Identity, now: Instant) -> Boundary {
+    let mut boundary = Boundary::new(GRACE);
+    assert_eq!(boundary.connected(owner, now), Admission::Serve);
+    assert_eq!(boundary.ring_starts(true), RingStart::Begin);
+    boundary
+}
+
+#[test]
+fn session_whose_owner_process_is_gone_at_disconnection_ends_at_once() {
+    let now = Instant::now();
+    let mut boundary = in_session(process(1), now);
+    assert_eq!(boundary.disconnected(true, now), Some(EndReason::OwnerExited));
+    assert!(!boundary.session_is_open());
+}
+
+#[test]
+fn session_whose_owner_process_exits_after_disconnection_ends_then() {
+    let now = Instant::now();
+    let mut boundary = in_session(process(1), now);
+    assert_eq!(boundary.disconnected(false, now), None);
+    assert_eq!(boundary.owner_exited(), Some(EndReason::OwnerExited));
+}
+
+#[test]
+fn session_whose_owner_lives_stays_open_without_limit() {
+    let now = Instant::now();
+    let mut boundary = in_session(process(1), now);
+    boundary.disconnected(false, now);
+    assert_eq!(boundary.deadline(), None);
+    assert_eq!(boundary.tick(now + Duration::from_secs(1_000_000)), None);
+    assert!(boundary.session_is_open());
+}
+
+#[test]
+fn owner_that_comes_back_continues_its_session() {
+    let now = Instant::now();
+    let mut boundary = in_session(process(1), now);
+    boundary.disconnected(false, now);
+    assert_eq!(boundary.connected(process(1), now), Admission::Serve);
+    assert_eq!(boundary.ring_starts(false), RingStart::Continue);
+    assert_eq!(boundary.ring_starts(true), RingStart::Continue);
+}
+
+#[test]
+fn process_with_the_owners_pid_and_another_start_time_is_a_stranger() {
+    let now = Instant::now();
+    let mut boundary = in_session(process(1), now);
+    boundary.disconnected(false, now);
+    let recycled = Identity { process: Some(ProcessId { pid: 1, start_ticks: 7 }), watched: true };
+    assert_eq!(boundary.connected(recycled, now), Admission::Hold);
+}
+
+#[test]
+fn stranger_that_has_waited_the_grace_takes_over() {
+    let now = Instant::now();
+    let mut boundary = in_session(process(1), now);
+    boundary.disconnected(false, now);
+    let arrival = now + Duration::from_secs(100);
+    assert_eq!(boundary.connected(process(2), arrival), Admission::Hold);
+    assert!(boundary.connected(process(3), arrival).is_refusal());
+    assert_eq!(boundary.tick(arrival + GRACE - Duration::from_millis(1)), None);
+    assert_eq!(boundary.deadline(), Some(arrival + GRACE));
+    assert_eq!(boundary.tick(arrival + GRACE), Some(EndReason::TakenOver));
+    assert_eq!(boundary.connected(process(2), arrival + GRACE), Admission::Serve);
+    assert_eq!(boundary.ring_starts(true), RingStart::Begin);
+}
+
+#[test]
+fn owner_that_comes_back_while_a_stranger_waits_goes_first() {
+    let now = Instant::now();
+    let mut boundary = in_session(process(1), now);
+    boundary.disconnected(false, now);
+    boundary.connected(process(2), now);
+    assert_eq!(boundary.connected(process(1), now), Admission::Serve);
+    assert_eq!(boundary.ring_starts(false), RingStart::Continue);
+}
+
+#[test]
+fn stranger_that_leaves_again_ends_nothing() {
+    let now = Instant::now();
+    let mut boundary = in_session(process(1), now);
+    boundary.disconnected(false, now);
+    boundary.connected(process(2), now);
+    boundary.stranger_left();
+    assert_eq!(boundary.tick(now + GRACE * 10), None);
+}
+
+#[test]
+fn owner_that_comes_back_after_a_takeover_is_refused() {
+    let now = Instant::now();
+    let mut boundary = in_session(process(1), now);
+    boundary.disconnected(false, now);
+    boundary.connected(process(2), now);
+    boundary.tick(now + GRACE);
+    assert_eq!(boundary.connected(process(2), now), Admission::Serve);
+    assert!(boundary.connected(process(1), now).is_refusal());
+    boundary.disconnected(true, now);
+    // Later still: it is let in, but its rings tell that it belongs to no new session.
+    assert_eq!(boundary.connected(process(1), now), Admission::Serve);
+    assert!(matches!(boundary.ring_starts(false), RingStart::Refuse(_)));
+}
+
+#[test]
+fn session_of_an_unknown_process_ends_when_the_grace_has_passed() {
+    let now = Instant::now();
+    let mut boundary = in_session(UNKNOWN, now);
+    assert_eq!(boundary.disconnected(false, now), None);
+    assert_eq!(boundary.connected(UNKNOWN, now), Admission::Hold);
+    assert_eq!(boundary.tick(now + GRACE), Some(EndReason::Disconnected));
+    assert_eq!(boundary.connected(UNKNOWN, now + GRACE), Admission::Serve);
+}
+
+#[test]
+fn second_frontend_is_turned_away_and_disturbs_nothing() {
+    let now = Instant::now();
+    let mut boundary = in_session(process(1), now);
+    assert!(boundary.connected(process(2), now).is_refusal());
+    assert!(boundary.connected(process(1), now).is_refusal());
+    assert_eq!(boundary.ring_starts(true), RingStart::Continue);
+}
+
+#[test]
+fn frontend_that_never_starts_a_ring_leaves_no_session() {
+    let now = Instant::now();
+    let mut boundary = Boundary::new(GRACE);
+    boundary.connected(process(1), now);
+    assert_eq!(boundary.disconnected(false, now), None);
+    assert!(!boundary.session_is_open());
+    boundary.connected(process(2), now);
+    assert_eq!(boundary.ring_starts(true), RingStart::Begin);
+    boundary.begin_failed();
+    assert_eq!(boundary.disconnected(true, now), None);
+    assert!(!boundary.session_is_open());
+}
+
+#[test]
+fn operator_ends_a_session_in_every_state() {
+    let now = Instant::now();
+    let mut boundary = in_session(process(1), now);
+    assert_eq!(boundary.operator_end(), Some(EndReason::Operator));
+    assert_eq!(boundary.operator_end(), None);
+    let mut boundary = in_session(process(1), now);
+    boundary.disconnected(false, now);
+    assert_eq!(boundary.operator_end(), Some(EndReason::Operator));
+}
+
+#[test]
+fn boundary_with_an_unclaimed_session_ends_it_after_the_grace() {
+    let now = Instant::now();
+    let mut boundary = Boundary::with_open_session(GRACE, now);
+    assert!(boundary.session_is_open());
+    assert_eq!(boundary.connected(process(1), now), Admission::Hold);
+    assert_eq!(boundary.tick(now + GRACE), Some(EndReason::Disconnected));
+}
+
+impl Admission {
+    fn is_refusal(self) -> bool {
+        matches!(self, Admission::Refuse(_))
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Event {
+    Connect(usize),
+    StrangerLeaves,
+    RingStarts(bool),
+    BeginFails,
+    Disconnect,
+    Exit(usize),
+    Pass(u64),
+    Operator,
+}
+
+fn event() -> impl Strategy<Value = Event> {
+    prop_oneof![
+        3 => (0usize..4).prop_map(Event::Connect),
+        1 => Just(Event::StrangerLeaves),
+        3 => any::<bool>().prop_map(Event::RingStarts),
+        1 => Just(Event::BeginFails),
+        3 => Just(Event::Disconnect),
+        1 => (0usize..4).prop_map(Event::Exit),
+        2 => (0u64..8).prop_map(Event::Pass),
+        1 => Just(Event::Operator),
+    ]
+}
+
+proptest! {
+    /// Invariant 2 at the boundary: whatever happens, a session has one owner, begins and ends
+    /// alternate, and nobody else is served in it; it ends for a reason that is true.
+    #[test]
+    fn session_under_any_events_belongs_to_one_owner(events in prop::collection::vec(event(), 1..60)) {
+        // Peers 0 to 2 are processes, peer 3 can't be told from others.
+        let peer = |index: usize| if index == 3 { UNKNOWN } else { process(index as u32) };
+        let mut boundary = Boundary::new(GRACE);
+        let mut now = Instant::now();
+        let mut dead = [false; 4];
+        let (mut served, mut session): (Option<usize>, Option<usize>) = (None, None);
+        let mut held: Option<(usize, Instant)> = None;
+        let mut left_at = now;
+        for event in events {
+            let mut ended = None;
+            match event {
+                Event::Connect(index) if !dead[index] => match boundary.connected(peer(index), now) {
+                    Admission::Serve => {
+                        prop_assert!(served.is_none());
+                        prop_assert!(session.is_none_or(|owner| owner == index && owner != 3));
+                        (served, held) = (Some(index), None);
+                    }
+                    Admission::Hold => {
+                        prop_assert!(served.is_none() && session.is_some() && held.is_none());
+                        held = Some((index, now));
+                    }
+                    Admission::Refuse(_) => prop_assert!(served.is_some() || held.is_some()),
+                },
+                Event::StrangerLeaves => {
+                    boundary.stranger_left();
+                    held = None;
+                }
+                Event::RingStarts(fresh) if served.is_some() => match boundary.ring_starts(fresh) {
+                    RingStart::Begin => {
+                        prop_assert!(session.is_none() && fresh);
+                        session = served;
+                    }
+                    RingStart::Continue => prop_assert_eq!(session, served),
+                    RingStart::Refuse(_) => prop_assert!(session.is_none() && !fresh),
+                },
+                Event::BeginFails if session.is_none() => boundary.begin_failed(),
+                Event::Disconnect => if let Some(index) = served.take() {
+                    left_at = now;
+                    ended = boundary.disconnected(dead[index], now);
+                },
+                Event::Exit(index) if index != 3 => {
+                    dead[index] = true;
+                    if session == Some(index) && served.is_none() {
+                        ended = boundary.owner_exited();
+                        prop_assert!(ended.is_some());
+                    }
+                }
+                Event::Pass(seconds) => {
+                    now += Duration::from_secs(seconds);
+                    ended = boundary.tick(now);
+                }
+                Event::Operator => {
+                    ended = boundary.operator_end();
+                    prop_assert_eq!(ended.is_some(), session.is_some());
+                    if ended.is_some() {
+                        served = None;
+                    }
+                }
+                _ => {}
+            }
+            if let Some(reason) = ended {
+                let owner = session.take();
+                prop_assert!(owner.is_some() && served.is_none());
+                match reason {
+                    EndReason::OwnerExited => prop_assert!(dead[owner.unwrap()]),
+                    EndReason::Disconnected => {
+                        prop_assert!(owner == Some(3) && now >= left_at + GRACE);
+                    }
+                    EndReason::TakenOver => {
+                        prop_assert!(held.is_some_and(|(_, since)| now >= since + GRACE));
+                    }
+                    EndReason::Operator => {}
+                }
+                if let Some((index, _)) = held.take() {
+                    prop_assert_eq!(boundary.connected(peer(index), now), Admission::Serve);
+                    served = Some(index);
+                }
+            }
+            prop_assert_eq!(boundary.session_is_open(), session.is_some());
+        }
+    }
+}

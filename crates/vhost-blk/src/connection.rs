@@ -1,0 +1,122 @@
+//! One connection of a frontend: the vhost-user daemon that serves it, the relay before it, and
+//! how both are brought up and taken down without leaving anything behind.
+
+use std::{
+    io,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::net::{UnixListener, UnixStream},
+    },
+    sync::{Arc, mpsc},
+    thread,
+    time::Duration,
+};
+
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use vhost::vhost_user::{Error as VhostUserError, Listener};
+use vhost_user_backend::{Error as DaemonError, VhostUserDaemon};
+use vmm_sys_util::epoll::EventSet;
+
+use crate::{
+    backend::Backend,
+    config::DeviceConfig,
+    disk::{AnyError, Disk},
+    relay::Relay,
+};
+
+/// How long threads may take to let go of a connection. A frontend can only delay them by
+/// attacking its own interrupt descriptor.
+const TEARDOWN_MAX: Duration = Duration::from_secs(20);
+
+type Daemon = VhostUserDaemon<Arc<Backend>>;
+
+/// A frontend that is being served.
+pub(crate) struct Connection {
+    pub(crate) relay: Relay,
+    backend: Arc<Backend>,
+    daemon: Daemon,
+}
+
+impl Connection {
+    /// Serves `frontend` with a device on `disk`.
+    pub(crate) fn open(
+        disk: &dyn Disk,
+        config: DeviceConfig,
+        frontend: UnixStream,
+    ) -> Result<Self, AnyError> {
+        let backend = Arc::new(Backend::new(disk, config)?);
+        let mut daemon = Daemon::new("vhost-user".to_owned(), backend.clone(), backend.shared_memory())
+            .map_err(|error| error.to_string())?;
+        // Numbers up to the count of queues are the library's.
+        let first = u64::from(config.num_queues) + 1;
+        for (handler, fds) in daemon.get_epoll_handlers().iter().zip(backend.wait_fds()) {
+            for (number, fd) in (first..).zip(fds) {
+                handler.register_listener(fd, EventSet::IN, number)?;
+            }
+        }
+        let library = connect_privately(&mut daemon)?;
+        Ok(Self { relay: Relay::new(frontend, library), backend, daemon })
+    }
+
+    /// Takes the connection down. When this returns without an error, its threads are gone, and no
+    /// I/O of it is in flight. Returns what the library had against the frontend, if anything.
+    pub(crate) fn close(self) -> io::Result<Option<String>> {
+        let Self { relay, backend, mut daemon } = self;
+        backend.stop();
+        relay.close();
+        let (done, ended) = mpsc::channel();
+        thread::Builder::new().name("vhost-teardown".to_owned()).spawn(move || {
+            daemon.request_shutdown();
+            let result = daemon.wait();
+            // Ends the workers' threads and waits for them.
+            drop(daemon);
+            let _ = done.send(complaint(result));
+        })?;
+        let complaint = ended.recv_timeout(TEARDOWN_MAX).map_err(|_| {
+            let what = "the threads of a connection do not end";
+            io::Error::new(io::ErrorKind::TimedOut, what)
+        })?;
+        backend.drain();
+        if !backend.is_quiet() {
+            return Err(io::Error::other("I/O of a closed connection is still in flight"));
+        }
+        Ok(complaint)
+    }
+}
+
+/// What is unusual in a daemon's end. The end of the connection is not.
+fn complaint(result: Result<(), DaemonError>) -> Option<String> {
+    match result {
+        Ok(())
+        | Err(DaemonError::HandleRequest(VhostUserError::Disconnected | VhostUserError::PartialMessage)) => {
+            None
+        }
+        Err(error) => Some(error.to_string()),
+    }
+}
+
+/// Starts the daemon on one end of a connection that nobody else can have the other end of.
+///
+/// The daemon only takes a listening socket. It gets one without a name in the file system, with
+/// room for a single waiting connection, which is ours: if another process had found the name
+/// first, ours would not have fitted. The listening socket is gone when this returns.
+fn connect_privately(daemon: &mut Daemon) -> Result<UnixStream, AnyError> {
+    let flags = SocketFlags::CLOEXEC;
+    let socket = || rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None);
+    let listener = socket()?;
+    rustix::net::bind(&listener, &SocketAddrUnix::new_unnamed())?;
+    let address = rustix::net::getsockname(&listener)?;
+    rustix::net::listen(&listener, 0)?;
+    let ours = socket()?;
+    set_nonblocking(&ours)?;
+    rustix::net::connect(&ours, &address)?;
+    let mut listener = Listener::from(UnixListener::from(listener));
+    daemon.start(&mut listener).map_err(|error| error.to_string())?;
+    Ok(UnixStream::from(ours))
+}
+
+/// Makes reads and writes of `fd` return instead of waiting.
+pub(crate) fn set_nonblocking(fd: &OwnedFd) -> rustix::io::Result<()> {
+    let flags = rustix::fs::fcntl_getfl(fd.as_fd())?;
+    rustix::fs::fcntl_setfl(fd.as_fd(), flags | rustix::fs::OFlags::NONBLOCK)
+}

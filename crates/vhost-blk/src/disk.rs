@@ -1,0 +1,147 @@
+//! What the device asks of a disk, as traits: the session disk behind them in the program, a disk
+//! in memory in this crate's tests.
+
+use std::{error::Error, os::fd::BorrowedFd, sync::Arc};
+
+use blocks::Geometry;
+use session_disk::{DiskQueue, Done, ProcessId, Request, SessionDisk, SessionStart, SessionSummary};
+
+use crate::limit::RateLimit;
+
+/// An error whose kind does not matter here: it is shown, or becomes an I/O error of the guest.
+pub(crate) type AnyError = Box<dyn Error + Send + Sync>;
+
+/// What does not change about a disk.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct DiskTraits {
+    pub(crate) geometry: Geometry,
+    /// Answer to GET_ID: ASCII, padded with NUL.
+    pub(crate) serial: [u8; 20],
+    /// Smallest I/O without read-modify-write, in bytes.
+    pub(crate) logical_block_size: u32,
+    pub(crate) discard: bool,
+    pub(crate) write_zeroes: bool,
+}
+
+/// A disk that can be served.
+pub(crate) trait Disk: Send + Sync {
+    fn traits(&self) -> DiskTraits;
+    fn queue(&self, depth: u32) -> Result<Box<dyn DiskIo>, AnyError>;
+    fn begin_session(&self, owner: Option<ProcessId>) -> Result<SessionStart, AnyError>;
+    fn end_session(&self) -> Result<SessionSummary, AnyError>;
+    fn set_owner(&self, owner: Option<ProcessId>);
+    fn session_is_open(&self) -> bool;
+}
+
+/// A finished request.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Finished {
+    pub(crate) token: u64,
+    /// Whether every byte was transferred.
+    pub(crate) ok: bool,
+}
+
+/// The data path of one virtqueue.
+pub(crate) trait DiskIo: Send {
+    /// Takes a request; nothing is submitted before `submit`.
+    fn push(&mut self, token: u64, request: Request);
+    fn submit(&mut self);
+    /// Appends finished requests; never blocks.
+    fn reap(&mut self, done: &mut Vec<Finished>);
+    /// Requests pushed and not yet reaped.
+    fn in_flight(&self) -> usize;
+    /// Blocks until every request is finished, and appends them.
+    fn quiesce(&mut self, done: &mut Vec<Finished>);
+    /// Readable when `reap` has something to do.
+    fn wait_fds(&self) -> Vec<BorrowedFd<'_>>;
+}
+
+impl Disk for Arc<SessionDisk> {
+    fn traits(&self) -> DiskTraits {
+        DiskTraits {
+            geometry: self.geometry(),
+            serial: self.serial(),
+            logical_block_size: self.logical_block_size(),
+            discard: self.supports_discard(),
+            write_zeroes: self.supports_write_zeroes(),
+        }
+    }
+
+    fn queue(&self, depth: u32) -> Result<Box<dyn DiskIo>, AnyError> {
+        let queue = SessionDisk::queue(self, depth)?;
+        Ok(Box::new(SessionIo { queue, done: Vec::with_capacity(depth as usize), errors: RateLimit::new() }))
+    }
+
+    fn begin_session(&self, owner: Option<ProcessId>) -> Result<SessionStart, AnyError> {
+        Ok(SessionDisk::begin_session(self, owner)?)
+    }
+
+    fn end_session(&self) -> Result<SessionSummary, AnyError> {
+        Ok(SessionDisk::end_session(self)?)
+    }
+
+    fn set_owner(&self, owner: Option<ProcessId>) {
+        SessionDisk::set_owner(self, owner);
+    }
+
+    fn session_is_open(&self) -> bool {
+        SessionDisk::session_is_open(self)
+    }
+}
+
+/// A session disk's queue, with its errors logged (a guest only learns that there was one).
+struct SessionIo {
+    queue: DiskQueue,
+    done: Vec<Done>,
+    errors: RateLimit,
+}
+
+impl SessionIo {
+    fn report(&mut self, finished: &mut Vec<Finished>) {
+        for done in self.done.drain(..) {
+            if let Err(error) = &done.result {
+                self.errors.warn(|| format!("the guest gets an I/O error: {}", chain(error)));
+            }
+            finished.push(Finished { token: done.token, ok: done.result.is_ok() });
+        }
+    }
+}
+
+impl DiskIo for SessionIo {
+    fn push(&mut self, token: u64, request: Request) {
+        self.queue.push(token, request);
+    }
+
+    fn submit(&mut self) {
+        self.queue.submit();
+    }
+
+    fn reap(&mut self, done: &mut Vec<Finished>) {
+        self.queue.reap(&mut self.done);
+        self.report(done);
+    }
+
+    fn in_flight(&self) -> usize {
+        self.queue.in_flight()
+    }
+
+    fn quiesce(&mut self, done: &mut Vec<Finished>) {
+        self.queue.quiesce(&mut self.done);
+        self.report(done);
+    }
+
+    fn wait_fds(&self) -> Vec<BorrowedFd<'_>> {
+        self.queue.wait_fds()
+    }
+}
+
+/// An error and its sources in one line.
+pub(crate) fn chain(error: &(dyn Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(source) = next {
+        text = format!("{text}: {source}");
+        next = source.source();
+    }
+    text
+}

@@ -1,0 +1,35 @@
+//! The vhost-user-blk device: what a guest's disk looks like, and when a session begins and ends.
+//!
+//! This is the only crate that names vhost and virtio crates. It knows virtio-blk requests, the
+//! configuration space, queues and their workers, the control plane and the boundaries of
+//! sessions. It does not know what a read or write becomes: that is the session disk's.
+//!
+//! - [`Server`] accepts frontends on a [`Socket`] and serves one at a time;
+//! - between a frontend and the vhost-user library is a relay for control messages, which knows
+//!   when a ring starts;
+//! - the library runs one worker thread per queue, which turns descriptor chains into requests.
+
+mod backend;
+mod boundary;
+mod config;
+mod connection;
+mod disk;
+mod limit;
+mod peer;
+mod poll;
+mod relay;
+mod request;
+mod server;
+mod slots;
+mod socket;
+#[cfg(test)]
+mod testing;
+mod used;
+mod vring;
+mod wire;
+mod worker;
+
+pub use boundary::EndReason;
+pub use config::{DeviceConfig, QUEUE_SIZE_MAX, QUEUES_MAX};
+pub use server::{Exit, Observer, ResetOn, Server, ServerConfig, ServerError, StopHandle};
+pub use socket::{Socket, SocketError, SocketPermissions};

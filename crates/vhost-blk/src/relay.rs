@@ -1,0 +1,315 @@
+//! The control-plane relay between a frontend and the vhost-user library.
+//!
+//! It forwards messages with their descriptors in both directions, one at a time per direction:
+//! the next one is not read before the last one is written, so that nobody makes it grow. It looks
+//! at messages by type: it knows when a ring is about to start, and is the place where messages
+//! that the library can't answer are to be answered. Data never passes it.
+
+use std::{
+    fs,
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd},
+        unix::net::UnixStream,
+    },
+};
+
+use rustix::event::PollFlags;
+use vhost::vhost_user::message::FrontendReq;
+
+use crate::wire::{Message, Reader, Received, Writer};
+
+/// Most messages that are forwarded before other descriptors get their turn.
+const MESSAGES_PER_TURN: u32 = 64;
+/// Payload bit of SET_VRING_KICK and SET_VRING_CALL: there is no descriptor.
+const NO_FD: u32 = 0x100;
+
+/// Why a connection is over.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Ending {
+    /// The frontend has closed it.
+    Frontend,
+    /// The library has closed its side: it did not like a message.
+    Library,
+    /// We close it, for this reason.
+    Refused(String),
+}
+
+/// Who decides whether a ring may start.
+pub(crate) trait Gate {
+    /// A ring is about to start; `fresh`: no ring is to continue where another left off.
+    /// An error closes the connection.
+    fn ring_starts(&mut self, fresh: bool) -> Result<(), String>;
+}
+
+/// One direction.
+#[derive(Debug, Default)]
+struct Lane {
+    reader: Reader,
+    writer: Writer,
+}
+
+/// The relay of one connection.
+#[derive(Debug)]
+pub(crate) struct Relay {
+    frontend: UnixStream,
+    library: UnixStream,
+    requests: Lane,
+    replies: Lane,
+    /// Rings that are to start elsewhere than at 0, one bit each.
+    continued: u64,
+}
+
+impl Relay {
+    pub(crate) fn new(frontend: UnixStream, library: UnixStream) -> Self {
+        Self { frontend, library, requests: Lane::default(), replies: Lane::default(), continued: 0 }
+    }
+
+    /// The two descriptors, and what to wait for on each.
+    pub(crate) fn interest(&self) -> [(BorrowedFd<'_>, PollFlags); 2] {
+        let events = |inward: &Lane, outward: &Lane| {
+            let read = if inward.writer.is_pending() { PollFlags::empty() } else { PollFlags::IN };
+            let write = if outward.writer.is_pending() { PollFlags::OUT } else { PollFlags::empty() };
+            read | write
+        };
+        [
+            (self.frontend.as_fd(), events(&self.requests, &self.replies)),
+            (self.library.as_fd(), events(&self.replies, &self.requests)),
+        ]
+    }
+
+    /// Forwards what can be forwarded now. `Some`: the connection is over.
+    pub(crate) fn forward(&mut self, gate: &mut dyn Gate) -> Option<Ending> {
+        for _ in 0..MESSAGES_PER_TURN {
+            // Replies first: a frontend that goes away must still get what was said before.
+            let replies = self.forward_reply();
+            let requests = match replies {
+                Err(ending) => return Some(ending),
+                Ok(_) => self.forward_request(gate),
+            };
+            match (replies, requests) {
+                (_, Err(ending)) => return Some(ending),
+                (Ok(false), Ok(false)) => return None,
+                _ => {}
+            }
+        }
+        None
+    }
+
+    /// Ends both connections; whoever waits on them notices.
+    pub(crate) fn close(&self) {
+        let _ = self.frontend.shutdown(std::net::Shutdown::Both);
+        let _ = self.library.shutdown(std::net::Shutdown::Both);
+    }
+
+    /// True: a message was taken on.
+    fn forward_reply(&mut self) -> Result<bool, Ending> {
+        let lane = &mut self.replies;
+        if !lane.writer.flush(&self.frontend).map_err(|_| Ending::Frontend)? {
+            return Ok(false);
+        }
+        match lane.reader.read(&self.library) {
+            Received::Message(message) => {
+                lane.writer.put(message);
+                lane.writer.flush(&self.frontend).map_err(|_| Ending::Frontend)?;
+                Ok(true)
+            }
+            Received::Wait => Ok(false),
+            Received::End | Received::Violation(_) => Err(Ending::Library),
+        }
+    }
+
+    fn forward_request(&mut self, gate: &mut dyn Gate) -> Result<bool, Ending> {
+        if !self.requests.writer.flush(&self.library).map_err(|_| Ending::Library)? {
+            return Ok(false);
+        }
+        match self.requests.reader.read(&self.frontend) {
+            Received::Message(message) => {
+                self.inspect(&message, gate)?;
+                self.requests.writer.put(message);
+                self.requests.writer.flush(&self.library).map_err(|_| Ending::Library)?;
+                Ok(true)
+            }
+            Received::Wait => Ok(false),
+            Received::End => Err(Ending::Frontend),
+            Received::Violation(what) => Err(Ending::Refused(what.to_owned())),
+        }
+    }
+
+    /// Looks at a request before it is forwarded.
+    fn inspect(&mut self, message: &Message, gate: &mut dyn Gate) -> Result<(), Ending> {
+        match FrontendReq::try_from(message.request()) {
+            Ok(FrontendReq::SET_VRING_BASE) => {
+                let (ring, base) = (message.payload_word(0), message.payload_word(1));
+                // The library refuses ring numbers that there are not.
+                let bit = 1u64.checked_shl(ring).unwrap_or(0);
+                self.continued = if base == 0 { self.continued & !bit } else { self.continued | bit };
+                Ok(())
+            }
+            Ok(FrontendReq::SET_VRING_CALL) => events_only(message),
+            Ok(FrontendReq::SET_VRING_KICK) => {
+                events_only(message)?;
+                if message.payload_word(0) & NO_FD != 0 {
+                    return Ok(());
+                }
+                gate.ring_starts(self.continued == 0).map_err(Ending::Refused)
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// A kick or call must be an eventfd. Of other things reads and writes could block a worker.
+fn events_only(message: &Message) -> Result<(), Ending> {
+    let is_event = |fd: &std::os::fd::OwnedFd| {
+        // Where /proc is missing, it is believed.
+        fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))
+            .map_or(true, |target| target.as_os_str() == "anon_inode:[eventfd]")
+    };
+    if message.fds.iter().all(is_event) {
+        Ok(())
+    } else {
+        Err(Ending::Refused("a ring's kick or call descriptor is not an eventfd".to_owned()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::{Read, Write},
+        os::fd::OwnedFd,
+    };
+
+    use rustix::event::{EventfdFlags, eventfd};
+
+    use super::*;
+
+    struct Recorder {
+        starts: Vec<bool>,
+        verdict: Result<(), String>,
+    }
+
+    impl Gate for Recorder {
+        fn ring_starts(&mut self, fresh: bool) -> Result<(), String> {
+            self.starts.push(fresh);
+            self.verdict.clone()
+        }
+    }
+
+    fn open_gate() -> Recorder {
+        Recorder { starts: Vec::new(), verdict: Ok(()) }
+    }
+
+    /// A relay, the frontend's end, and the library's end.
+    fn relay() -> (Relay, UnixStream, UnixStream) {
+        let (frontend, near) = UnixStream::pair().unwrap();
+        let (far, library) = UnixStream::pair().unwrap();
+        (Relay::new(near, far), frontend, library)
+    }
+
+    fn bytes(request: FrontendReq, payload: &[u32]) -> Vec<u8> {
+        let header = [request as u32, 1, payload.len() as u32 * 4];
+        header.iter().chain(payload).flat_map(|word| word.to_ne_bytes()).collect()
+    }
+
+    fn send(socket: &UnixStream, request: FrontendReq, payload: &[u32], fds: &[BorrowedFd<'_>]) {
+        let bytes = bytes(request, payload);
+        let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+        let mut control = rustix::net::SendAncillaryBuffer::new(&mut space);
+        if !fds.is_empty() {
+            assert!(control.push(rustix::net::SendAncillaryMessage::ScmRights(fds)));
+        }
+        let iov = [std::io::IoSlice::new(&bytes)];
+        rustix::net::sendmsg(socket, &iov, &mut control, rustix::net::SendFlags::empty()).unwrap();
+    }
+
+    fn event() -> OwnedFd {
+        eventfd(0, EventfdFlags::empty()).unwrap()
+    }
+
+    #[test]
+    fn relay_between_both_sides_forwards_requests_and_replies() {
+        let (mut relay, mut frontend, mut library) = relay();
+        let request = bytes(FrontendReq::GET_FEATURES, &[]);
+        frontend.write_all(&request).unwrap();
+        let reply = bytes(FrontendReq::GET_FEATURES, &[1, 2]);
+        library.write_all(&reply).unwrap();
+        assert_eq!(relay.forward(&mut open_gate()), None);
+        let mut got = vec![0; request.len()];
+        library.read_exact(&mut got).unwrap();
+        assert_eq!(got, request);
+        let mut got = vec![0; reply.len()];
+        frontend.read_exact(&mut got).unwrap();
+        assert_eq!(got, reply);
+    }
+
+    #[test]
+    fn relay_asks_at_each_kick_whether_a_ring_may_start() {
+        let (mut relay, frontend, library) = relay();
+        let mut gate = open_gate();
+        let kick = event();
+        send(&frontend, FrontendReq::SET_VRING_BASE, &[0, 0], &[]);
+        send(&frontend, FrontendReq::SET_VRING_KICK, &[0, 0], &[kick.as_fd()]);
+        send(&frontend, FrontendReq::SET_VRING_BASE, &[1, 17], &[]);
+        send(&frontend, FrontendReq::SET_VRING_KICK, &[1, 0], &[kick.as_fd()]);
+        send(&frontend, FrontendReq::SET_VRING_BASE, &[1, 0], &[]);
+        send(&frontend, FrontendReq::SET_VRING_KICK, &[1, 0], &[kick.as_fd()]);
+        send(&frontend, FrontendReq::SET_VRING_KICK, &[0x101, 0], &[]);
+        assert_eq!(relay.forward(&mut gate), None);
+        assert_eq!(gate.starts, [true, false, true]);
+        let mut reader = Reader::default();
+        let fds: Vec<usize> = std::iter::from_fn(|| match reader.read(&library) {
+            Received::Message(message) => Some(message.fds.len()),
+            _ => None,
+        })
+        .collect();
+        assert_eq!(fds, [0, 1, 0, 1, 0, 1, 0]);
+    }
+
+    #[test]
+    fn relay_with_a_shut_gate_forwards_no_kick() {
+        let (mut relay, frontend, mut library) = relay();
+        let mut gate = Recorder { starts: Vec::new(), verdict: Err("no room".to_owned()) };
+        send(&frontend, FrontendReq::SET_VRING_KICK, &[0, 0], &[event().as_fd()]);
+        assert_eq!(relay.forward(&mut gate), Some(Ending::Refused("no room".to_owned())));
+        relay.close();
+        assert_eq!(library.read(&mut [0; 64]).unwrap(), 0);
+    }
+
+    #[test]
+    fn relay_given_a_kick_or_call_that_is_no_eventfd_refuses() {
+        for request in [FrontendReq::SET_VRING_KICK, FrontendReq::SET_VRING_CALL] {
+            let (mut relay, frontend, _library) = relay();
+            let file = tempfile::tempfile().unwrap();
+            send(&frontend, request, &[0, 0], &[file.as_fd()]);
+            assert!(matches!(relay.forward(&mut open_gate()), Some(Ending::Refused(_))));
+        }
+    }
+
+    #[test]
+    fn relay_tells_which_side_has_ended() {
+        let (mut one, frontend, _library) = relay();
+        drop(frontend);
+        assert_eq!(one.forward(&mut open_gate()), Some(Ending::Frontend));
+        let (mut one, _frontend, library) = relay();
+        drop(library);
+        assert_eq!(one.forward(&mut open_gate()), Some(Ending::Library));
+    }
+
+    #[test]
+    fn relay_of_a_frontend_that_never_reads_does_not_grow_or_block() {
+        let (mut relay, _frontend, mut library) = relay();
+        library.set_nonblocking(true).unwrap();
+        let mut reply = bytes(FrontendReq::GET_CONFIG, &[]);
+        reply[8..12].copy_from_slice(&4096u32.to_ne_bytes());
+        reply.resize(12 + 4096, 7);
+        let mut written = 0;
+        // Ends when both sockets are full and the relay holds its one message.
+        while library.write(&reply).is_ok_and(|n| n == reply.len()) && written < 10_000 {
+            written += 1;
+            assert_eq!(relay.forward(&mut open_gate()), None);
+        }
+        assert!(written < 10_000);
+        let [(_, frontend), (_, library)] = relay.interest();
+        assert!(frontend.contains(PollFlags::OUT) && !library.contains(PollFlags::IN));
+    }
+}

@@ -1,0 +1,324 @@
+//! From a descriptor chain to a validated request (virtio 1.2, 5.2.6).
+//!
+//! Everything here is written by a guest and not believed: the chain is walked once, within
+//! bounds; ranges come from [`Geometry`](blocks::Geometry) only; addresses are translated to host
+//! memory once. No framing is assumed: header, data and status may be cut into descriptors anyhow.
+
+use std::{any::Any, ops::Deref, sync::Arc};
+
+use blockio::{GuestBuf, IoVec};
+use blocks::{BlockRange, SECTOR_SIZE};
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH,
+    VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
+    VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
+};
+use virtio_queue::DescriptorChain;
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+
+use crate::{
+    config::{QUEUE_SIZE_MAX, RANGE_SECTORS_MAX, RANGE_SEGMENTS_MAX},
+    disk::DiskTraits,
+};
+
+/// Memory of a guest, as it was mapped at one moment.
+pub(crate) type Memory = GuestMemoryMmap<()>;
+
+/// Size of `struct virtio_blk_req` before its data.
+const HEADER_LEN: usize = 16;
+/// Size of `struct virtio_blk_discard_write_zeroes`.
+const SEGMENT_LEN: usize = 16;
+const SEGMENTS_LEN_MAX: usize = SEGMENT_LEN * RANGE_SEGMENTS_MAX as usize;
+/// Longest chain that is walked. A driver must not make one longer than the queue (2.7.5.3.1);
+/// Linux does with indirect descriptors, by header and status.
+const DESCRIPTORS_MAX: usize = QUEUE_SIZE_MAX as usize + 2;
+
+/// A request's outcome, as the status byte says it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Status {
+    Ok,
+    IoError,
+    Unsupported,
+}
+
+impl Status {
+    pub(crate) const fn byte(self) -> u8 {
+        (match self {
+            Status::Ok => VIRTIO_BLK_S_OK,
+            Status::IoError => VIRTIO_BLK_S_IOERR,
+            Status::Unsupported => VIRTIO_BLK_S_UNSUPP,
+        }) as u8
+    }
+}
+
+/// What a chain asks for.
+#[derive(Debug)]
+pub(crate) enum Action {
+    Read {
+        range: BlockRange,
+        buf: GuestBuf,
+    },
+    Write {
+        range: BlockRange,
+        buf: GuestBuf,
+    },
+    Flush,
+    /// Not empty.
+    Discard(Vec<BlockRange>),
+    /// Not empty; with each range, whether it may be unmapped.
+    WriteZeroes(Vec<(BlockRange, bool)>),
+    /// Nothing is left to do but to answer; `written` data bytes are in the guest's buffer.
+    Answer {
+        status: Status,
+        written: u32,
+    },
+}
+
+/// A chain that was understood, as far as it can be.
+#[derive(Debug)]
+pub(crate) struct Parsed {
+    /// Where the status byte goes: the last byte that the device may write. `None`: there is no
+    /// such place, the chain is returned with length 0 and nothing is done.
+    pub(crate) status_at: Option<GuestAddress>,
+    pub(crate) action: Action,
+}
+
+/// A part of guest memory that a descriptor names; not yet known to exist.
+#[derive(Clone, Copy, Debug)]
+struct Piece {
+    addr: GuestAddress,
+    len: usize,
+}
+
+/// Room for parsing that is used again and again.
+#[derive(Debug, Default)]
+pub(crate) struct Parser {
+    readable: Vec<Piece>,
+    writable: Vec<Piece>,
+    parts: Vec<IoVec>,
+}
+
+/// The parts of a request header.
+struct Header {
+    kind: u32,
+    sector: u64,
+}
+
+impl Parser {
+    /// Understands `chain`, whose buffers are in `memory`.
+    pub(crate) fn parse<M>(
+        &mut self,
+        memory: &Arc<Memory>,
+        chain: DescriptorChain<M>,
+        disk: &DiskTraits,
+        read_only: bool,
+    ) -> Parsed
+    where
+        M: Deref<Target = Memory>,
+    {
+        let well_formed = self.walk(chain);
+        let status_at = if well_formed.is_some() { self.take_status(memory) } else { None };
+        if status_at.is_none() || well_formed != Some(true) {
+            return Parsed { status_at, action: Action::Answer { status: Status::IoError, written: 0 } };
+        }
+        let action = self
+            .understand(memory, disk, read_only)
+            .unwrap_or_else(|status| Action::Answer { status, written: 0 });
+        Parsed { status_at, action }
+    }
+
+    /// Collects the chain's pieces. `None`: its end was not found. `Some(false)`: it has a
+    /// readable piece after a writable one (2.7.4.2).
+    fn walk<M>(&mut self, chain: DescriptorChain<M>) -> Option<bool>
+    where
+        M: Deref<Target = Memory>,
+    {
+        self.readable.clear();
+        self.writable.clear();
+        let (mut ended, mut ordered) = (false, true);
+        for descriptor in chain.take(DESCRIPTORS_MAX) {
+            ended = !descriptor.has_next();
+            let piece = Piece { addr: descriptor.addr(), len: descriptor.len() as usize };
+            if piece.len == 0 {
+                continue;
+            }
+            if descriptor.is_write_only() {
+                self.writable.push(piece);
+            } else {
+                ordered &= self.writable.is_empty();
+                self.readable.push(piece);
+            }
+        }
+        ended.then_some(ordered)
+    }
+
+    /// Takes the last writable byte away for the status, if it is memory.
+    fn take_status(&mut self, memory: &Memory) -> Option<GuestAddress> {
+        let last = self.writable.last_mut()?;
+        let at = last.addr.checked_add(last.len as u64 - 1)?;
+        last.len -= 1;
+        if last.len == 0 {
+            self.writable.pop();
+        }
+        memory.address_in_range(at).then_some(at)
+    }
+
+    fn understand(
+        &mut self,
+        memory: &Arc<Memory>,
+        disk: &DiskTraits,
+        read_only: bool,
+    ) -> Result<Action, Status> {
+        let Header { kind, sector } = self.take_header(memory)?;
+        let may_write = if read_only { Err(Status::IoError) } else { Ok(()) };
+        match kind {
+            VIRTIO_BLK_T_IN => {
+                let (range, buf) = self.data(memory, disk, sector, Direction::In)?;
+                Ok(Action::Read { range, buf })
+            }
+            VIRTIO_BLK_T_OUT => {
+                may_write?;
+                let (range, buf) = self.data(memory, disk, sector, Direction::Out)?;
+                Ok(Action::Write { range, buf })
+            }
+            VIRTIO_BLK_T_FLUSH => Ok(Action::Flush),
+            VIRTIO_BLK_T_GET_ID => {
+                let buf = self.buffer(memory, Direction::In)?;
+                let written = buf.copy_in(0, &disk.serial);
+                Ok(Action::Answer { status: Status::Ok, written: written as u32 })
+            }
+            VIRTIO_BLK_T_DISCARD if disk.discard => {
+                may_write?;
+                let ranges = self.segments(memory, disk, 0)?;
+                Ok(match ranges.is_empty() {
+                    true => Action::Answer { status: Status::Ok, written: 0 },
+                    false => Action::Discard(ranges.into_iter().map(|(range, _)| range).collect()),
+                })
+            }
+            VIRTIO_BLK_T_WRITE_ZEROES if disk.write_zeroes => {
+                may_write?;
+                let ranges = self.segments(memory, disk, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP)?;
+                Ok(match ranges.is_empty() {
+                    true => Action::Answer { status: Status::Ok, written: 0 },
+                    false => Action::WriteZeroes(ranges),
+                })
+            }
+            _ => Err(Status::Unsupported),
+        }
+    }
+
+    /// Reads the header and takes it away from the readable pieces.
+    fn take_header(&mut self, memory: &Memory) -> Result<Header, Status> {
+        let mut bytes = [0; HEADER_LEN];
+        read_pieces(memory, &self.readable, &mut bytes)?;
+        let mut skip = HEADER_LEN;
+        self.readable.retain_mut(|piece| {
+            let cut = skip.min(piece.len);
+            skip -= cut;
+            piece.addr = piece.addr.unchecked_add(cut as u64);
+            piece.len -= cut;
+            piece.len > 0
+        });
+        let [k0, k1, k2, k3, _, _, _, _, sector @ ..] = bytes;
+        Ok(Header { kind: u32::from_le_bytes([k0, k1, k2, k3]), sector: u64::from_le_bytes(sector) })
+    }
+
+    /// The range and the buffer of a read or write.
+    fn data(
+        &mut self,
+        memory: &Arc<Memory>,
+        disk: &DiskTraits,
+        sector: u64,
+        direction: Direction,
+    ) -> Result<(BlockRange, GuestBuf), Status> {
+        let len: u64 = self.pieces(direction).iter().map(|piece| piece.len as u64).sum();
+        let range = disk.geometry.sectors_at(sector, len).map_err(|_| Status::IoError)?;
+        Ok((range, self.buffer(memory, direction)?))
+    }
+
+    fn pieces(&self, direction: Direction) -> &[Piece] {
+        match direction {
+            Direction::In => &self.writable,
+            Direction::Out => &self.readable,
+        }
+    }
+
+    /// All data pieces of one direction as host memory.
+    fn buffer(&mut self, memory: &Arc<Memory>, direction: Direction) -> Result<GuestBuf, Status> {
+        let pieces = match direction {
+            Direction::In => &self.writable,
+            Direction::Out => &self.readable,
+        };
+        self.parts.clear();
+        for piece in pieces {
+            for slice in GuestMemoryBackend::get_slices(memory.as_ref(), piece.addr, piece.len) {
+                let slice = slice.map_err(|_| Status::IoError)?;
+                self.parts.push(IoVec { base: slice.ptr_guard_mut().as_ptr(), len: slice.len() });
+            }
+        }
+        let keep: Arc<dyn Any + Send + Sync> = memory.clone();
+        // SAFETY: each part is a slice of a region of `memory`, which stays mapped for reads and
+        // writes as long as `keep`, the same memory, lives. The lengths sum up to less than 4 GiB.
+        Ok(unsafe { GuestBuf::new(self.parts.iter().copied(), keep) })
+    }
+
+    /// The segments of a discard or write-zeroes request, with their unmap flag; those of no
+    /// sectors are left out.
+    fn segments(
+        &self,
+        memory: &Memory,
+        disk: &DiskTraits,
+        flags_known: u32,
+    ) -> Result<Vec<(BlockRange, bool)>, Status> {
+        let len: usize = self.readable.iter().map(|piece| piece.len).sum();
+        if len == 0 || !len.is_multiple_of(SEGMENT_LEN) || len > SEGMENTS_LEN_MAX {
+            return Err(Status::IoError);
+        }
+        let mut bytes = [0; SEGMENTS_LEN_MAX];
+        let bytes = bytes.get_mut(..len).ok_or(Status::IoError)?;
+        read_pieces(memory, &self.readable, bytes)?;
+        let segments = bytes.as_chunks::<SEGMENT_LEN>().0.iter().map(|segment| {
+            let [s0, s1, s2, s3, s4, s5, s6, s7, n0, n1, n2, n3, flags @ ..] = *segment;
+            let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
+            (sector, u32::from_le_bytes([n0, n1, n2, n3]), u32::from_le_bytes(flags))
+        });
+        // Unknown flags first: the answer to them is UNSUPP, whatever else is wrong (5.2.6.2).
+        if segments.clone().any(|(_, _, flags)| flags & !flags_known != 0) {
+            return Err(Status::Unsupported);
+        }
+        let mut ranges = Vec::with_capacity(segments.len());
+        for (sector, count, flags) in segments {
+            if count > RANGE_SECTORS_MAX || sector > disk.geometry.sectors() {
+                return Err(Status::IoError);
+            }
+            if count > 0 {
+                let range = disk.geometry.sectors_at(sector, u64::from(count) * SECTOR_SIZE);
+                ranges.push((range.map_err(|_| Status::IoError)?, flags != 0));
+            }
+        }
+        Ok(ranges)
+    }
+}
+
+/// Which pieces are meant: those the device writes (`In`) or reads (`Out`).
+#[derive(Clone, Copy)]
+enum Direction {
+    In,
+    Out,
+}
+
+/// Fills `to` from the start of `pieces`.
+fn read_pieces(memory: &Memory, pieces: &[Piece], mut to: &mut [u8]) -> Result<(), Status> {
+    for piece in pieces {
+        let (now, rest) = to.split_at_mut(piece.len.min(to.len()));
+        memory.read_slice(now, piece.addr).map_err(|_| Status::IoError)?;
+        to = rest;
+        if to.is_empty() {
+            break;
+        }
+    }
+    if to.is_empty() { Ok(()) } else { Err(Status::IoError) }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,386 @@
+//! The server: accepts frontends, serves one at a time, and brings sessions to their end.
+//!
+//! One thread waits for everything (the socket, the connected frontend, the owner's process,
+//! requests from the program) and takes every decision; [`Boundary`] makes them. It never waits
+//! for a frontend.
+
+mod api;
+
+use std::{
+    io,
+    os::unix::net::UnixStream,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use rustix::{
+    event::{PollFd, PollFlags, Timespec},
+    io::Errno,
+};
+use session_disk::{ProcessId, SessionDisk};
+
+use crate::{
+    boundary::{Admission, Boundary, EndReason, Identity, RingStart},
+    connection::Connection,
+    disk::{Disk, chain},
+    limit::RateLimit,
+    peer::Peer,
+    relay::{Ending, Gate},
+    socket::{Socket, SocketKind},
+};
+
+use self::api::Control;
+pub use self::api::{Exit, Observer, ResetOn, ServerConfig, ServerError, StopHandle};
+
+/// How long accepting rests when the process has run out of descriptors or memory.
+const ACCEPT_REST: Duration = Duration::from_millis(100);
+/// Most connections that are accepted before other descriptors get their turn.
+const ACCEPTS_PER_TURN: u32 = 8;
+
+/// Serves one disk on one socket.
+pub struct Server {
+    disk: Arc<dyn Disk>,
+    socket: Socket,
+    config: ServerConfig,
+    observer: Arc<dyn Observer>,
+    control: Arc<Control>,
+    boundary: Boundary,
+    served: Option<Served>,
+    /// The owner of a session whose frontend is not connected.
+    owner: Option<Peer>,
+    /// A frontend whose handshake is left unanswered.
+    held: Option<(UnixStream, Peer)>,
+    accept_after: Option<Instant>,
+    refusals: RateLimit,
+    session_has_ended: bool,
+}
+
+struct Served {
+    connection: Connection,
+    peer: Peer,
+}
+
+impl Server {
+    /// A server of `disk` on `socket`. Nobody is served before [`run`](Self::run).
+    pub fn new(
+        disk: Arc<SessionDisk>,
+        socket: Socket,
+        config: ServerConfig,
+        observer: Arc<dyn Observer>,
+    ) -> Result<Self, ServerError> {
+        Self::with_disk(Arc::new(disk), socket, config, observer)
+    }
+
+    pub(crate) fn with_disk(
+        disk: Arc<dyn Disk>,
+        socket: Socket,
+        config: ServerConfig,
+        observer: Arc<dyn Observer>,
+    ) -> Result<Self, ServerError> {
+        if let Some(problem) = config.device.problem() {
+            return Err(ServerError::Config(problem));
+        }
+        let control = Control::new()?;
+        // Nobody can come back to a connection that was inherited.
+        let grace = if socket.is_single() { Duration::ZERO } else { config.reconnect_grace };
+        let boundary = if disk.session_is_open() {
+            Boundary::with_open_session(grace, Instant::now())
+        } else {
+            Boundary::new(grace)
+        };
+        Ok(Self {
+            disk,
+            socket,
+            config,
+            observer,
+            control,
+            boundary,
+            served: None,
+            owner: None,
+            held: None,
+            accept_after: None,
+            refusals: RateLimit::new(),
+            session_has_ended: false,
+        })
+    }
+
+    /// A handle for other threads.
+    pub fn stop_handle(&self) -> StopHandle {
+        StopHandle { control: self.control.clone() }
+    }
+
+    /// Whether sessions reset the disk.
+    pub fn reset_on(&self) -> ResetOn {
+        self.config.reset_on
+    }
+
+    /// Serves until there is a reason not to. No I/O of a guest is in flight afterwards, and no
+    /// frontend is connected, unless the error says otherwise.
+    pub fn run(&mut self) -> Result<Exit, ServerError> {
+        let result = self.serve();
+        self.held = None;
+        let closed = match self.served.take() {
+            Some(served) => self.take_down(served).map(|_| ()),
+            None => Ok(()),
+        };
+        let exit = result?;
+        closed?;
+        Ok(exit)
+    }
+
+    fn serve(&mut self) -> Result<Exit, ServerError> {
+        self.session_has_ended = false;
+        if let SocketKind::Connected(stream) = &mut self.socket.kind
+            && let Some(stream) = stream.take()
+        {
+            let peer = Peer::of(&stream);
+            self.admit(stream, peer)?;
+        }
+        loop {
+            if self.control.take_stop() {
+                return Ok(Exit::Stopped);
+            }
+            if self.control.take_end_session() {
+                self.operator_end()?;
+            }
+            self.forward()?;
+            self.watch_owner()?;
+            self.watch_held();
+            self.accept()?;
+            if let Some(reason) = self.boundary.tick(Instant::now()) {
+                self.end_session(reason)?;
+            }
+            if self.session_has_ended && self.config.once {
+                return Ok(Exit::SessionEnded);
+            }
+            if self.socket.is_single() && self.served.is_none() && !self.boundary.session_is_open() {
+                return Ok(Exit::SocketClosed);
+            }
+            self.wait()?;
+        }
+    }
+
+    /// Sleeps until there may be something to do.
+    fn wait(&self) -> Result<(), ServerError> {
+        let mut fds = vec![PollFd::new(&self.control.event, PollFlags::IN)];
+        let now = Instant::now();
+        if let SocketKind::Listening(listener) = &self.socket.kind
+            && self.accept_after.is_none_or(|after| now >= after)
+        {
+            fds.push(PollFd::new(listener, PollFlags::IN));
+        }
+        if let Some(served) = &self.served {
+            for (fd, events) in served.connection.relay.interest() {
+                fds.push(PollFd::from_borrowed_fd(fd, events));
+            }
+        }
+        if let Some(pidfd) = self.owner.as_ref().and_then(Peer::pidfd) {
+            fds.push(PollFd::from_borrowed_fd(pidfd, PollFlags::IN));
+        }
+        if let Some((stream, _)) = &self.held {
+            fds.push(PollFd::new(stream, PollFlags::RDHUP));
+        }
+        let deadline = [self.boundary.deadline(), self.accept_after].into_iter().flatten().min();
+        let timeout = deadline.map(|deadline| {
+            // A little late rather than a little early, which would mean to ask again and again.
+            let left = deadline.saturating_duration_since(now) + Duration::from_micros(50);
+            Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) }
+        });
+        match rustix::event::poll(&mut fds, timeout.as_ref()) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(error) => return Err(ServerError::System("wait for events", error.into())),
+        }
+        let _ = rustix::io::read(&self.control.event, &mut [0u8; 8]);
+        Ok(())
+    }
+
+    fn accept(&mut self) -> Result<(), ServerError> {
+        if self.accept_after.is_some_and(|after| Instant::now() < after) {
+            return Ok(());
+        }
+        self.accept_after = None;
+        for _ in 0..ACCEPTS_PER_TURN {
+            let SocketKind::Listening(listener) = &self.socket.kind else { return Ok(()) };
+            match listener.accept() {
+                Ok((stream, _)) => {
+                    // One that has hung up and connected again did so in this order.
+                    self.forward()?;
+                    let peer = Peer::of(&stream);
+                    self.admit(stream, peer)?;
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted
+                    ) => {}
+                Err(error) => {
+                    self.refuse(&format!("cannot accept it: {error}"));
+                    self.accept_after = Some(Instant::now() + ACCEPT_REST);
+                    return Ok(());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Serves, holds or refuses a frontend.
+    fn admit(&mut self, stream: UnixStream, peer: Peer) -> Result<(), ServerError> {
+        let continues = self.boundary.session_is_open();
+        match self.boundary.connected(self.identity(&peer), Instant::now()) {
+            Admission::Refuse(why) => self.refuse(why),
+            Admission::Hold => self.held = Some((stream, peer)),
+            Admission::Serve => {
+                self.owner = None;
+                if self.held.take().is_some() {
+                    self.refuse("the owner of the session has come back");
+                }
+                match Connection::open(self.disk.as_ref(), self.config.device, stream) {
+                    Ok(connection) => {
+                        self.observer.frontend_connected(peer.process(), continues);
+                        if continues {
+                            self.disk.set_owner(peer.process());
+                        }
+                        self.served = Some(Served { connection, peer });
+                    }
+                    Err(error) => {
+                        self.refuse(&format!("cannot set up the device: {}", chain(error.as_ref())));
+                        self.lost(peer)?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// What the boundary goes by. An inherited connection has nobody to come back.
+    fn identity(&self, peer: &Peer) -> Identity {
+        if self.socket.is_single() { Peer::unknown().identity() } else { peer.identity() }
+    }
+
+    /// Lets the relay of the frontend that is served do its work.
+    fn forward(&mut self) -> Result<(), ServerError> {
+        let Some(mut served) = self.served.take() else { return Ok(()) };
+        let owner = served.peer.process();
+        let mut gate = SessionGate {
+            boundary: &mut self.boundary,
+            disk: self.disk.as_ref(),
+            observer: self.observer.as_ref(),
+            owner,
+        };
+        match served.connection.relay.forward(&mut gate) {
+            None => {
+                self.served = Some(served);
+                Ok(())
+            }
+            Some(ending) => {
+                if let Ending::Refused(why) = &ending {
+                    self.refuse(why);
+                }
+                let peer = self.take_down(served)?;
+                self.lost(peer)
+            }
+        }
+    }
+
+    /// Takes a connection down; afterwards nothing of it is in flight.
+    fn take_down(&self, served: Served) -> Result<Peer, ServerError> {
+        if let Some(complaint) = served.connection.close().map_err(ServerError::Teardown)? {
+            self.refuse(&complaint);
+        }
+        Ok(served.peer)
+    }
+
+    /// The frontend that was served is gone, and so is its connection.
+    fn lost(&mut self, peer: Peer) -> Result<(), ServerError> {
+        let reason = self.boundary.disconnected(peer.is_gone(), Instant::now());
+        self.observer.frontend_disconnected(self.boundary.session_is_open());
+        if let Some(reason) = reason {
+            return self.end_session(reason);
+        }
+        if self.boundary.session_is_open() {
+            self.owner = Some(peer);
+        }
+        Ok(())
+    }
+
+    fn watch_owner(&mut self) -> Result<(), ServerError> {
+        // Where nobody can come back the grace has decided already.
+        if self.owner.as_ref().is_some_and(Peer::is_gone)
+            && let Some(reason) = self.boundary.owner_exited()
+        {
+            self.end_session(reason)?;
+        }
+        Ok(())
+    }
+
+    /// Lets go of a held frontend that has hung up.
+    fn watch_held(&mut self) {
+        let Some((stream, _)) = &self.held else { return };
+        let mut fds = [PollFd::new(stream, PollFlags::RDHUP)];
+        if rustix::event::poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) != Ok(0) {
+            self.held = None;
+            self.boundary.stranger_left();
+        }
+    }
+
+    fn operator_end(&mut self) -> Result<(), ServerError> {
+        let Some(reason) = self.boundary.operator_end() else { return Ok(()) };
+        if let Some(served) = self.served.take() {
+            self.take_down(served)?;
+            self.observer.frontend_disconnected(false);
+        }
+        self.end_session(reason)
+    }
+
+    /// Ends the session, whose boundary has been passed, and serves who has waited for that.
+    fn end_session(&mut self, reason: EndReason) -> Result<(), ServerError> {
+        self.owner = None;
+        let summary = self.disk.end_session().map_err(ServerError::EndSession)?;
+        self.observer.session_ended(&summary, reason);
+        self.session_has_ended = true;
+        match self.held.take() {
+            Some((stream, peer)) if !self.config.once => self.admit(stream, peer),
+            _ => Ok(()),
+        }
+    }
+
+    fn refuse(&self, why: &str) {
+        if let Some(suppressed) = self.refusals.admit(Instant::now()) {
+            match suppressed {
+                0 => self.observer.frontend_refused(why),
+                more => self.observer.frontend_refused(&format!("{why} ({more} more not shown)")),
+            }
+        }
+    }
+}
+
+/// Begins a session before its first ring starts.
+struct SessionGate<'a> {
+    boundary: &'a mut Boundary,
+    disk: &'a dyn Disk,
+    observer: &'a dyn Observer,
+    owner: Option<ProcessId>,
+}
+
+impl Gate for SessionGate<'_> {
+    fn ring_starts(&mut self, fresh: bool) -> Result<(), String> {
+        match self.boundary.ring_starts(fresh) {
+            RingStart::Continue => Ok(()),
+            RingStart::Refuse(why) => Err(why.to_owned()),
+            RingStart::Begin => match self.disk.begin_session(self.owner) {
+                Ok(start) => {
+                    self.observer.session_started(&start, self.owner);
+                    Ok(())
+                }
+                Err(error) => {
+                    self.boundary.begin_failed();
+                    Err(format!("no session can begin: {}", chain(error.as_ref())))
+                }
+            },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

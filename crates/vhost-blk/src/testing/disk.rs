@@ -1,0 +1,219 @@
+//! A disk in memory whose I/O can be held back.
+
+use std::{
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use blocks::Geometry;
+use rustix::event::{EventfdFlags, eventfd};
+use session_disk::{ProcessId, Request, SessionStart, SessionSummary};
+
+use crate::disk::{AnyError, Disk, DiskIo, DiskTraits, Finished};
+
+/// See the module. Shared by the server and the test.
+#[derive(Default)]
+pub(crate) struct MemoryDisk {
+    state: Mutex<State>,
+    changed: Condvar,
+    in_flight: AtomicUsize,
+    flushes: AtomicU64,
+    durable_writes: AtomicU64,
+}
+
+#[derive(Default)]
+struct State {
+    bytes: Vec<u8>,
+    session: Option<u64>,
+    owner: Option<ProcessId>,
+    sessions: u64,
+    refuse_sessions: bool,
+    held: bool,
+    fail_io: bool,
+    wakers: Vec<Arc<OwnedFd>>,
+}
+
+impl MemoryDisk {
+    pub(crate) const SERIAL: [u8; 20] = *b"memory-disk-0\0\0\0\0\0\0\0";
+
+    pub(crate) fn new(size: usize) -> Arc<Self> {
+        let disk = Self::default();
+        disk.state().bytes = vec![0; size];
+        Arc::new(disk)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap()
+    }
+
+    pub(crate) fn bytes(&self) -> Vec<u8> {
+        self.state().bytes.clone()
+    }
+
+    pub(crate) fn owner(&self) -> Option<ProcessId> {
+        self.state().owner
+    }
+
+    pub(crate) fn refuse_sessions(&self) {
+        self.state().refuse_sessions = true;
+    }
+
+    pub(crate) fn fail_io(&self, fail: bool) {
+        self.state().fail_io = fail;
+    }
+
+    pub(crate) fn in_flight(&self) -> usize {
+        self.in_flight.load(Ordering::SeqCst)
+    }
+
+    pub(crate) fn flushes(&self) -> u64 {
+        self.flushes.load(Ordering::SeqCst)
+    }
+
+    pub(crate) fn durable_writes(&self) -> u64 {
+        self.durable_writes.load(Ordering::SeqCst)
+    }
+
+    /// Holds all I/O back from now on, or lets it go.
+    pub(crate) fn hold(&self, hold: bool) {
+        let mut state = self.state();
+        state.held = hold;
+        if !hold {
+            for waker in &state.wakers {
+                rustix::io::write(waker, &1u64.to_ne_bytes()).unwrap();
+            }
+        }
+        self.changed.notify_all();
+    }
+}
+
+impl Disk for Arc<MemoryDisk> {
+    fn traits(&self) -> DiskTraits {
+        DiskTraits {
+            geometry: Geometry::new(self.state().bytes.len() as u64).unwrap(),
+            serial: MemoryDisk::SERIAL,
+            logical_block_size: 512,
+            discard: true,
+            write_zeroes: true,
+        }
+    }
+
+    fn queue(&self, _depth: u32) -> Result<Box<dyn DiskIo>, AnyError> {
+        let waker = Arc::new(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?);
+        self.state().wakers.push(waker.clone());
+        Ok(Box::new(MemoryIo { disk: self.clone(), waker, queued: Vec::new(), submitted: Vec::new() }))
+    }
+
+    fn begin_session(&self, owner: Option<ProcessId>) -> Result<SessionStart, AnyError> {
+        let mut state = self.state();
+        if state.refuse_sessions {
+            return Err("the log has no room".into());
+        }
+        assert!(state.session.is_none(), "a session is open");
+        state.sessions += 1;
+        state.session = Some(state.sessions);
+        state.owner = owner;
+        Ok(SessionStart { sequence: state.sessions, pending_blocks: 0 })
+    }
+
+    fn end_session(&self) -> Result<SessionSummary, AnyError> {
+        let mut state = self.state();
+        let sequence = state.session.take().ok_or("no session is open")?;
+        assert_eq!(self.in_flight(), 0, "I/O in flight at the session's end");
+        state.bytes.fill(0);
+        let duration = Duration::from_secs(1);
+        Ok(SessionSummary { sequence, dirty_blocks: 0, bytes_written: 0, duration })
+    }
+
+    fn set_owner(&self, owner: Option<ProcessId>) {
+        self.state().owner = owner;
+    }
+
+    fn session_is_open(&self) -> bool {
+        self.state().session.is_some()
+    }
+}
+
+struct MemoryIo {
+    disk: Arc<MemoryDisk>,
+    waker: Arc<OwnedFd>,
+    queued: Vec<(u64, Request)>,
+    submitted: Vec<(u64, Request)>,
+}
+
+impl MemoryIo {
+    fn perform(&self, bytes: &mut [u8], request: Request) -> bool {
+        let span = |offset: u64, len: u64| offset as usize..(offset + len) as usize;
+        match request {
+            Request::Read { range, buf } => {
+                assert_eq!(buf.len() as u64, range.len());
+                buf.copy_in(0, &bytes[span(range.offset(), range.len())]) == buf.len()
+            }
+            Request::Write { range, buf, durable } => {
+                self.disk.durable_writes.fetch_add(u64::from(durable), Ordering::SeqCst);
+                buf.copy_out(0, &mut bytes[span(range.offset(), range.len())]) == buf.len()
+            }
+            Request::Discard { range } | Request::WriteZeroes { range, .. } => {
+                bytes[span(range.offset(), range.len())].fill(0);
+                true
+            }
+            Request::Flush => {
+                self.disk.flushes.fetch_add(1, Ordering::SeqCst);
+                true
+            }
+        }
+    }
+}
+
+impl DiskIo for MemoryIo {
+    fn push(&mut self, token: u64, request: Request) {
+        self.disk.in_flight.fetch_add(1, Ordering::SeqCst);
+        self.queued.push((token, request));
+    }
+
+    fn submit(&mut self) {
+        self.submitted.append(&mut self.queued);
+    }
+
+    fn reap(&mut self, done: &mut Vec<Finished>) {
+        let _ = rustix::io::read(self.waker.as_ref(), &mut [0u8; 8]);
+        let mut state = self.disk.state();
+        if state.held {
+            return;
+        }
+        let (fail, bytes) = (state.fail_io, &mut state.bytes);
+        for (token, request) in std::mem::take(&mut self.submitted) {
+            let ok = self.perform(bytes, request) && !fail;
+            done.push(Finished { token, ok });
+            self.disk.in_flight.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
+
+    fn in_flight(&self) -> usize {
+        self.queued.len() + self.submitted.len()
+    }
+
+    fn quiesce(&mut self, done: &mut Vec<Finished>) {
+        self.submit();
+        {
+            let state = self.disk.state();
+            let _state = self.disk.changed.wait_while(state, |state| state.held).unwrap();
+        }
+        self.reap(done);
+    }
+
+    fn wait_fds(&self) -> Vec<BorrowedFd<'_>> {
+        vec![(*self.waker).as_fd()]
+    }
+}
+
+impl Drop for MemoryIo {
+    fn drop(&mut self) {
+        assert_eq!(self.in_flight(), 0, "a queue was dropped with I/O in flight");
+        self.disk.state().wakers.retain(|waker| !Arc::ptr_eq(waker, &self.waker));
+    }
+}

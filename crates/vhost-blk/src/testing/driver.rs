@@ -1,0 +1,303 @@
+//! A frontend with the driver of a guest, in the test's own process.
+
+use std::{
+    fs::File,
+    os::{
+        fd::{AsRawFd, BorrowedFd},
+        unix::net::UnixStream,
+    },
+    path::Path,
+    sync::atomic::Ordering,
+    time::{Duration, Instant},
+};
+
+use rustix::fs::MemfdFlags;
+use vhost::{
+    VhostBackend, VhostUserMemoryRegionInfo, VringConfigData,
+    vhost_user::{
+        Frontend, VhostUserFrontend,
+        message::{VhostUserHeaderFlag, VhostUserProtocolFeatures},
+    },
+};
+use virtio_bindings::{
+    virtio_blk::{VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT},
+    virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE},
+};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::request::Memory;
+
+/// Elements of each queue.
+const SIZE: u16 = 16;
+/// Distance between queues in guest memory, and of the rings within one.
+const QUEUE_STRIDE: u64 = 0x1000;
+const AVAIL: u64 = 0x400;
+const USED: u64 = 0x800;
+/// Guest memory from here on is for data.
+pub(crate) const DATA_AT: u64 = 0x10_0000;
+const MEMORY_LEN: usize = 0x40_0000;
+/// How long an answer may take.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A descriptor: address, length, whether the device writes it.
+pub(crate) type Part = (u64, u32, bool);
+
+struct Queue {
+    avail: u16,
+    used: u16,
+    next_descriptor: u16,
+    kick: EventFd,
+    call: EventFd,
+}
+
+/// A frontend whose driver has `queues` queues.
+pub(crate) struct Driver {
+    pub(crate) frontend: Frontend,
+    pub(crate) memory: Memory,
+    memfd: File,
+    queues: Vec<Queue>,
+    pub(crate) features: u64,
+}
+
+impl Driver {
+    /// Connects and starts all queues.
+    pub(crate) fn start(path: &Path, queues: usize) -> Self {
+        let mut driver = Self::connect(path, queues);
+        driver.negotiate(|offered| offered).unwrap();
+        driver.start_queues().unwrap();
+        driver
+    }
+
+    /// Connects only.
+    pub(crate) fn connect(path: &Path, queues: usize) -> Self {
+        Self::over(UnixStream::connect(path).unwrap(), queues)
+    }
+
+    pub(crate) fn over(stream: UnixStream, queues: usize) -> Self {
+        let (memory, memfd) = new_memory();
+        let queue = |_| Queue {
+            avail: 0,
+            used: 0,
+            next_descriptor: 0,
+            kick: EventFd::new(0).unwrap(),
+            call: EventFd::new(EFD_NONBLOCK).unwrap(),
+        };
+        Self {
+            frontend: Frontend::from_stream(stream, queues as u64),
+            memory,
+            memfd,
+            queues: (0..queues).map(queue).collect(),
+            features: 0,
+        }
+    }
+
+    /// Negotiates the features that `choose` takes from those offered.
+    pub(crate) fn negotiate(&mut self, choose: impl Fn(u64) -> u64) -> vhost::Result<()> {
+        self.frontend.set_owner()?;
+        self.features = choose(self.frontend.get_features()?);
+        let protocol = self.frontend.get_protocol_features()?;
+        self.frontend.set_protocol_features(protocol)?;
+        assert!(protocol.contains(VhostUserProtocolFeatures::REPLY_ACK | VhostUserProtocolFeatures::MQ));
+        self.frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+        self.frontend.set_features(self.features)?;
+        self.map_memory()
+    }
+
+    fn map_memory(&self) -> vhost::Result<()> {
+        let region = VhostUserMemoryRegionInfo {
+            guest_phys_addr: 0,
+            memory_size: MEMORY_LEN as u64,
+            userspace_addr: self.userspace(0),
+            mmap_offset: 0,
+            mmap_handle: self.memfd.as_raw_fd(),
+        };
+        self.frontend.set_mem_table(&[region]).map(|_| ())
+    }
+
+    /// Gives the device other memory with the same contents; returns the old one.
+    pub(crate) fn replace_memory(&mut self) -> Memory {
+        let (memory, memfd) = new_memory();
+        let mut bytes = vec![0; MEMORY_LEN];
+        self.memory.read_slice(&mut bytes, GuestAddress(0)).unwrap();
+        memory.write_slice(&bytes, GuestAddress(0)).unwrap();
+        let old = std::mem::replace(&mut self.memory, memory);
+        self.memfd = memfd;
+        self.map_memory().unwrap();
+        for queue in 0..self.queues.len() {
+            self.set_addresses(queue).unwrap();
+        }
+        old
+    }
+
+    fn userspace(&self, address: u64) -> u64 {
+        self.memory.get_host_address(GuestAddress(address)).unwrap() as u64
+    }
+
+    fn set_addresses(&self, queue: usize) -> vhost::Result<()> {
+        let at = queue as u64 * QUEUE_STRIDE;
+        let config = VringConfigData {
+            queue_max_size: SIZE,
+            queue_size: SIZE,
+            flags: 0,
+            desc_table_addr: self.userspace(at),
+            used_ring_addr: self.userspace(at + USED),
+            avail_ring_addr: self.userspace(at + AVAIL),
+            log_addr: None,
+        };
+        self.frontend.set_vring_addr(queue, &config)
+    }
+
+    /// Starts all queues where they are.
+    pub(crate) fn start_queues(&mut self) -> vhost::Result<()> {
+        for queue in 0..self.queues.len() {
+            self.start_queue(queue)?;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn start_queue(&mut self, queue: usize) -> vhost::Result<()> {
+        self.frontend.set_vring_num(queue, SIZE)?;
+        self.frontend.set_vring_base(queue, self.queues[queue].avail)?;
+        self.set_addresses(queue)?;
+        self.frontend.set_vring_call(queue, &self.queues[queue].call)?;
+        self.frontend.set_vring_kick(queue, &self.queues[queue].kick)?;
+        self.frontend.set_vring_enable(queue, true)
+    }
+
+    /// A kick descriptor that replaces the queue's.
+    pub(crate) fn replace_kick(&mut self, queue: usize) {
+        self.queues[queue].kick = EventFd::new(0).unwrap();
+        self.frontend.set_vring_kick(queue, &self.queues[queue].kick).unwrap();
+    }
+
+    /// Makes a chain of `parts` available, without a kick.
+    pub(crate) fn offer(&mut self, queue: usize, parts: &[Part]) {
+        let at = queue as u64 * QUEUE_STRIDE;
+        let state = &mut self.queues[queue];
+        let head = state.next_descriptor;
+        for (number, (address, len, device_writes)) in parts.iter().enumerate() {
+            let index = (head + number as u16) % SIZE;
+            let next = (index + 1) % SIZE;
+            let mut flags = if *device_writes { VRING_DESC_F_WRITE } else { 0 };
+            if number + 1 < parts.len() {
+                flags |= VRING_DESC_F_NEXT;
+            }
+            let slot = at + u64::from(index) * 16;
+            self.memory.write_obj(*address, GuestAddress(slot)).unwrap();
+            self.memory.write_obj(*len, GuestAddress(slot + 8)).unwrap();
+            self.memory.write_obj(flags as u16, GuestAddress(slot + 12)).unwrap();
+            self.memory.write_obj(next, GuestAddress(slot + 14)).unwrap();
+        }
+        state.next_descriptor = (head + parts.len() as u16) % SIZE;
+        let entry = at + AVAIL + 4 + u64::from(state.avail % SIZE) * 2;
+        self.memory.write_obj(head, GuestAddress(entry)).unwrap();
+        state.avail = state.avail.wrapping_add(1);
+        self.set_avail(queue, state_avail(&self.queues[queue]));
+    }
+
+    /// Sets the available index to whatever a guest may set it to.
+    pub(crate) fn set_avail(&self, queue: usize, index: u16) {
+        let at = GuestAddress(queue as u64 * QUEUE_STRIDE + AVAIL + 2);
+        self.memory.store(index.to_le(), at, Ordering::SeqCst).unwrap();
+    }
+
+    pub(crate) fn avail(&self, queue: usize) -> u16 {
+        self.queues[queue].avail
+    }
+
+    pub(crate) fn kick(&self, queue: usize) {
+        self.queues[queue].kick.write(1).unwrap();
+    }
+
+    /// The device's used index.
+    pub(crate) fn used_index(&self, queue: usize) -> u16 {
+        let at = GuestAddress(queue as u64 * QUEUE_STRIDE + USED + 2);
+        u16::from_le(self.memory.load(at, Ordering::SeqCst).unwrap())
+    }
+
+    /// Waits for the next used element by interrupt, and returns its length.
+    pub(crate) fn wait_used(&mut self, queue: usize) -> u32 {
+        let used = self.queues[queue].used;
+        // With EVENT_IDX: an interrupt for the next element.
+        let event = GuestAddress(queue as u64 * QUEUE_STRIDE + AVAIL + 4 + u64::from(SIZE) * 2);
+        self.memory.store(used.to_le(), event, Ordering::SeqCst).unwrap();
+        let start = Instant::now();
+        while self.used_index(queue) == used {
+            assert!(start.elapsed() < PATIENCE, "no answer");
+            self.wait_call(queue, Duration::from_millis(100));
+        }
+        self.queues[queue].used = used.wrapping_add(1);
+        let element = queue as u64 * QUEUE_STRIDE + USED + 4 + u64::from(used % SIZE) * 8;
+        self.memory.read_obj(GuestAddress(element + 4)).unwrap()
+    }
+
+    /// Whether an interrupt comes within `limit`.
+    pub(crate) fn wait_call(&self, queue: usize, limit: Duration) -> bool {
+        let call = &self.queues[queue].call;
+        // SAFETY: open as long as `call` is borrowed.
+        let fd = unsafe { BorrowedFd::borrow_raw(call.as_raw_fd()) };
+        let mut fds = [rustix::event::PollFd::from_borrowed_fd(fd, rustix::event::PollFlags::IN)];
+        let timeout = rustix::event::Timespec::try_from(limit).unwrap();
+        rustix::event::poll(&mut fds, Some(&timeout)).unwrap();
+        call.read().is_ok()
+    }
+
+    /// Writes a request header at `at`.
+    pub(crate) fn header(&self, at: u64, kind: u32, sector: u64) {
+        self.memory.write_obj(kind, GuestAddress(at)).unwrap();
+        self.memory.write_obj(0u32, GuestAddress(at + 4)).unwrap();
+        self.memory.write_obj(sector, GuestAddress(at + 8)).unwrap();
+    }
+
+    /// One request from start to end; returns status and used length.
+    pub(crate) fn request(&mut self, queue: usize, kind: u32, sector: u64, data: Part) -> (u8, u32) {
+        let at = DATA_AT + 0x20_0000 + queue as u64 * 0x1000;
+        self.header(at, kind, sector);
+        self.memory.write_obj(0xffu8, GuestAddress(at + 64)).unwrap();
+        let mut parts = vec![(at, 16, false)];
+        if data.1 > 0 {
+            parts.push(data);
+        }
+        parts.push((at + 64, 1, true));
+        self.offer(queue, &parts);
+        self.kick(queue);
+        let len = self.wait_used(queue);
+        (self.memory.read_obj(GuestAddress(at + 64)).unwrap(), len)
+    }
+
+    pub(crate) fn write(&mut self, queue: usize, sector: u64, bytes: &[u8]) -> u8 {
+        let at = DATA_AT + queue as u64 * 0x1_0000;
+        self.memory.write_slice(bytes, GuestAddress(at)).unwrap();
+        self.request(queue, VIRTIO_BLK_T_OUT, sector, (at, bytes.len() as u32, false)).0
+    }
+
+    pub(crate) fn read(&mut self, queue: usize, sector: u64, len: usize) -> Result<Vec<u8>, u8> {
+        let at = DATA_AT + queue as u64 * 0x1_0000;
+        self.memory.write_slice(&vec![0xee; len], GuestAddress(at)).unwrap();
+        let (status, used) = self.request(queue, VIRTIO_BLK_T_IN, sector, (at, len as u32, true));
+        if status != 0 {
+            return Err(status);
+        }
+        assert_eq!(used as usize, len + 1);
+        let mut bytes = vec![0; len];
+        self.memory.read_slice(&mut bytes, GuestAddress(at)).unwrap();
+        Ok(bytes)
+    }
+
+    pub(crate) fn flush(&mut self, queue: usize) -> u8 {
+        self.request(queue, VIRTIO_BLK_T_FLUSH, 0, (0, 0, false)).0
+    }
+}
+
+fn state_avail(queue: &Queue) -> u16 {
+    queue.avail
+}
+
+fn new_memory() -> (Memory, File) {
+    let memfd = File::from(rustix::fs::memfd_create("guest", MemfdFlags::CLOEXEC).unwrap());
+    memfd.set_len(MEMORY_LEN as u64).unwrap();
+    let backing = FileOffset::new(memfd.try_clone().unwrap(), 0);
+    let memory = Memory::from_ranges_with_files([(GuestAddress(0), MEMORY_LEN, Some(backing))]).unwrap();
+    (memory, memfd)
+}

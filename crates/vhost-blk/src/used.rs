@@ -1,0 +1,131 @@
+//! The used ring: publishing a batch of answers with one index update, and deciding about one
+//! interrupt for all of them (virtio 1.2, 2.7.8 and 2.7.10).
+
+use std::sync::atomic::{Ordering, fence};
+
+use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
+use virtio_queue::{Queue, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
+
+use crate::{request::Memory, slots::Used};
+
+/// Size of the flags and index fields before the elements of either ring.
+const RING_HEADER: u64 = 4;
+const USED_ELEMENT: u64 = 8;
+const AVAIL_ELEMENT: u64 = 2;
+
+/// Publishes `answers`, whose status and data are in guest memory already. Returns whether the
+/// guest wants an interrupt.
+pub(crate) fn publish(
+    queue: &mut Queue,
+    memory: &Memory,
+    answers: &[Used],
+) -> Result<bool, GuestMemoryError> {
+    let size = queue.size().max(1);
+    let before = queue.next_used();
+    let mut next = before;
+    for used in answers {
+        let at = address(queue.used_ring(), RING_HEADER + u64::from(next % size) * USED_ELEMENT)?;
+        let element = u64::from(used.len) << 32 | u64::from(used.head);
+        memory.write_obj(element.to_le(), at)?;
+        next = next.wrapping_add(1);
+    }
+    // Release: whoever sees the index sees elements, status bytes and data.
+    memory.store(next.to_le(), address(queue.used_ring(), 2)?, Ordering::Release)?;
+    queue.set_next_used(next);
+    // The index must be visible before the guest's wish is read, or both sides could miss the other.
+    fence(Ordering::SeqCst);
+    if queue.event_idx_enabled() {
+        let at = address(queue.avail_ring(), RING_HEADER + u64::from(size) * AVAIL_ELEMENT)?;
+        let event = u16::from_le(memory.load(at, Ordering::Relaxed)?);
+        Ok(crossed(event, before, next))
+    } else {
+        let flags = u16::from_le(memory.load(GuestAddress(queue.avail_ring()), Ordering::Relaxed)?);
+        Ok(u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+    }
+}
+
+/// The index up to which the guest has made buffers available.
+pub(crate) fn avail_index(memory: &Memory, avail_ring: u64) -> Result<u16, GuestMemoryError> {
+    memory.load(address(avail_ring, 2)?, Ordering::Acquire).map(u16::from_le)
+}
+
+/// Whether the used index passed `event` when it went from `before` to `after`.
+fn crossed(event: u16, before: u16, after: u16) -> bool {
+    after.wrapping_sub(event).wrapping_sub(1) < after.wrapping_sub(before)
+}
+
+fn address(ring: u64, offset: u64) -> Result<GuestAddress, GuestMemoryError> {
+    ring.checked_add(offset).map(GuestAddress).ok_or(GuestMemoryError::GuestAddressOverflow)
+}
+
+#[cfg(test)]
+mod tests {
+    use virtio_queue::{QueueT, mock::MockSplitQueue};
+
+    use super::*;
+
+    const SIZE: u16 = 8;
+
+    fn used(head: u16) -> Used {
+        Used { head, len: 1 }
+    }
+
+    #[test]
+    fn publish_of_a_batch_over_the_rings_end_writes_each_element_in_its_place() {
+        let memory = Memory::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap();
+        let ring = MockSplitQueue::new(&memory, SIZE);
+        let mut queue: Queue = ring.create_queue().unwrap();
+        queue.set_next_used(u16::MAX - 1);
+        assert!(publish(&mut queue, &memory, &[used(1), used(2), used(3)]).unwrap());
+        let head = |at: usize| ring.used().ring().ref_at(at).unwrap().load().id();
+        assert_eq!((head(6), head(7), head(0)), (1, 2, 3));
+        assert_eq!((u16::from_le(ring.used().idx().load()), queue.next_used()), (1, 1));
+    }
+
+    #[test]
+    fn publish_to_a_guest_that_wants_no_interrupt_asks_for_none() {
+        let memory = Memory::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap();
+        let ring = MockSplitQueue::new(&memory, SIZE);
+        let mut queue: Queue = ring.create_queue().unwrap();
+        memory.write_obj(1u16, ring.avail_addr()).unwrap();
+        assert!(!publish(&mut queue, &memory, &[used(0)]).unwrap());
+    }
+
+    #[test]
+    fn publish_with_event_index_interrupts_only_when_the_event_is_passed() {
+        let memory = Memory::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap();
+        let mut queue = Queue::new(SIZE).unwrap();
+        queue.try_set_avail_ring_address(GuestAddress(0x1000)).unwrap();
+        queue.try_set_used_ring_address(GuestAddress(0x2000)).unwrap();
+        queue.set_event_idx(true);
+        let event_at = 0x1000 + 4 + u64::from(SIZE) * 2;
+        memory.write_obj(2u16, GuestAddress(event_at)).unwrap();
+        assert!(!publish(&mut queue, &memory, &[used(0), used(1)]).unwrap());
+        assert!(publish(&mut queue, &memory, &[used(2), used(3)]).unwrap());
+        assert!(!publish(&mut queue, &memory, &[used(4)]).unwrap());
+    }
+
+    #[test]
+    fn event_is_crossed_exactly_when_an_element_has_its_index() {
+        for before in [0, 7, u16::MAX - 3] {
+            for count in 0..8u16 {
+                for distance in 0..=u16::MAX {
+                    let event = before.wrapping_add(distance);
+                    let got = crossed(event, before, before.wrapping_add(count));
+                    assert_eq!(got, distance < count, "{event} {before} {count}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn publish_to_a_ring_outside_of_memory_is_an_error() {
+        let memory = Memory::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
+        let mut queue = Queue::new(SIZE).unwrap();
+        queue.try_set_used_ring_address(GuestAddress(0x1000 - 8)).unwrap();
+        assert!(publish(&mut queue, &memory, &[used(0), used(1)]).is_err());
+        queue.try_set_used_ring_address(GuestAddress(!3)).unwrap();
+        assert!(publish(&mut queue, &memory, &[used(0)]).is_err());
+    }
+}

@@ -1,0 +1,297 @@
+//! What a queue's thread does: takes requests from the ring, gives them to the disk, publishes
+//! their answers, and looks for more for a while before it sleeps.
+//!
+//! Order within a pass: pop everything that is available, submit once, reap, status bytes,
+//! used elements, used index, at most one interrupt. The ring's lock is not held while the disk
+//! is at work, nor while polling.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use session_disk::Request;
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::{GuestAddress, GuestMemoryBackend};
+
+use crate::{
+    backend::Device,
+    disk::{DiskIo, Finished},
+    poll::PollWindow,
+    request::{Action, Memory, Parser, Status},
+    slots::{Slot, Slots, Used, answer, part_token},
+    used::{avail_index, publish},
+    vring::{Vring, signal},
+};
+
+/// How often the ring is looked at between two looks at the clock.
+const LOOKS_PER_TIME: u32 = 16;
+
+/// The data path of one virtqueue.
+pub(crate) struct Worker {
+    io: Box<dyn DiskIo>,
+    slots: Slots,
+    parser: Parser,
+    poll: PollWindow,
+    finished: Vec<Finished>,
+    answers: Vec<Used>,
+    /// The queue's ring, once it was started.
+    vring: Option<Vring>,
+    /// Where the guest's next request will show up.
+    watch: Option<Watch>,
+}
+
+/// What polling looks at without the ring's lock.
+struct Watch {
+    memory: Arc<Memory>,
+    avail_ring: u64,
+    next_avail: u16,
+}
+
+/// What became of a pass.
+#[derive(PartialEq, Eq)]
+enum Pass {
+    /// Something was taken or answered.
+    Worked,
+    Idle,
+    /// The ring is not started, not enabled, or makes no sense: nothing may be taken from it.
+    Stopped,
+}
+
+impl Worker {
+    /// A worker for a queue of at most `queue_size` elements.
+    pub(crate) fn new(io: Box<dyn DiskIo>, queue_size: u16, poll_max: Duration) -> Self {
+        let room = usize::from(queue_size);
+        Self {
+            io,
+            slots: Slots::new(queue_size),
+            parser: Parser::default(),
+            poll: PollWindow::new(poll_max),
+            finished: Vec::with_capacity(room),
+            answers: Vec::with_capacity(room),
+            vring: None,
+            watch: None,
+        }
+    }
+
+    pub(crate) fn io(&self) -> &dyn DiskIo {
+        self.io.as_ref()
+    }
+
+    /// Serves the queue until there is nothing left to do; then the thread may sleep until a kick
+    /// or a completion.
+    pub(crate) fn run(&mut self, device: &Device, vring: &Vring) {
+        self.vring.get_or_insert_with(|| vring.clone());
+        self.poll.woken(Instant::now());
+        while !device.is_stopping() {
+            match self.pass(device, vring) {
+                Pass::Worked => continue,
+                Pass::Stopped => return,
+                Pass::Idle => {}
+            }
+            let idle_since = Instant::now();
+            if self.spin(device, vring, idle_since) || self.arm(device, vring) {
+                continue;
+            }
+            self.poll.sleeps(idle_since);
+            return;
+        }
+    }
+
+    /// Waits for everything that is in flight and publishes the answers. The ring's state does not
+    /// matter: its requests were taken while it was started.
+    pub(crate) fn drain(&mut self, device: &Device) {
+        self.watch = None;
+        self.io.quiesce(&mut self.finished);
+        self.io.reap(&mut self.finished);
+        self.collect();
+        if let Some(vring) = self.vring.clone() {
+            self.publish(device, &vring);
+        }
+        self.answers.clear();
+        if self.io.in_flight() > 0 || !self.slots.is_empty() {
+            log::error!("{} requests are left after a queue was drained", self.io.in_flight());
+        }
+    }
+
+    /// Whether no request is on its way.
+    pub(crate) fn is_quiet(&self) -> bool {
+        self.io.in_flight() == 0
+    }
+
+    fn pass(&mut self, device: &Device, vring: &Vring) -> Pass {
+        self.watch = None;
+        let memory = device.memory();
+        let taken = {
+            let mut state = vring.lock();
+            let active = state.is_enabled() && state.get_queue().ready();
+            if active { self.pop(device, state.get_queue_mut(), &memory) } else { None }
+        };
+        if taken.is_some_and(|taken| taken > 0) {
+            self.io.submit();
+        }
+        if self.io.in_flight() > 0 {
+            self.io.reap(&mut self.finished);
+        }
+        self.collect();
+        let answered = !self.answers.is_empty();
+        if answered {
+            self.publish(device, vring);
+        }
+        match taken {
+            None => Pass::Stopped,
+            Some(0) if !answered => Pass::Idle,
+            Some(_) => Pass::Worked,
+        }
+    }
+
+    /// Takes what is available, as far as there is room. `None`: the ring makes no sense.
+    fn pop(&mut self, device: &Device, queue: &mut Queue, memory: &Arc<Memory>) -> Option<u32> {
+        let (avail_ring, size) = (queue.avail_ring(), u64::from(queue.size()));
+        // The library logs what it can't read; a guest must not be able to fill the log.
+        let avail_len = 6 + 2 * size as usize;
+        if !GuestMemoryBackend::check_range(memory.as_ref(), GuestAddress(avail_ring), avail_len) {
+            device.warn(|| format!("a ring at {avail_ring:#x} is not in the guest's memory"));
+            return None;
+        }
+        if !queue.event_idx_enabled() {
+            queue.disable_notification(memory.as_ref()).ok()?;
+        }
+        let room = self.slots.room();
+        let mut taken = 0;
+        match queue.iter(memory.as_ref()) {
+            Ok(chains) => {
+                for chain in chains.take(room) {
+                    taken += 1;
+                    let head = chain.head_index();
+                    let parsed = self.parser.parse(memory, chain, &device.disk, device.config.read_only);
+                    self.start(device, memory, head, parsed.status_at, parsed.action);
+                }
+            }
+            Err(error) => {
+                device.warn(|| format!("the guest's available ring can't be used: {error}"));
+                return None;
+            }
+        }
+        self.watch = Some(Watch { memory: memory.clone(), avail_ring, next_avail: queue.next_avail() });
+        Some(taken)
+    }
+
+    /// Starts a request, or answers it at once.
+    fn start(
+        &mut self,
+        device: &Device,
+        memory: &Arc<Memory>,
+        head: u16,
+        status_at: Option<GuestAddress>,
+        action: Action,
+    ) {
+        let (parts, written) = match &action {
+            Action::Answer { status, written } => {
+                if *status == Status::IoError {
+                    device.warn(|| "a guest's request is malformed or out of range".to_owned());
+                }
+                self.answers.push(answer(memory, head, status_at, *status, *written));
+                return;
+            }
+            Action::Read { buf, .. } => (1, buf.len() as u32),
+            Action::Write { .. } | Action::Flush => (1, 0),
+            Action::Discard(ranges) => (ranges.len() as u32, 0),
+            Action::WriteZeroes(ranges) => (ranges.len() as u32, 0),
+        };
+        let token = status_at.and_then(|status_at| {
+            self.slots.insert(Slot { head, parts, written, status_at, memory: memory.clone() })
+        });
+        let Some(token) = token else {
+            // Not reached: there is room for all that is taken, and a status for all that is done.
+            self.answers.push(answer(memory, head, status_at, Status::IoError, 0));
+            return;
+        };
+        match action {
+            Action::Read { range, buf } => self.io.push(token, Request::Read { range, buf }),
+            Action::Write { range, buf } => {
+                let durable = device.is_write_through();
+                self.io.push(token, Request::Write { range, buf, durable });
+            }
+            Action::Flush => self.io.push(token, Request::Flush),
+            Action::Discard(ranges) => {
+                for (part, range) in (0..).zip(ranges) {
+                    self.io.push(part_token(token, part), Request::Discard { range });
+                }
+            }
+            Action::WriteZeroes(ranges) => {
+                let durable = device.is_write_through();
+                for (part, (range, may_unmap)) in (0..).zip(ranges) {
+                    let request = Request::WriteZeroes { range, may_unmap, durable };
+                    self.io.push(part_token(token, part), request);
+                }
+            }
+            Action::Answer { .. } => {}
+        }
+    }
+
+    /// Turns finished disk requests into answers.
+    fn collect(&mut self) {
+        for finished in self.finished.drain(..) {
+            self.answers.extend(self.slots.finish(finished.token, finished.ok));
+        }
+    }
+
+    fn publish(&mut self, device: &Device, vring: &Vring) {
+        if self.answers.is_empty() {
+            return;
+        }
+        let memory = device.memory();
+        let mut state = vring.lock();
+        match publish(state.get_queue_mut(), &memory, &self.answers) {
+            Ok(true) => {
+                if let Err(error) = signal(&state) {
+                    device.warn(|| format!("cannot interrupt the guest: {error}"));
+                }
+            }
+            Ok(false) => {}
+            Err(error) => device.warn(|| format!("cannot publish answers to the guest: {error}")),
+        }
+        self.answers.clear();
+    }
+
+    /// Looks for work for as long as it pays, without the ring's lock. True: there is some.
+    fn spin(&mut self, device: &Device, vring: &Vring, since: Instant) -> bool {
+        let window = self.poll.window();
+        if window.is_zero() {
+            return false;
+        }
+        while since.elapsed() < window && vring.is_active() && !device.is_stopping() {
+            for _ in 0..LOOKS_PER_TIME {
+                if let Some(watch) = self.watch.as_ref().filter(|_| !self.slots.is_full())
+                    && avail_index(&watch.memory, watch.avail_ring).is_ok_and(|at| at != watch.next_avail)
+                {
+                    return true;
+                }
+                if self.io.in_flight() > 0 {
+                    self.io.reap(&mut self.finished);
+                    if !self.finished.is_empty() {
+                        return true;
+                    }
+                }
+                std::hint::spin_loop();
+            }
+        }
+        false
+    }
+
+    /// Asks the guest for a kick. True: there was something already.
+    fn arm(&mut self, device: &Device, vring: &Vring) -> bool {
+        self.watch = None;
+        if self.slots.is_full() {
+            // Nothing can be taken before something is answered, and that will wake us.
+            return false;
+        }
+        let memory = device.memory();
+        let mut state = vring.lock();
+        if !state.is_enabled() || !state.get_queue().ready() {
+            return false;
+        }
+        state.get_queue_mut().enable_notification(memory.as_ref()).unwrap_or(false)
+    }
+}
