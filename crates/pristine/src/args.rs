@@ -1,0 +1,336 @@
+//! The command line.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use session_disk::{DiskOptions, FlushPolicy};
+
+/// Non-persistent VM disks at native speed: a vhost-user-blk backend.
+///
+/// Each guest has a full raw disk of its own. What it writes is logged by block number, and after its session just those
+/// blocks get the base image's contents back.
+#[derive(Debug, Parser)]
+#[command(name = "pristine", version, propagate_version = true, after_help = EXAMPLES)]
+pub(crate) struct Cli {
+    /// Say more; twice: say everything
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub(crate) verbose: u8,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  pristine provision --base golden.raw --disk vm1.raw
+  pristine serve --disk vm1.raw --socket-path /run/vm1.sock
+  qemu-system-x86_64 -m 2G -object memory-backend-memfd,id=mem,size=2G,share=on -numa node,memdev=mem \\
+      -chardev socket,id=c0,path=/run/vm1.sock -device vhost-user-blk-pci,chardev=c0,num-queues=2
+
+Exit codes: 0 done, 1 not pristine or failed, 2 wrong usage.";
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Make a session disk from a base image
+    #[command(after_help = "Examples:
+  pristine provision --base golden.raw --disk vm1.raw
+  pristine provision --base golden.raw --disk vm1.raw --lazy --size 40G
+  pristine provision --base golden.raw --disk /dev/vg0/vm1")]
+    Provision(ProvisionArgs),
+    /// Serve a session disk to VMs, one after the other
+    #[command(after_help = "Examples:
+  pristine serve --disk vm1.raw --socket-path /run/vm1.sock --num-queues 2
+  pristine serve --disk vm1.raw --socket-path /run/vm1.sock --direct --once
+
+Also understood without the word serve, as QEMU's conventions for backend programs have it:
+  pristine --socket-path /run/vm1.sock --blk-file vm1.raw [--read-only]
+  pristine --print-capabilities")]
+    Serve(ServeArgs),
+    /// Finish, offline, all that a crash or a stop left to be restored
+    #[command(after_help = "Example:
+  pristine restore --disk vm1.raw && pristine verify --disk vm1.raw")]
+    Restore(DiskArgs),
+    /// Compare a disk with its base: exit 0 if every byte is equal, else 1 and what differs
+    #[command(after_help = "Examples:
+  pristine verify --disk vm1.raw
+  pristine verify --disk vm1.raw --json")]
+    Verify(ReportArgs),
+    /// Show what state a disk is in, also while it is served
+    #[command(after_help = "Examples:
+  pristine status --disk vm1.raw
+  pristine status --disk vm1.raw --json
+
+States: pristine, in-session, restoring (a server is at it), interrupted (restore or serve goes on).")]
+    Status(ReportArgs),
+    /// Look into write logs
+    Log(LogArgs),
+}
+
+/// Which disk, and where its state is.
+#[derive(Debug, Args)]
+pub(crate) struct DiskArgs {
+    /// The session disk: a raw file or a block device
+    #[arg(long, alias = "blk-file", value_name = "DISK")]
+    pub(crate) disk: PathBuf,
+    #[command(flatten)]
+    pub(crate) dirs: DirArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DirArgs {
+    /// Where manifest and logs are [default: DISK.pristine]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) state_dir: Option<PathBuf>,
+    /// A directory on a tmpfs for what must survive a process but not the host [default: /run/pristine, or
+    /// pristine under XDG_RUNTIME_DIR]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) runtime_dir: Option<PathBuf>,
+    /// How many retired logs to keep for audit
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    pub(crate) keep_logs: usize,
+}
+
+impl DiskArgs {
+    pub(crate) fn options(&self) -> DiskOptions {
+        disk_options(&self.disk, &self.dirs)
+    }
+}
+
+fn disk_options(disk: &std::path::Path, dirs: &DirArgs) -> DiskOptions {
+    DiskOptions {
+        state_dir: dirs.state_dir.clone(),
+        runtime_dir: dirs.runtime_dir.clone(),
+        keep_logs: dirs.keep_logs,
+        ..DiskOptions::new(disk)
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ReportArgs {
+    #[command(flatten)]
+    pub(crate) disk: DiskArgs,
+    /// One JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ProvisionArgs {
+    /// The base image: a raw file or a block device; it is never written
+    #[arg(long, value_name = "BASE")]
+    pub(crate) base: PathBuf,
+    #[command(flatten)]
+    pub(crate) disk: DiskArgs,
+    /// Copy nothing now: the disk can be served at once and is filled in the background
+    #[arg(long)]
+    pub(crate) lazy: bool,
+    /// Size of the disk, if larger than the base: bytes, or with K, M, G, T (powers of 1024); the tail
+    /// is zeroes in every session
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub(crate) size: Option<u64>,
+    /// Take over an existing file or disk: all of its contents are replaced by the base's
+    #[arg(long)]
+    pub(crate) adopt: bool,
+}
+
+/// Which engine does the I/O.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum Engine {
+    /// io_uring, where the kernel has and allows it
+    IoUring,
+    /// Plain system calls: slower
+    Sync,
+}
+
+/// What a guest's FLUSH does.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum Flush {
+    /// Nothing, as the session dies with the host anyway
+    Auto,
+    /// fdatasync of the session disk
+    Always,
+    /// Nothing
+    Never,
+}
+
+impl From<Flush> for FlushPolicy {
+    fn from(flush: Flush) -> Self {
+        match flush {
+            Flush::Auto => FlushPolicy::Auto,
+            Flush::Always => FlushPolicy::Always,
+            Flush::Never => FlushPolicy::Never,
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ServeArgs {
+    /// The session disk: a raw file or a block device
+    #[arg(
+        long,
+        visible_alias = "blk-file",
+        value_name = "DISK",
+        required_unless_present = "print_capabilities"
+    )]
+    pub(crate) disk: Option<PathBuf>,
+    /// The vhost-user socket to make
+    #[arg(long, value_name = "PATH", required_unless_present_any = ["fd", "print_capabilities"])]
+    pub(crate) socket_path: Option<PathBuf>,
+    /// Instead of --socket-path: the number of an open descriptor, a listening or a connected socket
+    #[arg(long, value_name = "FD", conflicts_with = "socket_path")]
+    pub(crate) fd: Option<i32>,
+    /// Queues that a VM may use
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=16))]
+    pub(crate) num_queues: u16,
+    /// Entries that a queue may have, a power of two
+    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = parse_queue_size)]
+    pub(crate) queue_size: u16,
+    /// Refuse all writes of guests
+    #[arg(long)]
+    pub(crate) read_only: bool,
+    /// Open the disk with O_DIRECT: it stays out of the host's page cache
+    #[arg(long)]
+    pub(crate) direct: bool,
+    /// What does the I/O
+    #[arg(long, value_enum, default_value_t = Engine::IoUring)]
+    pub(crate) engine: Engine,
+    /// What a guest's flush does
+    #[arg(long, value_enum, default_value_t = Flush::Auto)]
+    pub(crate) flush: Flush,
+    /// Restore after the first session, then exit
+    #[arg(long)]
+    pub(crate) once: bool,
+    /// How long a queue polls for more work before it sleeps, in microseconds at most; 0: never
+    #[arg(long, value_name = "US", default_value_t = 50, value_parser = clap::value_parser!(u32).range(0..=10_000))]
+    pub(crate) poll_max_us: u32,
+    /// How long another VM waits for a session whose VM went away but whose process still runs, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 5)]
+    pub(crate) reconnect_grace: u32,
+    /// Access mode of the socket, octal [default: 0600]
+    #[arg(long, value_name = "MODE", value_parser = parse_mode, conflicts_with = "fd")]
+    pub(crate) socket_mode: Option<u32>,
+    /// User ID that is to own the socket
+    #[arg(long, value_name = "UID", conflicts_with = "fd")]
+    pub(crate) socket_owner: Option<u32>,
+    /// Group ID that is to own the socket
+    #[arg(long, value_name = "GID", conflicts_with = "fd")]
+    pub(crate) socket_group: Option<u32>,
+    /// Print the capabilities of this backend program as JSON, and exit
+    #[arg(long)]
+    pub(crate) print_capabilities: bool,
+    #[command(flatten)]
+    pub(crate) dirs: DirArgs,
+}
+
+impl ServeArgs {
+    pub(crate) fn options(&self, disk: &std::path::Path) -> DiskOptions {
+        DiskOptions {
+            direct: self.direct,
+            engine: match self.engine {
+                Engine::IoUring => blockio::EngineKind::IoUring,
+                Engine::Sync => blockio::EngineKind::Sync,
+            },
+            flush: self.flush.into(),
+            ..disk_options(disk, &self.dirs)
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct LogArgs {
+    #[command(subcommand)]
+    pub(crate) command: LogCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum LogCommand {
+    /// Show which blocks a write log holds
+    #[command(after_help = "Examples:
+  pristine log show vm1.raw.pristine/sessions/*.wlog
+  pristine log show vm1.raw.pristine/sessions/00000002-*.wlog --json")]
+    Show(LogShowArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct LogShowArgs {
+    /// Write logs
+    #[arg(value_name = "LOG", required = true)]
+    pub(crate) logs: Vec<PathBuf>,
+    /// One JSON object per log
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// The arguments with the word `serve` where QEMU's conventions leave it out.
+pub(crate) fn with_default_command(args: impl Iterator<Item = OsString>) -> Vec<OsString> {
+    const SERVE_OPTIONS: [&str; 5] =
+        ["--socket-path", "--fd", "--print-capabilities", "--blk-file", "--read-only"];
+    let mut args: Vec<OsString> = args.collect();
+    let first = args.get(1).and_then(|arg| arg.to_str()).unwrap_or_default();
+    let name = first.split('=').next().unwrap_or_default();
+    if SERVE_OPTIONS.contains(&name) {
+        args.insert(1, "serve".into());
+    }
+    args
+}
+
+/// A size in bytes, or with a suffix of powers of 1024.
+fn parse_size(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let shift = match text.get(digits.len()..).unwrap_or_default().to_ascii_uppercase().as_str() {
+        "" | "B" => 0,
+        "K" | "KIB" => 10,
+        "M" | "MIB" => 20,
+        "G" | "GIB" => 30,
+        "T" | "TIB" => 40,
+        suffix => return Err(format!("unknown suffix {suffix}, expected K, M, G or T")),
+    };
+    let number: u64 = digits.parse().map_err(|_| "expected a number, such as 40G".to_string())?;
+    let size = number.checked_mul(1 << shift).ok_or("too large")?;
+    blocks::Geometry::new(size).map(blocks::Geometry::size).map_err(|error| error.to_string())
+}
+
+fn parse_queue_size(text: &str) -> Result<u16, String> {
+    match text.parse::<u16>() {
+        Ok(size) if size.is_power_of_two() && (2..=1024).contains(&size) => Ok(size),
+        _ => Err("expected a power of two from 2 to 1024".into()),
+    }
+}
+
+fn parse_mode(text: &str) -> Result<u32, String> {
+    u32::from_str_radix(text, 8)
+        .ok()
+        .filter(|mode| *mode <= 0o777)
+        .ok_or_else(|| "expected an octal mode, such as 0660".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes_with_suffixes_are_bytes() {
+        assert_eq!(parse_size("40G"), Ok(40 << 30));
+        assert_eq!(parse_size("512"), Ok(512));
+        assert!(parse_size("513").is_err() && parse_size("1X").is_err() && parse_size("G").is_err());
+        assert!(parse_size("99999999999T").is_err());
+    }
+
+    #[test]
+    fn arguments_without_the_word_serve_mean_serve() {
+        let args = |words: &[&str]| -> Vec<OsString> {
+            with_default_command(words.iter().map(|word| OsString::from(*word)))
+        };
+        assert_eq!(args(&["p", "--blk-file=x"])[1], "serve");
+        assert_eq!(args(&["p", "--print-capabilities"])[1], "serve");
+        assert_eq!(args(&["p", "status"]).len(), 2);
+        assert_eq!(args(&["p", "--help"]).len(), 2);
+    }
+}

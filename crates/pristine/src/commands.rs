@@ -1,0 +1,179 @@
+//! `provision`, `restore`, `verify` and `status`.
+
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
+
+use blocks::BLOCK_SIZE;
+use indicatif::BinaryBytes;
+use session_disk::{Basis, DiskOptions, DiskState, Error, ProvisionOptions, SessionDisk, Status};
+
+use crate::args::{DiskArgs, ProvisionArgs, ReportArgs};
+use crate::failure::Failure;
+use crate::progress::Progress;
+use crate::signals::StopOnSignal;
+
+/// How many differing runs `verify` prints.
+const RUNS_SHOWN_MAX: usize = 20;
+
+/// A time as an operator reads it.
+pub(crate) fn seconds(duration: Duration) -> String {
+    if duration < Duration::from_secs(1) {
+        format!("{} ms", duration.as_millis())
+    } else {
+        format!("{:.1} s", duration.as_secs_f64())
+    }
+}
+
+/// Blocks as an operator reads them.
+pub(crate) fn amount(blocks: u64) -> String {
+    format!("{blocks} blocks ({})", BinaryBytes(blocks * BLOCK_SIZE))
+}
+
+pub(crate) fn provision(args: &ProvisionArgs) -> Result<ExitCode, Failure> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let _signals = StopOnSignal::start(Arc::clone(&stop), || ())?;
+    let options = ProvisionOptions {
+        base: args.base.clone(),
+        disk: args.disk.options(),
+        size: args.size,
+        adopt: args.adopt,
+    };
+    let started = Instant::now();
+    let made = session_disk::provision(&options)?;
+    let disk = options.disk.disk.display();
+    let size = BinaryBytes(made.size);
+    if args.lazy {
+        println!(
+            "{disk}: {size}, ready to be served; {} to be filled in the background",
+            amount(made.pending_blocks)
+        );
+        return Ok(ExitCode::SUCCESS);
+    }
+    let pending = made.pending_blocks;
+    match drain(&options.disk, "provisioning", &stop) {
+        Ok(_) => {
+            println!(
+                "{disk}: {size}, pristine; copied {} in {}",
+                amount(pending),
+                seconds(started.elapsed())
+            );
+            Ok(ExitCode::SUCCESS)
+        }
+        Err(error) => {
+            // A file or device that was there before can't be un-taken: what was begun goes on later.
+            made.undo();
+            Err(match error {
+                Error::Stopped => {
+                    Failure::new("stopped before the disk was provisioned; what was made is removed")
+                }
+                error => error.into(),
+            })
+        }
+    }
+}
+
+pub(crate) fn restore(args: &DiskArgs) -> Result<ExitCode, Failure> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let _signals = StopOnSignal::start(Arc::clone(&stop), || ())?;
+    let started = Instant::now();
+    let restored = drain(&args.options(), "restoring", &stop)?;
+    println!(
+        "{}: pristine; restored {} in {}",
+        args.disk.display(),
+        amount(restored),
+        seconds(started.elapsed())
+    );
+    Ok(ExitCode::SUCCESS)
+}
+
+fn drain(options: &DiskOptions, what: &'static str, stop: &AtomicBool) -> Result<u64, Error> {
+    let disk = SessionDisk::open(options)?;
+    let pending = disk.pending_blocks();
+    if *disk.basis() == Basis::Intents {
+        log::warn!("the host went down during a session: all regions that it may have touched are restored");
+    }
+    let mut progress = Progress::new(what, pending * BLOCK_SIZE);
+    let restored = disk.drain(stop, &mut |left| progress.set(pending.saturating_sub(left) * BLOCK_SIZE))?;
+    disk.stop()?;
+    Ok(restored)
+}
+
+pub(crate) fn verify(args: &ReportArgs) -> Result<ExitCode, Failure> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let _signals = StopOnSignal::start(Arc::clone(&stop), || ())?;
+    let options = args.disk.options();
+    let total = std::fs::metadata(&options.disk).map_or(0, |metadata| metadata.len());
+    let mut progress = Progress::new("verifying", total);
+    let found = session_disk::verify(&options, &stop, &mut |done| progress.set(done))?;
+    progress.finish();
+    let disk = options.disk.display();
+    if args.json {
+        let extents: Vec<[u64; 2]> = found.differing.iter().map(|run| [run.first(), run.count()]).collect();
+        let report = serde_json::json!({
+            "equal": found.is_equal(),
+            "block_size": BLOCK_SIZE,
+            "blocks": found.blocks,
+            "differing_blocks": found.differing_blocks(),
+            "extents": extents,
+        });
+        println!("{report}");
+    } else if found.is_equal() {
+        println!("{disk}: every byte equals the base");
+    } else {
+        println!("{disk}: {} differ from the base:", amount(found.differing_blocks()));
+        for run in found.differing.iter().take(RUNS_SHOWN_MAX) {
+            println!(
+                "  block {} to {}, byte offset {}",
+                run.first(),
+                run.end() - 1,
+                run.first() * BLOCK_SIZE
+            );
+        }
+        let more = found.differing.len().saturating_sub(RUNS_SHOWN_MAX);
+        if more > 0 {
+            println!("  and {more} more extents; --json lists all");
+        }
+    }
+    Ok(if found.is_equal() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+pub(crate) fn status(args: &ReportArgs) -> Result<ExitCode, Failure> {
+    let options = args.disk.options();
+    let status = session_disk::status(&options)?;
+    if args.json {
+        let json = serde_json::to_string(&status)
+            .map_err(|error| Failure::new(format!("cannot render the status: {error}")))?;
+        println!("{json}");
+    } else {
+        print_status(&options, &status);
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn print_status(options: &DiskOptions, status: &Status) {
+    let state = match status.state {
+        DiskState::Pristine => "pristine: every block is the base's",
+        DiskState::InSession => "in session",
+        DiskState::Restoring => "restoring",
+        DiskState::Interrupted => "interrupted: `pristine restore` or the next `pristine serve` goes on",
+    };
+    println!("disk     {}, {}", options.disk.display(), BinaryBytes(status.size));
+    println!("base     {}", status.base.display());
+    println!("state    {state}");
+    println!("dirty    {}", amount(status.dirty_blocks));
+    println!("pending  {}", amount(status.pending_blocks));
+    if let Some(pid) = status.server_pid {
+        println!("server   process {pid}");
+    }
+    if let Some(pid) = status.session_owner_pid {
+        println!("session  of process {pid}");
+    }
+    if status.drain_failing {
+        println!("warning  restoring fails and is tried again; see the server's log");
+    }
+    if let Some(why) = &status.distrust {
+        println!("warning  {why}: all blocks are pending");
+    }
+}

@@ -1,0 +1,59 @@
+//! `pristine`: non-persistent VM disks at native speed.
+//!
+//! This crate reads the command line, wires the other crates together and renders what they say. It
+//! decides nothing about data.
+#![forbid(unsafe_code)]
+
+mod args;
+mod commands;
+mod failure;
+mod log_show;
+mod notify;
+mod progress;
+mod serve;
+mod signals;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::args::{Cli, Command};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse_from(args::with_default_command(std::env::args_os()));
+    start_logger(cli.verbose);
+    let result = match cli.command {
+        Command::Provision(args) => commands::provision(&args),
+        Command::Serve(args) => serve::serve(&args),
+        Command::Restore(args) => commands::restore(&args),
+        Command::Verify(args) => commands::verify(&args),
+        Command::Status(args) => commands::status(&args),
+        Command::Log(args) => log_show::run(&args),
+    };
+    match result {
+        Ok(code) => code,
+        Err(failure) => {
+            eprintln!("{failure}");
+            failure.exit_code()
+        }
+    }
+}
+
+/// Warnings go to standard error; `-v` adds what is normal, `PRISTINE_LOG` takes env_logger's filters.
+fn start_logger(verbose: u8) {
+    use std::io::Write;
+    let default = match verbose {
+        0 => "warn",
+        1 => "info",
+        _ => "debug",
+    };
+    env_logger::Builder::from_env(env_logger::Env::new().filter_or("PRISTINE_LOG", default))
+        .format(|out, record| {
+            let level = match record.level() {
+                log::Level::Warn => "warning".to_string(),
+                level => level.as_str().to_ascii_lowercase(),
+            };
+            writeln!(out, "pristine: {level}: {}", record.args())
+        })
+        .init();
+}

@@ -1,0 +1,159 @@
+//! `pristine serve`: one disk, one VM after the other.
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use indicatif::BinaryBytes;
+use session_disk::{Basis, DrainObserver, Drainer, ProcessId, SessionDisk, SessionStart, SessionSummary};
+use vhost_blk::{
+    DeviceConfig, EndReason, Exit, Observer, ResetOn, Server, ServerConfig, Socket, SocketPermissions,
+};
+
+use crate::args::ServeArgs;
+use crate::commands::{amount, seconds};
+use crate::failure::Failure;
+use crate::notify::notify;
+use crate::progress::Progress;
+use crate::signals::StopOnSignal;
+
+/// What QEMU's conventions for vhost-user backend programs ask of `--print-capabilities`.
+const CAPABILITIES: &str = r#"{"type": "block", "features": ["read-only", "blk-file"]}"#;
+
+pub(crate) fn serve(args: &ServeArgs) -> Result<ExitCode, Failure> {
+    if args.print_capabilities {
+        println!("{CAPABILITIES}");
+        return Ok(ExitCode::SUCCESS);
+    }
+    let Some(path) = &args.disk else { return Err(Failure::usage("--disk is missing")) };
+    // The socket comes first: a path that can't be bound must change nothing.
+    let (socket, name) = socket(args)?;
+    let disk = SessionDisk::open(&args.options(path))?;
+    if *disk.basis() == Basis::Intents {
+        log::warn!("the host went down during a session: all regions that it may have touched are restored");
+    }
+    let stop = Arc::new(AtomicBool::new(false));
+    let reporter = Arc::new(Reporter { disk: Arc::clone(&disk), drainer: Mutex::new(None) });
+    let mut server =
+        Server::new(Arc::clone(&disk), socket, config(args), Arc::clone(&reporter) as Arc<dyn Observer>)
+            .map_err(|error| Failure::of(&error))?;
+    let handle = server.stop_handle();
+    let _signals = StopOnSignal::start(Arc::clone(&stop), move || handle.stop())?;
+    reporter.set_drainer(Some(Drainer::start(Arc::clone(&disk), Arc::new(DrainReporter))?));
+    println!("pristine: listening on {name}, disk {}, base {}", path.display(), disk.base_path().display());
+    if disk.pending_blocks() > 0 {
+        println!("pristine: restoring {} in the background", amount(disk.pending_blocks()));
+    }
+    notify("READY=1");
+    let result = server.run();
+    notify("STOPPING=1");
+    drop(server);
+    reporter.set_drainer(None);
+    let exit = result.map_err(|error| Failure::of(&error))?;
+    if exit == Exit::SessionEnded {
+        drain_before_exit(&disk, &stop)?;
+    }
+    let left = disk.pending_blocks() + disk.dirty_blocks();
+    disk.stop()?;
+    if left > 0 {
+        println!("pristine: stopped; {} left for the next start or `pristine restore`", amount(left));
+    } else {
+        println!("pristine: stopped; the disk is pristine");
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn socket(args: &ServeArgs) -> Result<(Socket, String), Failure> {
+    if let Some(fd) = args.fd {
+        let socket = Socket::inherit(fd).map_err(|error| Failure::of(&error))?;
+        return Ok((socket, format!("descriptor {fd}")));
+    }
+    let path: &Path =
+        args.socket_path.as_deref().ok_or_else(|| Failure::usage("--socket-path is missing"))?;
+    let permissions = SocketPermissions {
+        mode: Some(args.socket_mode.unwrap_or(0o600)),
+        owner: args.socket_owner,
+        group: args.socket_group,
+    };
+    let socket = Socket::bind(path, permissions).map_err(|error| Failure::of(&error))?;
+    Ok((socket, path.display().to_string()))
+}
+
+fn config(args: &ServeArgs) -> ServerConfig {
+    ServerConfig {
+        device: DeviceConfig {
+            num_queues: args.num_queues,
+            queue_size: args.queue_size,
+            read_only: args.read_only,
+            poll_max_us: args.poll_max_us,
+        },
+        reset_on: ResetOn::Exit,
+        reconnect_grace: Duration::from_secs(args.reconnect_grace.into()),
+        once: args.once,
+    }
+}
+
+/// `--once`: what the session dirtied is restored before the program exits.
+fn drain_before_exit(disk: &SessionDisk, stop: &AtomicBool) -> Result<(), Failure> {
+    let pending = disk.pending_blocks();
+    let mut progress = Progress::new("restoring", pending * blocks::BLOCK_SIZE);
+    let result =
+        disk.drain(stop, &mut |left| progress.set((pending - left.min(pending)) * blocks::BLOCK_SIZE));
+    match result {
+        Err(session_disk::Error::Stopped) => Ok(()),
+        result => Ok(result.map(|_| ())?),
+    }
+}
+
+/// Prints sessions' starts and ends, and sends the drain to work.
+struct Reporter {
+    disk: Arc<SessionDisk>,
+    drainer: Mutex<Option<Drainer>>,
+}
+
+impl Reporter {
+    /// Replaces the drain; the one before is stopped.
+    fn set_drainer(&self, drainer: Option<Drainer>) {
+        *self.drainer.lock().unwrap_or_else(PoisonError::into_inner) = drainer;
+    }
+}
+
+impl Observer for Reporter {
+    fn session_started(&self, start: &SessionStart, peer: Option<ProcessId>) {
+        let of = peer.map_or_else(String::new, |peer| format!(", VM process {}", peer.pid));
+        println!(
+            "pristine: session {} started{of}; {} pending",
+            start.sequence,
+            amount(start.pending_blocks)
+        );
+    }
+
+    fn session_ended(&self, summary: &SessionSummary, reason: EndReason) {
+        println!(
+            "pristine: session {} ended after {} ({reason}): {} written in {}; {} to restore",
+            summary.sequence,
+            seconds(summary.duration),
+            BinaryBytes(summary.bytes_written),
+            amount(summary.dirty_blocks),
+            amount(self.disk.pending_blocks()),
+        );
+        if let Some(drainer) = self.drainer.lock().unwrap_or_else(PoisonError::into_inner).as_ref() {
+            drainer.wake();
+        }
+    }
+
+    fn frontend_refused(&self, why: &str) {
+        log::warn!("a frontend was turned away: {why}");
+    }
+}
+
+/// Prints when everything that was pending is restored.
+struct DrainReporter;
+
+impl DrainObserver for DrainReporter {
+    fn restored(&self, blocks: u64, duration: Duration) {
+        println!("pristine: restored {} in {}", amount(blocks), seconds(duration));
+    }
+}

@@ -1,0 +1,44 @@
+//! SIGTERM and SIGINT: stop soon, in order.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::{Handle, Signals};
+
+use crate::failure::Failure;
+
+/// Waits for the signals in a thread of its own, as long as it lives.
+pub(crate) struct StopOnSignal {
+    handle: Handle,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl StopOnSignal {
+    /// Sets `stop` and calls `then` at each of the signals.
+    pub(crate) fn start(stop: Arc<AtomicBool>, then: impl Fn() + Send + 'static) -> Result<Self, Failure> {
+        let mut signals = Signals::new([SIGTERM, SIGINT])
+            .map_err(|error| Failure::new(format!("cannot watch for signals: {error}")))?;
+        let handle = signals.handle();
+        let thread = std::thread::Builder::new()
+            .name("signals".into())
+            .spawn(move || {
+                for _ in signals.forever() {
+                    stop.store(true, Ordering::Release);
+                    then();
+                }
+            })
+            .map_err(|error| Failure::new(format!("cannot start a thread: {error}")))?;
+        Ok(Self { handle, thread: Some(thread) })
+    }
+}
+
+impl Drop for StopOnSignal {
+    fn drop(&mut self) {
+        self.handle.close();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
