@@ -136,7 +136,9 @@ pub(crate) struct ProvisionArgs {
 /// Which engine does the I/O.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(crate) enum Engine {
-    /// io_uring, where the kernel has and allows it
+    /// The one that suits the disk's file system and the kernel
+    Auto,
+    /// io_uring
     IoUring,
     /// Plain system calls: slower
     Sync,
@@ -192,7 +194,7 @@ pub(crate) struct ServeArgs {
     #[arg(long)]
     pub(crate) direct: bool,
     /// What does the I/O
-    #[arg(long, value_enum, default_value_t = Engine::IoUring)]
+    #[arg(long, value_enum, default_value_t = Engine::Auto)]
     pub(crate) engine: Engine,
     /// What a guest's flush does
     #[arg(long, value_enum, default_value_t = Flush::Auto)]
@@ -227,8 +229,9 @@ impl ServeArgs {
         DiskOptions {
             direct: self.direct,
             engine: match self.engine {
-                Engine::IoUring => blockio::EngineKind::IoUring,
-                Engine::Sync => blockio::EngineKind::Sync,
+                Engine::Auto => None,
+                Engine::IoUring => Some(blockio::EngineKind::IoUring),
+                Engine::Sync => Some(blockio::EngineKind::Sync),
             },
             flush: self.flush.into(),
             ..disk_options(disk, &self.dirs)

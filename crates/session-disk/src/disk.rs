@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use blockio::EngineKind;
+use blockio::fault::FaultPlan;
+use blockio::{EngineKind, File};
 use blocks::{BlockSet, Geometry};
 use uuid::Uuid;
 use write_log::{LogHeader, LogId, LogWriter};
@@ -35,25 +36,29 @@ pub struct DiskOptions {
     pub runtime_dir: Option<PathBuf>,
     /// Open the disk with O_DIRECT.
     pub direct: bool,
-    /// Which I/O engine.
-    pub engine: EngineKind,
+    /// Which I/O engine; `None`: io_uring, or plain system calls where the disk's file system never
+    /// waits for storage (tmpfs), or where io_uring is not to be had.
+    pub engine: Option<EngineKind>,
     /// What a guest's FLUSH does.
     pub flush: FlushPolicy,
     /// How many retired logs stay for audit.
     pub keep_logs: usize,
+    /// For tests: every I/O of queues and drain meets this plan.
+    pub faults: Option<Arc<FaultPlan>>,
 }
 
 impl DiskOptions {
-    /// The defaults for the disk at `path`: buffered, io_uring, 8 retired logs.
+    /// The defaults for the disk at `path`: buffered, any engine, 8 retired logs.
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self {
             disk: path.into(),
             state_dir: None,
             runtime_dir: None,
             direct: false,
-            engine: EngineKind::IoUring,
+            engine: None,
             flush: FlushPolicy::Auto,
             keep_logs: 8,
+            faults: None,
         }
     }
 
@@ -147,13 +152,17 @@ impl SessionDisk {
         if !paths.intents().exists() {
             Intents::create(&paths.intents(), geometry)?;
         }
-        let engine = available_engine(options.engine);
+        let engine = match options.engine {
+            Some(engine) => engine,
+            None => best_engine(&disk),
+        };
         let shared = Arc::new(Shared::new(Parts {
             geometry,
             disk,
             base,
             base_identity: manifest.base.identity.clone(),
             engine,
+            faults: options.faults.clone(),
             flush: options.flush,
             pending: verdict.pending,
             intents: Intents::open(&paths.intents(), geometry)?,
@@ -161,6 +170,7 @@ impl SessionDisk {
         }));
         shared.live.set_dirty(0);
         shared.live.set_drain_failing(false);
+        shared.live.set_pristine(verdict.basis == Basis::Pristine);
         shared.live.set_pending(shared.pending.count());
         let lifecycle = Lifecycle { manifest, session: None, queues: Vec::new() };
         let disk = Self {
@@ -289,6 +299,7 @@ impl SessionDisk {
             return Err(error);
         }
         lifecycle.manifest = manifest;
+        self.shared.live.set_pristine(false);
         *self.shared.log() = Some(writer);
         let bytes_before = self.bytes_written(&lifecycle);
         lifecycle.session = Some(OpenSession { entry, started: Instant::now(), bytes_before });
@@ -367,6 +378,7 @@ impl SessionDisk {
             manifest.pristine_since = disk_witness(&self.shared.disk)?;
         }
         manifest.store(&self.paths)?;
+        self.shared.live.set_pristine(manifest.logs.is_empty());
         lifecycle.manifest = manifest;
         prune_logs(&self.paths, &lifecycle.manifest, self.keep_logs);
         Ok(())
@@ -457,10 +469,14 @@ impl Drop for SessionDisk {
     }
 }
 
-/// io_uring where the kernel has and allows it, plain system calls elsewhere.
-fn available_engine(wanted: EngineKind) -> EngineKind {
-    match blockio::new_engine(wanted, 1, Vec::new()) {
-        Ok(_) => wanted,
+/// io_uring, but on a file system that can't answer "this would block" (tmpfs, where nothing does)
+/// it would hand each operation to a thread: several times the cost of doing it at once.
+fn best_engine(disk: &File) -> EngineKind {
+    if !disk.supports_nowait() {
+        return EngineKind::Sync;
+    }
+    match blockio::new_engine(EngineKind::IoUring, 1, Vec::new()) {
+        Ok(_) => EngineKind::IoUring,
         Err(error) => {
             log::warn!("io_uring is not to be had ({}): I/O is synchronous and slower", describe(&error));
             EngineKind::Sync

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use base_image::Content;
-use blockio::{AlignedBuf, Buffer, Completion, Engine, Op, new_engine};
+use blockio::{AlignedBuf, Buffer, Completion, Engine, Op};
 use blocks::{BlockRange, Extent};
 
 use crate::Error;
@@ -72,7 +72,7 @@ pub(crate) struct Drain {
 
 impl Drain {
     pub(crate) fn new(shared: Arc<Shared>) -> Result<Self, Error> {
-        let engine = new_engine(shared.engine, IN_FLIGHT_RUNS_MAX as u32, shared.files())?;
+        let engine = shared.new_engine(IN_FLIGHT_RUNS_MAX as u32)?;
         let waker =
             Waker::new().map_err(|error| Error::state("make a wake-up for", shared.disk.path(), error))?;
         Ok(Self {

@@ -127,12 +127,7 @@ fn drain_all(disk: &SessionDisk, control: &Control, observer: &dyn DrainObserver
         // Made anew each time: between sessions an idle disk keeps no ring and no buffers for it.
         let mut drain = Drain::new(Arc::clone(shared))?;
         while !shared.pending.is_empty() {
-            let live = &shared.live;
-            let mut left = shared.pending.count();
-            let batch = drain.batch(&control.stop, &mut |copied| {
-                left = left.saturating_sub(copied);
-                live.set_pending(left);
-            })?;
+            let batch = drain.batch(&control.stop, &mut |_| ())?;
             restored += batch.restored;
             since_checkpoint += batch.restored;
             if since_checkpoint >= CHECKPOINT_BLOCKS {

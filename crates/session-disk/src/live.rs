@@ -15,6 +15,7 @@
 //! | 10, 11 | blocks that are dirty, pending |
 //! | 12 | 1 while a session is open |
 //! | 13 | 1 while the drain is failing |
+//! | 14 | 1 while the disk is pristine: nothing pending, and no log is left |
 //! | 16..20, 24..28 | the two marks: log sequence, epoch, committed bytes, CRC |
 
 use std::path::Path;
@@ -39,6 +40,7 @@ const WORD_DIRTY: usize = 10;
 const WORD_PENDING: usize = 11;
 const WORD_SESSION: usize = 12;
 const WORD_DRAIN_FAILING: usize = 13;
+const WORD_PRISTINE: usize = 14;
 const WORD_MARKS: [usize; 2] = [16, 24];
 
 /// A log and how much of it counts.
@@ -194,6 +196,16 @@ impl LivePage {
     /// Whether the drain's last attempt failed.
     pub(crate) fn drain_is_failing(&self) -> bool {
         self.load(WORD_DRAIN_FAILING) == 1
+    }
+
+    /// Whether the disk is pristine, durably.
+    pub(crate) fn is_pristine(&self) -> bool {
+        self.load(WORD_PRISTINE) == 1
+    }
+
+    /// Notes whether the disk is pristine, durably.
+    pub(crate) fn set_pristine(&self, pristine: bool) {
+        self.word(WORD_PRISTINE).store(pristine.into(), Ordering::Release);
     }
 
     /// Notes whether the drain's last attempt failed.

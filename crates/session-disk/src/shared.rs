@@ -5,7 +5,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use base_image::{BaseIdentity, BaseImage};
-use blockio::{EngineKind, File, FileIndex};
+use blockio::fault::{FaultEngine, FaultPlan};
+use blockio::{Engine, EngineKind, File, FileIndex};
 use blocks::{BlockSet, Extent, Geometry};
 use write_log::LogWriter;
 
@@ -39,7 +40,8 @@ pub(crate) struct Shared {
     pub(crate) base: BaseImage,
     /// What the base must look like.
     pub(crate) base_identity: BaseIdentity,
-    pub(crate) engine: EngineKind,
+    engine: EngineKind,
+    faults: Option<Arc<FaultPlan>>,
     pub(crate) flush: FlushPolicy,
     /// P: blocks that may not hold the base's content and are not this session's.
     pub(crate) pending: BlockSet,
@@ -74,6 +76,7 @@ pub(crate) struct Parts {
     pub(crate) base: BaseImage,
     pub(crate) base_identity: BaseIdentity,
     pub(crate) engine: EngineKind,
+    pub(crate) faults: Option<Arc<FaultPlan>>,
     pub(crate) flush: FlushPolicy,
     pub(crate) pending: BlockSet,
     pub(crate) intents: Intents,
@@ -88,6 +91,7 @@ impl Shared {
             base: parts.base,
             base_identity: parts.base_identity,
             engine: parts.engine,
+            faults: parts.faults,
             flush: parts.flush,
             owned: BlockSet::new(parts.pending.bound()),
             pending: parts.pending,
@@ -102,9 +106,16 @@ impl Shared {
         }
     }
 
-    /// The files of an engine for this disk, at [`DISK`] and [`BASE`].
-    pub(crate) fn files(&self) -> Vec<Arc<File>> {
-        vec![Arc::clone(&self.disk), Arc::clone(self.base.file())]
+    /// An engine for [`DISK`] and [`BASE`] with up to `depth` operations at work.
+    pub(crate) fn new_engine(&self, depth: u32) -> Result<Box<dyn Engine>, Error> {
+        let files = vec![Arc::clone(&self.disk), Arc::clone(self.base.file())];
+        let engine = blockio::new_engine(self.engine, depth, files)?;
+        match &self.faults {
+            None => Ok(engine),
+            Some(plan) => FaultEngine::new(engine, Arc::clone(plan))
+                .map(|engine| Box::new(engine) as Box<dyn Engine>)
+                .map_err(|error| Error::state("make a faulty engine for", self.disk.path(), error)),
+        }
     }
 
     pub(crate) fn log(&self) -> MutexGuard<'_, Option<LogWriter>> {

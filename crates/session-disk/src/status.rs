@@ -87,10 +87,10 @@ pub fn status(options: &DiskOptions) -> Result<Status, Error> {
         status.server_pid = Some(server.pid);
         status.session_owner_pid = live.owner().map(|owner: ProcessId| owner.pid);
         status.drain_failing = live.drain_is_failing();
-        status.state = match (live.session_is_open(), status.pending_blocks) {
+        status.state = match (live.session_is_open(), live.is_pristine()) {
             (true, _) => DiskState::InSession,
-            (false, 0) => DiskState::Pristine,
-            (false, _) => DiskState::Restoring,
+            (false, true) => DiskState::Pristine,
+            (false, false) => DiskState::Restoring,
         };
         return Ok(status);
     }

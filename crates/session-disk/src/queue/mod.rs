@@ -24,7 +24,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use blockio::{AlignedBuf, Buffer, Completion, Engine, GuestBuf, Op, new_engine};
+use blockio::{AlignedBuf, Buffer, Completion, Engine, GuestBuf, Op};
 use blocks::{BlockRange, Extent};
 use rustix::event::{PollFd, PollFlags, poll};
 
@@ -72,16 +72,7 @@ fn failed(kind: io::ErrorKind) -> io::Error {
 
 impl DiskQueue {
     pub(crate) fn new(shared: Arc<Shared>, counters: Arc<QueueCounters>, depth: u32) -> Result<Self, Error> {
-        let engine = new_engine(shared.engine, depth, shared.files())?;
-        Self::with_engine(shared, counters, engine)
-    }
-
-    /// A queue on any engine for the files of [`Shared::files`].
-    pub(crate) fn with_engine(
-        shared: Arc<Shared>,
-        counters: Arc<QueueCounters>,
-        engine: Box<dyn Engine>,
-    ) -> Result<Self, Error> {
+        let engine = shared.new_engine(depth)?;
         let waker =
             Waker::new().map_err(|error| Error::state("make a wake-up for", shared.disk.path(), error))?;
         Ok(Self {

@@ -39,7 +39,7 @@ impl Bench {
         content.resize(disk_size.unwrap_or(base_size as u64) as usize, 0);
         let options = DiskOptions {
             runtime_dir: Some(dir.path().join("run")),
-            engine,
+            engine: Some(engine),
             ..DiskOptions::new(dir.path().join("disk.raw"))
         };
         let made = provision(&ProvisionOptions {
