@@ -192,6 +192,12 @@ impl File {
         probe::supports_nowait(&self.fd)
     }
 
+    /// Whether io_uring would hand each write to a worker thread, because the file system (ext4) can't
+    /// be asked for buffered writes that do not wait.
+    pub(crate) fn writes_need_a_thread(&self) -> bool {
+        self.kind == FileKind::Regular && !self.direct && !self.abilities.write_nowait
+    }
+
     /// The current size in bytes.
     ///
     /// # Errors

@@ -12,7 +12,7 @@ use std::{
 
 use rustix::{
     fs::{AtFlags, FallocateFlags, Mode, OFlags, StatxFlags},
-    io::Errno,
+    io::{Errno, ReadWriteFlags},
 };
 
 use crate::{AlignedBuf, Alignment, FileKind};
@@ -29,6 +29,8 @@ pub(crate) const ZERO: FallocateFlags = FallocateFlags::ZERO_RANGE.union(Falloca
 pub(crate) struct Abilities {
     pub(crate) punch: bool,
     pub(crate) zero: bool,
+    /// Buffered writes can be asked not to wait (`RWF_NOWAIT`).
+    pub(crate) write_nowait: bool,
 }
 
 /// What direct I/O on `fd` must be aligned to.
@@ -76,7 +78,7 @@ pub(crate) fn supports_nowait(fd: &OwnedFd) -> bool {
     let mut buf = AlignedBuf::new_zeroed(4096);
     let mut part = [io::IoSliceMut::new(&mut buf)];
     let past_the_end = (i64::MAX as u64 >> 1) & !(BOUNCE_MAX as u64 - 1);
-    let outcome = rustix::io::preadv2(fd, &mut part, past_the_end, rustix::io::ReadWriteFlags::NOWAIT);
+    let outcome = rustix::io::preadv2(fd, &mut part, past_the_end, ReadWriteFlags::NOWAIT);
     outcome != Err(Errno::OPNOTSUPP)
 }
 
@@ -99,7 +101,12 @@ fn of_neighbour(fd: &OwnedFd, path: &Path) -> io::Result<Abilities> {
     }
     rustix::fs::ftruncate(&neighbour, 8192)?;
     let works = |mode| rustix::io::retry_on_intr(|| rustix::fs::fallocate(&neighbour, mode, 0, 4096)).is_ok();
-    Ok(Abilities { punch: works(PUNCH), zero: works(ZERO) })
+    // Written once, so that nothing has to be allocated when it is written without waiting.
+    let block = [io::IoSlice::new(&[1; 4096])];
+    let write = |flags| rustix::io::pwritev2(&neighbour, &block, 4096, flags);
+    write(ReadWriteFlags::empty())?;
+    let write_nowait = write(ReadWriteFlags::NOWAIT) != Err(Errno::OPNOTSUPP);
+    Ok(Abilities { punch: works(PUNCH), zero: works(ZERO), write_nowait })
 }
 
 /// What the file system's type promises: for a directory that we may not write to.
@@ -110,8 +117,9 @@ fn of_file_system(fd: &OwnedFd) -> Abilities {
     const F2FS: u64 = 0xf2f5_2010;
     const TMPFS: u64 = 0x0102_1994;
     match rustix::fs::fstatfs(fd).map(|stat| stat.f_type as u64) {
-        Ok(EXT4 | XFS | BTRFS | F2FS) => Abilities { punch: true, zero: true },
-        Ok(TMPFS) => Abilities { punch: true, zero: false },
+        Ok(EXT4 | F2FS) => Abilities { punch: true, zero: true, write_nowait: false },
+        Ok(XFS | BTRFS) => Abilities { punch: true, zero: true, write_nowait: true },
+        Ok(TMPFS) => Abilities { punch: true, zero: false, write_nowait: false },
         _ => Abilities::default(),
     }
 }
@@ -120,7 +128,7 @@ fn of_file_system(fd: &OwnedFd) -> Abilities {
 /// write-zeroes command that may unmap, without that fallback.
 fn of_device(fd: impl AsFd) -> Abilities {
     let punch = queue_limit(fd, "write_zeroes_max_bytes").is_some_and(|bytes| bytes > 0);
-    Abilities { punch, zero: true }
+    Abilities { punch, zero: true, write_nowait: true }
 }
 
 fn queue_limit(fd: impl AsFd, name: &str) -> Option<u64> {

@@ -66,7 +66,8 @@ impl Engine for SyncEngine {
     }
 }
 
-fn perform(file: &File, call: Call) -> io::Result<usize> {
+/// Makes a call, and waits for its outcome.
+pub(crate) fn perform(file: &File, call: Call) -> io::Result<usize> {
     match call {
         Call::Nothing => Ok(0),
         Call::SyncData => Ok(rustix::fs::fdatasync(file).map(|()| 0)?),
