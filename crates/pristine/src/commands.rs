@@ -52,33 +52,42 @@ pub(crate) fn provision(args: &ProvisionArgs) -> Result<ExitCode, Failure> {
         return Ok(ExitCode::SUCCESS);
     }
     let pending = made.pending_blocks;
-    match drain(&options.disk, "provisioning", &stop) {
-        Ok(_) => {
+    // Held until what was made is removed, if it has to be: nobody may take the disk in between.
+    let result = SessionDisk::open(&options.disk).and_then(|opened| {
+        let result = drain(&opened, "provisioning", &stop);
+        Ok((result, opened))
+    });
+    let error = match result {
+        Ok((Ok(_), _)) => {
             println!(
                 "{disk}: {size}, pristine; copied {} in {}",
                 amount(pending),
                 seconds(started.elapsed())
             );
-            Ok(ExitCode::SUCCESS)
+            return Ok(ExitCode::SUCCESS);
+        }
+        Ok((Err(error), opened)) => {
+            let _ = opened.stop();
+            made.undo();
+            error
         }
         Err(error) => {
-            // A file or device that was there before can't be un-taken: what was begun goes on later.
             made.undo();
-            Err(match error {
-                Error::Stopped => {
-                    Failure::new("stopped before the disk was provisioned; what was made is removed")
-                }
-                error => error.into(),
-            })
+            error
         }
-    }
+    };
+    Err(match error {
+        Error::Stopped => Failure::new("stopped before the disk was provisioned; what was made is removed"),
+        error => error.into(),
+    })
 }
 
 pub(crate) fn restore(args: &DiskArgs) -> Result<ExitCode, Failure> {
     let stop = Arc::new(AtomicBool::new(false));
     let _signals = StopOnSignal::start(Arc::clone(&stop), || ())?;
     let started = Instant::now();
-    let restored = drain(&args.options(), "restoring", &stop)?;
+    let disk = SessionDisk::open(&args.options())?;
+    let restored = drain(&disk, "restoring", &stop)?;
     println!(
         "{}: pristine; restored {} in {}",
         args.disk.display(),
@@ -88,8 +97,8 @@ pub(crate) fn restore(args: &DiskArgs) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn drain(options: &DiskOptions, what: &'static str, stop: &AtomicBool) -> Result<u64, Error> {
-    let disk = SessionDisk::open(options)?;
+/// Restores all, with a progress bar, and gives the disk up.
+fn drain(disk: &SessionDisk, what: &'static str, stop: &AtomicBool) -> Result<u64, Error> {
     let pending = disk.pending_blocks();
     if *disk.basis() == Basis::Intents {
         log::warn!("the host went down during a session: all regions that it may have touched are restored");
@@ -172,6 +181,9 @@ fn print_status(options: &DiskOptions, status: &Status) {
     }
     if status.drain_failing {
         println!("warning  restoring fails and is tried again; see the server's log");
+    }
+    if let Some(trouble) = &status.base_trouble {
+        println!("warning  {trouble}");
     }
     if let Some(why) = &status.distrust {
         println!("warning  {why}: all blocks are pending");

@@ -2,8 +2,12 @@
 //!
 //! Crash order, step 7: a drain and the guests' writes each claim the pending blocks that they are about to
 //! change, all or nothing; who gets none parks and is woken by the next release. Whether a block is still pending
-//! is looked at again after claiming. The generation counts session ends: what a drain copied before
-//! one is not taken for restored after it.
+//! is looked at again after claiming.
+//!
+//! What the drain has copied is remembered until it is synced and settled. A guest that claims such a
+//! block takes it out of that memory, whether its write then succeeds or not, and a session's end
+//! forgets all of it: so a block is only ever settled if nobody can have written to it since it was
+//! copied. (The design's generation number is implied by that.)
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -39,14 +43,17 @@ impl AsFd for Waker {
 }
 
 /// The claimed blocks of a disk.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Claims {
     inner: Mutex<Inner>,
+    /// Blocks that the drain has copied and nobody has claimed since. Changed under the lock only.
+    copied: BlockSet,
 }
 
 #[derive(Debug, Default)]
 struct Inner {
-    generation: u64,
+    /// Runs that the drain has copied and not settled; `copied` says what still counts of them.
+    copied_runs: Vec<Extent>,
     /// First block to end of each claimed run; they never overlap.
     held: BTreeMap<u64, u64>,
     waiting: Vec<Arc<Waker>>,
@@ -72,12 +79,7 @@ impl Inner {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum DrainClaim {
     /// These blocks are pending and its own until they are released.
-    Claimed {
-        /// The blocks.
-        extent: Extent,
-        /// The generation in which they were claimed.
-        generation: u64,
-    },
+    Claimed(Extent),
     /// Pending blocks are left, all claimed by others; the waker will be woken.
     Blocked,
     /// No block at or after the cursor is pending.
@@ -85,12 +87,17 @@ pub(crate) enum DrainClaim {
 }
 
 impl Claims {
+    /// No claims on a disk of `blocks` blocks.
+    pub(crate) fn new(blocks: u64) -> Self {
+        Self { inner: Mutex::default(), copied: BlockSet::new(blocks) }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    /// Claims all of `extents` (which do not overlap each other), or none: then `waker` is woken by
-    /// the next release.
+    /// Claims all of `extents` (which do not overlap each other) for a guest's write, or none: then
+    /// `waker` is woken by the next release.
     pub(crate) fn try_claim(&self, extents: &[Extent], waker: &Arc<Waker>) -> bool {
         let mut inner = self.lock();
         if extents.iter().any(|extent| inner.first_overlap(*extent).is_some()) {
@@ -98,7 +105,15 @@ impl Claims {
             return false;
         }
         inner.held.extend(extents.iter().map(|extent| (extent.first(), extent.end())));
+        for extent in extents {
+            self.copied.remove(*extent);
+        }
         true
+    }
+
+    /// Makes sure that no release wakes `waker` any more.
+    pub(crate) fn stop_waiting(&self, waker: &Arc<Waker>) {
+        self.lock().waiting.retain(|known| !Arc::ptr_eq(known, waker));
     }
 
     /// Claims the first run of unclaimed pending blocks at or after `from`, at most `limit` blocks.
@@ -122,7 +137,7 @@ impl Claims {
                 }
             };
             inner.held.insert(free.first(), free.end());
-            return DrainClaim::Claimed { extent: free, generation: inner.generation };
+            return DrainClaim::Claimed(free);
         }
         if blocked {
             inner.wait(waker);
@@ -143,30 +158,52 @@ impl Claims {
         inner.waiting.drain(..).for_each(|waker| waker.wake());
     }
 
-    /// Takes `copied` out of `pending`: blocks that were copied in `generation` and are synced. Blocks that a guest has
-    /// claimed meanwhile stay (it clears them itself, after its record), and after a session end all stay.
-    /// Returns how many blocks were taken out.
-    pub(crate) fn settle(&self, pending: &BlockSet, copied: &[Extent], generation: u64) -> u64 {
-        let inner = self.lock();
-        if inner.generation != generation {
+    /// Gives back a run that the drain has copied; it can be settled once it is synced.
+    pub(crate) fn release_copied(&self, run: Extent) {
+        {
+            let mut inner = self.lock();
+            inner.copied_runs.push(run);
+            self.copied.insert(run);
+        }
+        self.release(&[run]);
+    }
+
+    /// Takes out of `pending` what was copied, is synced, and was not claimed by a guest since. Returns
+    /// how many blocks that were. `still_good` is asked under the lock; if it says no, nothing is taken.
+    pub(crate) fn settle(&self, pending: &BlockSet, still_good: impl FnOnce() -> bool) -> u64 {
+        let mut inner = self.lock();
+        if !still_good() {
+            self.forget(&mut inner);
             return 0;
         }
         let mut cleared = 0;
-        for extent in copied {
-            let mut rest = *extent;
-            while !rest.is_empty() {
-                let held = inner.first_overlap(rest).unwrap_or(Extent::new(rest.end(), 0));
-                cleared += pending.remove(Extent::between(rest.first(), held.first()));
-                rest = Extent::between(held.end().max(rest.first()), rest.end());
+        for run in std::mem::take(&mut inner.copied_runs) {
+            for (counts, part) in self.copied.mixed_runs(run) {
+                if counts {
+                    cleared += pending.remove(part);
+                }
             }
+            self.copied.remove(run);
         }
         cleared
     }
 
-    /// Ends a generation: `change` runs while no claim is given and nothing is settled.
-    pub(crate) fn end_generation(&self, change: impl FnOnce()) {
+    /// Forgets what was copied and not settled.
+    pub(crate) fn forget_copied(&self) {
+        self.forget(&mut self.lock());
+    }
+
+    fn forget(&self, inner: &mut Inner) {
+        for run in inner.copied_runs.drain(..) {
+            self.copied.remove(run);
+        }
+    }
+
+    /// Ends a session: what was copied is forgotten, and `change` runs while no claim is given and
+    /// nothing is settled.
+    pub(crate) fn end_session(&self, change: impl FnOnce()) {
         let mut inner = self.lock();
-        inner.generation += 1;
+        self.forget(&mut inner);
         change();
     }
 
@@ -191,7 +228,7 @@ mod tests {
 
     #[test]
     fn claim_of_blocks_that_are_partly_claimed_gets_nothing_and_is_woken_by_the_release() {
-        let (claims, waker) = (Claims::default(), Waker::new().unwrap());
+        let (claims, waker) = (Claims::new(1000), Waker::new().unwrap());
         assert!(claims.try_claim(&[Extent::new(10, 5), Extent::new(20, 5)], &waker));
         assert!(!claims.try_claim(&[Extent::new(0, 2), Extent::new(24, 2)], &waker));
         assert!(claims.try_claim(&[Extent::new(0, 10), Extent::new(15, 5)], &waker));
@@ -203,11 +240,11 @@ mod tests {
 
     #[test]
     fn drain_claims_around_what_guests_claimed() {
-        let (claims, waker) = (Claims::default(), Waker::new().unwrap());
+        let (claims, waker) = (Claims::new(1000), Waker::new().unwrap());
         let set = pending(&[Extent::new(10, 20)]);
         assert!(claims.try_claim(&[Extent::new(10, 2), Extent::new(15, 2)], &waker));
         let mut got = Vec::new();
-        while let DrainClaim::Claimed { extent, .. } = claims.claim_pending(&set, 0, 8, &waker) {
+        while let DrainClaim::Claimed(extent) = claims.claim_pending(&set, 0, 8, &waker) {
             got.push(extent);
         }
         assert_eq!(got, [Extent::new(12, 3), Extent::new(17, 8), Extent::new(25, 5)]);
@@ -215,17 +252,41 @@ mod tests {
         assert_eq!(claims.claim_pending(&set, 30, 8, &waker), DrainClaim::Nothing);
     }
 
-    /// Invariant 2: what a guest claimed or an ended session dirtied is not taken for restored.
+    /// Invariant 2: what a guest claimed since it was copied is not taken for restored, whether it
+    /// holds the claim still or its write has failed and it gave it back.
     #[test]
-    fn settle_leaves_claimed_blocks_and_everything_of_an_earlier_generation() {
-        let (claims, waker) = (Claims::default(), Waker::new().unwrap());
+    fn settle_leaves_what_a_guest_has_claimed_since_the_copy() {
+        let (claims, waker) = (Claims::new(1000), Waker::new().unwrap());
         let set = pending(&[Extent::new(10, 20)]);
-        assert!(claims.try_claim(&[Extent::new(15, 2)], &waker));
-        assert_eq!(claims.settle(&set, &[Extent::new(10, 20)], 0), 18);
-        assert_eq!(set.runs().collect::<Vec<_>>(), [Extent::new(15, 2)]);
+        let DrainClaim::Claimed(run) = claims.claim_pending(&set, 0, 100, &waker) else { panic!() };
+        claims.release_copied(run);
+        assert!(claims.try_claim(&[Extent::new(15, 2), Extent::new(20, 1)], &waker));
+        claims.release(&[Extent::new(20, 1)]);
+        assert_eq!(claims.settle(&set, || true), 17);
+        assert_eq!(set.runs().collect::<Vec<_>>(), [Extent::new(15, 2), Extent::new(20, 1)]);
         claims.release(&[Extent::new(15, 2)]);
-        claims.end_generation(|| ());
-        assert_eq!(claims.settle(&set, &[Extent::new(10, 20)], 0), 0);
-        assert_eq!(claims.settle(&set, &[Extent::new(10, 20)], 1), 2);
+        assert_eq!(claims.settle(&set, || true), 0);
+    }
+
+    /// Invariant 2: what was copied before a session's end or in vain is not taken for restored.
+    #[test]
+    fn settle_after_a_session_end_or_a_failed_sync_leaves_everything() {
+        let (claims, waker) = (Claims::new(1000), Waker::new().unwrap());
+        let set = pending(&[Extent::new(10, 20)]);
+        let copy = || {
+            let DrainClaim::Claimed(run) = claims.claim_pending(&set, 0, 100, &waker) else { panic!() };
+            claims.release_copied(run);
+        };
+        copy();
+        claims.end_session(|| ());
+        assert_eq!(claims.settle(&set, || true), 0);
+        copy();
+        assert_eq!(claims.settle(&set, || false), 0);
+        assert_eq!(claims.settle(&set, || true), 0);
+        copy();
+        claims.forget_copied();
+        assert_eq!(claims.settle(&set, || true), 0);
+        copy();
+        assert_eq!(claims.settle(&set, || true), 20);
     }
 }

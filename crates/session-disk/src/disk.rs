@@ -16,9 +16,10 @@ use write_log::{LogHeader, LogId, LogWriter};
 use crate::drain::Drain;
 use crate::intents::Intents;
 use crate::live::{LiveMark, LivePage};
-use crate::manifest::{EntryKind, LogEntry, Manifest};
+use crate::manifest::{DiskFile, EntryKind, LogEntry, Manifest};
 use crate::open::{
-    check_size, describe, disk_witness, judge, open_base, open_disk, prune_logs, refuse_same_file,
+    check_size, describe, disk_witness, file_number, judge, lock_state_dir, open_base, open_disk,
+    open_for_sync, prune_logs, refuse_same_file,
 };
 use crate::process::ProcessId;
 use crate::recover::Basis;
@@ -115,6 +116,8 @@ pub struct SessionDisk {
     keep_logs: usize,
     lifecycle: Mutex<Lifecycle>,
     basis: Basis,
+    /// Held for as long as the disk is.
+    _state_lock: fs::File,
 }
 
 impl SessionDisk {
@@ -127,10 +130,12 @@ impl SessionDisk {
         let paths = options.paths();
         // A first look, to know the live page's name; it is read again under the lock.
         let disk_id = Manifest::load(&paths)?.disk;
-        let live = LivePage::inspect(&paths.live_page(disk_id), disk_id);
+        let number = file_number(&options.disk)?;
+        let live = LivePage::inspect(&paths.live_page(disk_id), disk_id, number);
         let disk = open_disk(&options.disk, options.direct, live.as_ref())?;
         drop(live);
-        let manifest = Manifest::load(&paths)?;
+        let state_lock = lock_state_dir(&paths)?;
+        let mut manifest = Manifest::load(&paths)?;
         let geometry = check_size(&disk, &manifest)?;
         if u64::from(disk.alignment().offset) > 512
             && !geometry.size().is_multiple_of(disk.alignment().offset.into())
@@ -144,20 +149,22 @@ impl SessionDisk {
         let base = open_base(&manifest)?;
         refuse_same_file(&options.disk, &manifest.base.path)?;
         paths.create_state_dirs()?;
-        let (live, before) = LivePage::adopt(&paths, manifest.disk)?;
+        let (live, before) = LivePage::open(&paths, manifest.disk, number)?;
         let verdict = judge(&paths, &manifest, geometry, &disk, before)?;
         if let Basis::Everything(why) = &verdict.basis {
             log::warn!("{}: {why}; all of its blocks will be restored", options.disk.display());
         }
         if !paths.intents().exists() {
-            Intents::create(&paths.intents(), geometry)?;
+            Intents::create(&paths.intents(), geometry, true)?;
         }
         let engine = match options.engine {
             Some(engine) => engine,
             None => best_engine(&disk),
         };
+        manifest.file = disk_witness(&disk)?.as_ref().and_then(DiskFile::of);
         let shared = Arc::new(Shared::new(Parts {
             geometry,
+            disk_sync: open_for_sync(&disk)?,
             disk,
             base,
             base_identity: manifest.base.identity.clone(),
@@ -168,10 +175,6 @@ impl SessionDisk {
             intents: Intents::open(&paths.intents(), geometry)?,
             live,
         }));
-        shared.live.set_dirty(0);
-        shared.live.set_drain_failing(false);
-        shared.live.set_pristine(verdict.basis == Basis::Pristine);
-        shared.live.set_pending(shared.pending.count());
         let lifecycle = Lifecycle { manifest, session: None, queues: Vec::new() };
         let disk = Self {
             shared,
@@ -179,11 +182,17 @@ impl SessionDisk {
             keep_logs: options.keep_logs,
             lifecycle: Mutex::new(lifecycle),
             basis: verdict.basis,
+            _state_lock: state_lock,
         };
         // Step 10: in memory alone the next kill would forget what was concluded.
         if !disk.lifecycle().manifest.speaks_alone(&disk.basis) {
             disk.checkpoint()?;
         }
+        // From here on no log needs the page to be exact; before, a failure must leave it as it was.
+        let live = &disk.shared.live;
+        live.take_over(disk_id, number)?;
+        live.set_pending(disk.shared.pending.count());
+        live.set_pristine(disk.lifecycle().manifest.logs.is_empty());
         Ok(Arc::new(disk))
     }
 
@@ -292,12 +301,8 @@ impl SessionDisk {
         // for themselves.
         self.shared.live.set_mark(LiveMark { sequence: entry.sequence, mark: writer.mark() });
         manifest.pristine_since = None;
-        if let Err(error) = manifest.store(&self.paths) {
-            let path = writer.path().to_owned();
-            drop(writer);
-            let _ = fs::remove_file(path);
-            return Err(error);
-        }
+        // Should this fail after the rename, the new manifest holds and names the log: it stays.
+        manifest.store(&self.paths)?;
         lifecycle.manifest = manifest;
         self.shared.live.set_pristine(false);
         *self.shared.log() = Some(writer);
@@ -334,7 +339,7 @@ impl SessionDisk {
         let summary = SessionSummary {
             sequence: session.entry.sequence,
             dirty_blocks,
-            bytes_written: self.bytes_written(&lifecycle) - session.bytes_before,
+            bytes_written: self.bytes_written(&lifecycle).saturating_sub(session.bytes_before),
             duration: session.started.elapsed(),
         };
         if let Some(mut writer) = self.shared.log().take() {
@@ -344,7 +349,7 @@ impl SessionDisk {
                 log::warn!("write log {}: {error}", writer.path().display());
             }
         }
-        self.shared.claims.end_generation(|| {
+        self.shared.claims.end_session(|| {
             self.shared.pending.insert_set(&self.shared.owned);
             self.shared.owned.clear();
         });
@@ -362,6 +367,9 @@ impl SessionDisk {
     /// intents cover that log in a power cut.
     pub fn checkpoint(&self) -> Result<(), Error> {
         let mut lifecycle = self.lifecycle();
+        if self.shared.is_poisoned() {
+            return Err(Error::Poisoned(self.shared.disk.path().to_owned()));
+        }
         let session = lifecycle.session.as_ref().map(|session| session.entry);
         let snapshot = BlockSet::new(self.shared.geometry.blocks());
         self.shared.claims.freeze(|| snapshot.insert_set(&self.shared.pending));
@@ -374,7 +382,7 @@ impl SessionDisk {
         manifest.logs.extend(session);
         manifest.pristine_since = None;
         if manifest.logs.is_empty() {
-            self.shared.disk.sync_all()?;
+            self.shared.sync_disk_and_times()?;
             manifest.pristine_since = disk_witness(&self.shared.disk)?;
         }
         manifest.store(&self.paths)?;
@@ -386,8 +394,14 @@ impl SessionDisk {
 
     /// Whether logs are left that a checkpoint would retire now that nothing is pending.
     pub(crate) fn has_old_logs(&self) -> bool {
+        self.old_logs() > 0
+    }
+
+    /// How many logs of earlier sessions are not retired.
+    pub(crate) fn old_logs(&self) -> usize {
         let lifecycle = self.lifecycle();
-        lifecycle.manifest.logs.len() > usize::from(lifecycle.session.is_some())
+        lifecycle.manifest.logs.len()
+            - usize::from(lifecycle.session.is_some()).min(lifecycle.manifest.logs.len())
     }
 
     /// Copies base content into all pending blocks, in this thread, and makes it durable. `progress` is
@@ -487,7 +501,7 @@ fn best_engine(disk: &File) -> EngineKind {
 /// Adds a log to a manifest.
 pub(crate) fn next_entry(manifest: &mut Manifest, kind: EntryKind) -> LogEntry {
     let entry = LogEntry { sequence: manifest.next_sequence, uuid: Uuid::new_v4(), kind };
-    manifest.next_sequence += 1;
+    manifest.next_sequence = manifest.next_sequence.saturating_add(1);
     manifest.logs.push(entry);
     entry
 }

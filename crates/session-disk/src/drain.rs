@@ -1,9 +1,9 @@
 //! The drain: base content back into pending blocks, in disk order, several runs in flight.
 //!
 //! Crash order, step 7: a run is claimed, copied (or punched, where the base has a hole) and released while its
-//! P bits stay; after the batch's `fdatasync` the bits are cleared, where the generation is the same and no guest has
-//! claimed the block meanwhile. The base is checked before that: what was copied from a base that
-//! changed is not restored.
+//! P bits stay; after the batch's sync the bits are cleared of blocks that no guest has claimed
+//! meanwhile, if no session ended meanwhile. The base is checked before that: what was copied from a
+//! base that changed is not restored. Runs that can't be copied hold up no others.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -26,11 +26,13 @@ const IN_FLIGHT_RUNS_MAX: usize = 128;
 /// Blocks after which a batch is synced: 256 MiB.
 const BATCH_BLOCKS_MAX: u64 = 65536;
 
+/// Runs that fail in a batch before it is given up: the storage is gone.
+const FAILED_RUNS_MAX: usize = 256;
+
 /// A run that is being copied.
 #[derive(Debug)]
 struct Run {
     extent: Extent,
-    generation: u64,
     /// Operations that are not finished.
     parts: u32,
     failed: bool,
@@ -65,8 +67,9 @@ pub(crate) struct Drain {
     free_pieces: Vec<usize>,
     in_flight_bytes: u64,
     in_flight_runs: usize,
+    /// The first failure of a batch, and how many runs have failed.
     error: Option<Error>,
-    copied: Vec<(Extent, u64)>,
+    failed_runs: usize,
     copied_blocks: u64,
 }
 
@@ -85,7 +88,7 @@ impl Drain {
             in_flight_bytes: 0,
             in_flight_runs: 0,
             error: None,
-            copied: Vec::new(),
+            failed_runs: 0,
             copied_blocks: 0,
         })
     }
@@ -98,11 +101,16 @@ impl Drain {
     /// Copies pending blocks from the start of the disk on, syncs, and takes them out of P. Returns when none is left,
     /// the batch is full, or `stop` is set (then nothing is synced or cleared). `copied` is told how
     /// many blocks were copied, again and again.
+    ///
+    /// # Errors
+    /// The first of those that kept runs from being copied; all others are restored nevertheless.
     pub(crate) fn batch(&mut self, stop: &AtomicBool, copied: &mut dyn FnMut(u64)) -> Result<Batch, Error> {
         self.shared.check_base()?;
         if self.shared.is_poisoned() {
             return Err(Error::Poisoned(self.shared.disk.path().to_owned()));
         }
+        self.shared.claims.forget_copied();
+        (self.error, self.failed_runs) = (None, 0);
         let mut batch = Batch::default();
         let mut cursor = 0;
         let mut started = 0;
@@ -110,7 +118,7 @@ impl Drain {
         let mut completions = Vec::new();
         loop {
             while !exhausted
-                && self.error.is_none()
+                && self.failed_runs < FAILED_RUNS_MAX
                 && started < BATCH_BLOCKS_MAX
                 && self.in_flight_bytes < IN_FLIGHT_BYTES_MAX
                 && self.in_flight_runs < IN_FLIGHT_RUNS_MAX
@@ -118,10 +126,10 @@ impl Drain {
             {
                 let shared = Arc::clone(&self.shared);
                 match shared.claims.claim_pending(&shared.pending, cursor, RUN_BLOCKS_MAX, &self.waker) {
-                    DrainClaim::Claimed { extent, generation } => {
+                    DrainClaim::Claimed(extent) => {
                         cursor = extent.end();
                         started += extent.count();
-                        self.start(extent, generation);
+                        self.start(extent);
                     }
                     DrainClaim::Blocked => {
                         batch.blocked = true;
@@ -145,40 +153,22 @@ impl Drain {
             }
             copied(std::mem::take(&mut self.copied_blocks));
         }
-        let runs = std::mem::take(&mut self.copied);
-        if let Some(error) = self.error.take() {
-            return Err(error);
-        }
         if stop.load(Ordering::Acquire) {
             return Err(Error::Stopped);
         }
-        batch.restored = self.settle(runs)?;
-        Ok(batch)
-    }
-
-    /// Syncs what was copied and takes it out of P.
-    fn settle(&mut self, runs: Vec<(Extent, u64)>) -> Result<u64, Error> {
-        if runs.is_empty() {
-            return Ok(0);
+        if started > 0 {
+            self.shared.sync_disk()?;
+            self.shared.check_base()?;
+            let good = || !self.shared.is_poisoned();
+            batch.restored = self.shared.claims.settle(&self.shared.pending, good);
+            self.shared.live.set_pending(self.shared.pending.count());
         }
-        if let Err(error) = self.shared.disk.sync_data() {
-            self.shared.poison();
-            return Err(error.into());
-        }
-        self.shared.check_base()?;
-        let mut restored = 0;
-        for same in runs.chunk_by(|a, b| a.1 == b.1) {
-            let Some((_, generation)) = same.first() else { continue };
-            let extents: Vec<Extent> = same.iter().map(|(extent, _)| *extent).collect();
-            restored += self.shared.claims.settle(&self.shared.pending, &extents, *generation);
-        }
-        self.shared.live.set_pending(self.shared.pending.count());
-        Ok(restored)
+        self.error.take().map_or(Ok(batch), Err)
     }
 
     /// Begins to copy a claimed run.
-    fn start(&mut self, extent: Extent, generation: u64) {
-        let run = Run { extent, generation, parts: 1, failed: false };
+    fn start(&mut self, extent: Extent) {
+        let run = Run { extent, parts: 1, failed: false };
         let index = match self.runs.iter().position(Option::is_none) {
             Some(index) => index,
             None => {
@@ -270,11 +260,10 @@ impl Drain {
                 let error = Error::state(operation, file, error);
                 self.fail(piece.run, error);
             }
-            Ok(()) if piece.reading => {
-                if let Some(buf) = completion.buf {
-                    self.push(piece.run, false, write(piece.offset, buf));
-                }
-            }
+            Ok(()) if piece.reading => match completion.buf {
+                Some(buf) => self.push(piece.run, false, write(piece.offset, buf)),
+                None => self.fail(piece.run, Error::WrongState("an engine kept the buffer of a read")),
+            },
             Ok(()) => {}
         }
         self.part_done(piece.run);
@@ -283,6 +272,7 @@ impl Drain {
     fn fail(&mut self, run: usize, error: Error) {
         self.error.get_or_insert(error);
         if let Some(Some(run)) = self.runs.get_mut(run) {
+            self.failed_runs += usize::from(!run.failed);
             run.failed = true;
         }
     }
@@ -295,11 +285,12 @@ impl Drain {
         if run.parts > 0 {
             return;
         }
-        self.shared.claims.release(&[run.extent]);
         self.in_flight_runs -= 1;
         self.in_flight_bytes -= self.shared.geometry.bytes_of(run.extent).map_or(0, BlockRange::len);
-        if !run.failed {
-            self.copied.push((run.extent, run.generation));
+        if run.failed {
+            self.shared.claims.release(&[run.extent]);
+        } else {
+            self.shared.claims.release_copied(run.extent);
             self.copied_blocks += run.extent.count();
         }
         *place = None;
@@ -316,17 +307,12 @@ fn shared_path(shared: &Shared) -> &Path {
 
 impl Drop for Drain {
     fn drop(&mut self) {
-        // What was begun lands before the claims are given up.
-        let mut completions = Vec::new();
-        while self.engine.in_flight() > 0 && self.in_flight_runs > 0 {
-            self.engine.submit();
-            if self.engine.wait(None).is_err() {
-                break;
-            }
-            self.engine.reap(&mut completions);
-            completions.drain(..).for_each(|completion| self.complete(completion));
+        // What was begun lands before the claims are given up: an engine waits for it when it goes.
+        if let Ok(idle) = blockio::new_engine(blockio::EngineKind::Sync, 1, Vec::new()) {
+            drop(std::mem::replace(&mut self.engine, idle));
         }
         let held: Vec<Extent> = self.runs.iter().flatten().map(|run| run.extent).collect();
         self.shared.claims.release(&held);
+        self.shared.claims.forget_copied();
     }
 }

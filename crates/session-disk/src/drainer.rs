@@ -20,6 +20,9 @@ const BLOCKED_WAIT: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
 /// the drain back to its beginning.
 const CHECKPOINT_BLOCKS: u64 = 1 << 20;
 
+/// Logs of earlier sessions that may be left when restoring fails, before they are made one.
+const OLD_LOGS_MAX: usize = 8;
+
 /// Told when a disk has become pristine, or at least everything that was pending is restored.
 pub trait DrainObserver: Send + Sync {
     /// `blocks` were restored since the drain had something to do, in `duration`.
@@ -113,6 +116,12 @@ fn run(disk: &SessionDisk, control: &Control, observer: &dyn DrainObserver) {
                     describe(&error)
                 );
                 disk.shared().live.set_drain_failing(true);
+                // Sessions go on; their logs must not pile up.
+                if disk.old_logs() > OLD_LOGS_MAX
+                    && let Err(error) = disk.checkpoint()
+                {
+                    log::warn!("{}: {}", disk.paths().disk().display(), describe(&error));
+                }
                 back_off = Some(pause);
             }
         }

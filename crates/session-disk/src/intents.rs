@@ -15,6 +15,7 @@ use blocks::{BLOCK_SIZE, BlockSet, Extent, Geometry};
 use rustix::fs::OFlags;
 
 use crate::Error;
+use crate::paths::sync_dir;
 
 /// Size of a region in bytes.
 pub const REGION_SIZE: u64 = 64 << 20;
@@ -68,17 +69,28 @@ fn decode(bytes: &[u8], regions: u64) -> BlockSet {
 }
 
 impl Intents {
-    /// Makes the file with no region set, durably.
-    pub(crate) fn create(path: &Path, geometry: Geometry) -> Result<(), Error> {
+    /// Makes the file, durably, in the place of one that may be there: with no region set, or with
+    /// all of them, where an older manifest may still be about the disk.
+    pub(crate) fn create(path: &Path, geometry: Geometry, all_regions: bool) -> Result<(), Error> {
+        let regions = BlockSet::new(region_count(geometry));
+        if all_regions {
+            regions.insert(Extent::new(0, regions.bound()));
+        }
+        let (bytes, new) = (regions.to_bytes(), path.with_extension("new"));
         let write = || -> io::Result<()> {
             let file =
-                fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
+                fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
             for index in 0..region_count(geometry).div_ceil(SECTOR_BITS) {
-                file.write_all_at(&encode_sector(&[], index as usize), index * SECTOR as u64)?;
+                file.write_all_at(&encode_sector(&bytes, index as usize), index * SECTOR as u64)?;
             }
-            file.sync_all()
+            file.sync_all()?;
+            fs::rename(&new, path)
         };
-        write().map_err(|error| Error::state("create", path, error))
+        write().map_err(|error| {
+            let _ = fs::remove_file(&new);
+            Error::state("create", path, error)
+        })?;
+        path.parent().map_or(Ok(()), sync_dir)
     }
 
     /// Opens the file for serving; every write to it is durable when it returns.
@@ -156,7 +168,7 @@ mod tests {
     fn ensured_regions_are_read_again_and_cleared_ones_are_not() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("intents");
-        Intents::create(&path, disk()).unwrap();
+        Intents::create(&path, disk(), false).unwrap();
         assert!(Intents::read_blocks(&path, disk()).unwrap().is_empty());
         let intents = Intents::open(&path, disk()).unwrap();
         intents.ensure(Extent::new(5, 1)).unwrap();
@@ -177,7 +189,7 @@ mod tests {
     fn damaged_sector_counts_as_all_regions() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("intents");
-        Intents::create(&path, disk()).unwrap();
+        Intents::create(&path, disk(), false).unwrap();
         let mut bytes = fs::read(&path).unwrap();
         bytes[17] ^= 4;
         fs::write(&path, &bytes).unwrap();

@@ -37,7 +37,7 @@ pub use disk::{DiskOptions, SessionDisk, SessionStart, SessionSummary};
 pub use drainer::{DrainObserver, Drainer};
 pub use error::Error;
 pub use intents::REGION_SIZE;
-pub use manifest::{BaseEntry, EntryKind, LogEntry, MANIFEST_VERSION, Manifest};
+pub use manifest::{BaseEntry, DiskFile, EntryKind, LogEntry, MANIFEST_VERSION, Manifest};
 pub use paths::Paths;
 pub use process::ProcessId;
 pub use provision::{ProvisionOptions, Provisioned, provision};

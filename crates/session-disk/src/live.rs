@@ -16,6 +16,7 @@
 //! | 12 | 1 while a session is open |
 //! | 13 | 1 while the drain is failing |
 //! | 14 | 1 while the disk is pristine: nothing pending, and no log is left |
+//! | 15 | the disk's inode number, or its device number |
 //! | 16..20, 24..28 | the two marks: log sequence, epoch, committed bytes, CRC |
 
 use std::path::Path;
@@ -41,6 +42,7 @@ const WORD_PENDING: usize = 11;
 const WORD_SESSION: usize = 12;
 const WORD_DRAIN_FAILING: usize = 13;
 const WORD_PRISTINE: usize = 14;
+const WORD_FILE: usize = 15;
 const WORD_MARKS: [usize; 2] = [16, 24];
 
 /// A log and how much of it counts.
@@ -68,34 +70,57 @@ pub(crate) struct LivePage {
 }
 
 impl LivePage {
-    /// Opens the page of `disk` and makes it one of this boot and this disk, if it was not. It must be
-    /// called by the disk's owner only. Returns what a server before left.
-    pub(crate) fn adopt(paths: &Paths, disk: Uuid) -> Result<(Self, Before), Error> {
+    /// Opens the page of `disk`, whose inode or device number is `file`, for its owner. Says what a server before left;
+    /// nothing is changed before [`take_over`](Self::take_over).
+    ///
+    /// # Errors
+    /// If a living server has the page: one of another disk with the same ID, that is a copy.
+    pub(crate) fn open(paths: &Paths, disk: Uuid, file: u64) -> Result<(Self, Before), Error> {
         paths.create_runtime_dir()?;
-        let live = Self { page: SharedPage::open(&paths.live_page(disk), true)?, nowhere: AtomicU64::new(0) };
-        let boot = boot_id()?;
-        let same_boot = live.is_of(boot, disk);
+        let path = paths.live_page(disk);
+        let live = Self { page: SharedPage::open(&path, true)?, nowhere: AtomicU64::new(0) };
+        let of_this_disk = live.is_of(boot_id()?, disk);
+        if let Some(server) = live.server().filter(|server| of_this_disk && server.is_alive())
+            && server != ProcessId::own()
+        {
+            return Err(Error::InUse {
+                path,
+                by: format!(
+                    ": process {} serves another disk with the same ID; a copied disk has to be provisioned anew \
+                     with --adopt",
+                    server.pid
+                ),
+            });
+        }
+        let same_boot = of_this_disk && live.load(WORD_FILE) == file;
         let mark = same_boot.then(|| live.mark()).flatten();
-        live.word(0).store(0, Ordering::Release);
-        for (word, value) in [(WORD_BOOT, boot), (WORD_DISK, disk)] {
-            let (high, low) = value.as_u64_pair();
-            live.word(word).store(high, Ordering::Release);
-            live.word(word + 1).store(low, Ordering::Release);
-        }
-        if mark.is_none() {
-            live.word(WORD_MARK).store(0, Ordering::Release);
-        }
-        live.set_server(Some(ProcessId::own()));
-        live.word(0).store(MAGIC, Ordering::Release);
-        live.set_session_open(false);
-        live.set_owner(None);
         Ok((live, Before { same_boot, mark }))
     }
 
+    /// Makes the page one of this boot, this disk and this server, without a mark.
+    pub(crate) fn take_over(&self, disk: Uuid, file: u64) -> Result<(), Error> {
+        let boot = boot_id()?;
+        self.word(0).store(0, Ordering::Release);
+        self.word(WORD_MARK).store(0, Ordering::Release);
+        for (word, value) in [(WORD_BOOT, boot), (WORD_DISK, disk)] {
+            let (high, low) = value.as_u64_pair();
+            self.word(word).store(high, Ordering::Release);
+            self.word(word + 1).store(low, Ordering::Release);
+        }
+        self.word(WORD_FILE).store(file, Ordering::Release);
+        self.set_session_open(false);
+        self.set_owner(None);
+        self.set_dirty(0);
+        self.set_drain_failing(false);
+        self.set_server(Some(ProcessId::own()));
+        self.word(0).store(MAGIC, Ordering::Release);
+        Ok(())
+    }
+
     /// Opens the page for looking only. `None`: there is none of this boot and disk.
-    pub(crate) fn inspect(path: &Path, disk: Uuid) -> Option<Self> {
+    pub(crate) fn inspect(path: &Path, disk: Uuid, file: u64) -> Option<Self> {
         let live = Self { page: SharedPage::open(path, false).ok()?, nowhere: AtomicU64::new(0) };
-        live.is_of(boot_id().ok()?, disk).then_some(live)
+        (live.is_of(boot_id().ok()?, disk) && live.load(WORD_FILE) == file).then_some(live)
     }
 
     fn word(&self, index: usize) -> &AtomicU64 {
@@ -222,31 +247,58 @@ mod tests {
         LiveMark { sequence, mark: Mark { epoch: 7, committed: sequence * 8, crc: 0xfeed_f00d } }
     }
 
-    #[test]
-    fn adopted_page_gives_the_last_mark_of_the_same_disk_only() {
+    const FILE: u64 = 77;
+
+    fn dir() -> (tempfile::TempDir, Paths) {
         let dir = tempfile::tempdir().unwrap();
         let paths = Paths::new(Path::new("disk"), None, Some(dir.path()));
-        let disk = Uuid::from_u128(1);
-        let (page, before) = LivePage::adopt(&paths, disk).unwrap();
-        assert_eq!(before, Before { same_boot: false, mark: None });
+        (dir, paths)
+    }
+
+    fn taken_over(paths: &Paths, disk: Uuid) -> LivePage {
+        let (page, _) = LivePage::open(paths, disk, FILE).unwrap();
+        page.take_over(disk, FILE).unwrap();
+        page
+    }
+
+    #[test]
+    fn opened_page_has_the_last_mark_of_the_same_disk_and_file_only() {
+        let ((_dir, paths), disk) = (dir(), Uuid::from_u128(1));
+        let none = Before { same_boot: false, mark: None };
+        assert_eq!(LivePage::open(&paths, disk, FILE).unwrap().1, none);
+        let page = taken_over(&paths, disk);
         page.set_mark(mark(1));
         page.set_mark(mark(2));
         drop(page);
-        assert_eq!(LivePage::adopt(&paths, disk).unwrap().1.mark, Some(mark(2)));
+        let (page, before) = LivePage::open(&paths, disk, FILE).unwrap();
+        assert_eq!(before, Before { same_boot: true, mark: Some(mark(2)) });
+        drop(page);
+        assert_eq!(LivePage::open(&paths, disk, FILE + 1).unwrap().1, none);
         std::fs::rename(paths.live_page(disk), paths.live_page(Uuid::from_u128(2))).unwrap();
-        assert_eq!(LivePage::adopt(&paths, Uuid::from_u128(2)).unwrap().1.mark, None);
+        assert_eq!(LivePage::open(&paths, Uuid::from_u128(2), FILE).unwrap().1, none);
     }
 
     #[test]
     fn page_of_another_boot_is_none() {
-        let dir = tempfile::tempdir().unwrap();
-        let paths = Paths::new(Path::new("disk"), None, Some(dir.path()));
-        let disk = Uuid::from_u128(1);
-        let (page, _) = LivePage::adopt(&paths, disk).unwrap();
+        let ((_dir, paths), disk) = (dir(), Uuid::from_u128(1));
+        let page = taken_over(&paths, disk);
         page.set_mark(mark(1));
         page.word(WORD_BOOT).fetch_xor(1, Ordering::AcqRel);
-        assert!(LivePage::inspect(&paths.live_page(disk), disk).is_none());
+        assert!(LivePage::inspect(&paths.live_page(disk), disk, FILE).is_none());
         drop(page);
-        assert_eq!(LivePage::adopt(&paths, disk).unwrap().1, Before { same_boot: false, mark: None });
+        assert!(!LivePage::open(&paths, disk, FILE).unwrap().1.same_boot);
+    }
+
+    /// Invariant 7: a copy of a disk, with its state, does not share the live page of the served one.
+    #[test]
+    fn page_of_a_living_server_is_refused() {
+        let ((_dir, paths), disk) = (dir(), Uuid::from_u128(1));
+        let page = taken_over(&paths, disk);
+        let mut other = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        page.set_server(ProcessId::of(other.id()));
+        assert!(matches!(LivePage::open(&paths, disk, FILE + 1), Err(Error::InUse { .. })));
+        other.kill().unwrap();
+        other.wait().unwrap();
+        assert!(LivePage::open(&paths, disk, FILE + 1).is_ok());
     }
 }

@@ -35,6 +35,8 @@ pub struct Manifest {
     pub disk: Uuid,
     /// Size of the disk in bytes.
     pub size: u64,
+    /// Which file the disk is: a copy of it is another disk. `None` for a block device.
+    pub file: Option<DiskFile>,
     /// The base and what it looked like when the disk was provisioned from it.
     pub base: BaseEntry,
     /// Sequence number for the next log.
@@ -44,6 +46,24 @@ pub struct Manifest {
     /// When there is no log: what the disk looked like when it was last known pristine. `None` for a
     /// block device.
     pub pristine_since: Option<BaseIdentity>,
+}
+
+/// What tells a disk's file from a copy of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskFile {
+    /// Inode number.
+    pub inode: u64,
+    /// Birth time in nanoseconds since the epoch, where the file system keeps one.
+    pub birth_ns: Option<i64>,
+}
+
+impl DiskFile {
+    /// Of a regular file.
+    pub(crate) fn of(identity: &BaseIdentity) -> Option<Self> {
+        let file = identity.file.as_ref()?;
+        Some(Self { inode: file.inode, birth_ns: file.birth_ns })
+    }
 }
 
 /// A disk's base.
@@ -186,6 +206,7 @@ mod tests {
             version: MANIFEST_VERSION,
             disk: Uuid::from_u128(1),
             size: 1 << 20,
+            file: Some(DiskFile { inode: 7, birth_ns: None }),
             base: BaseEntry { path: "/images/golden.raw".into(), identity: BaseIdentity::of_size(1 << 20) },
             next_sequence: 3,
             logs: vec![LogEntry { sequence: 2, uuid: Uuid::from_u128(2), kind: EntryKind::Session }],

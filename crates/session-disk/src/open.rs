@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -108,6 +109,31 @@ pub(crate) fn disk_witness(disk: &File) -> Result<Option<BaseIdentity>, Error> {
         FileKind::Regular => Some(BaseIdentity::of_file(&disk.identity()?)),
         FileKind::BlockDevice => None,
     })
+}
+
+/// The disk's inode number, or its device number: which disk a live page is about.
+pub(crate) fn file_number(disk: &Path) -> Result<u64, Error> {
+    let metadata = fs::metadata(disk).map_err(|error| Error::state("open", disk, error))?;
+    Ok(if metadata.rdev() != 0 { metadata.rdev() } else { metadata.ino() })
+}
+
+/// Locks a state directory for one server: two disks must not share one.
+pub(crate) fn lock_state_dir(paths: &Paths) -> Result<fs::File, Error> {
+    let dir = paths.state_dir();
+    let file = fs::File::open(dir).map_err(|error| Error::state("open", dir, error))?;
+    match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file),
+        Err(rustix::io::Errno::WOULDBLOCK) => {
+            Err(Error::InUse { path: dir.to_owned(), by: " by a server of another disk".into() })
+        }
+        Err(error) => Err(Error::state("lock", dir, error.into())),
+    }
+}
+
+/// Opens a disk again, under an open file description of its own, to sync it.
+pub(crate) fn open_for_sync(disk: &File) -> Result<File, Error> {
+    let path = format!("/proc/self/fd/{}", disk.as_fd().as_raw_fd());
+    Ok(File::open(Path::new(&path), OpenOptions { write: false, direct: false, exclusive: false })?)
 }
 
 /// Reads all that speaks for the disk, and concludes. Changes nothing.

@@ -13,8 +13,8 @@ use write_log::{LogHeader, LogWriter};
 use crate::disk::{next_entry, unix_ns};
 use crate::intents::Intents;
 use crate::live::LivePage;
-use crate::manifest::{BaseEntry, EntryKind, MANIFEST_VERSION, Manifest};
-use crate::open::{disk_witness, open_disk, refuse_same_file};
+use crate::manifest::{BaseEntry, DiskFile, EntryKind, MANIFEST_VERSION, Manifest};
+use crate::open::{disk_witness, file_number, lock_state_dir, open_disk, refuse_same_file};
 use crate::paths::sync_dir;
 use crate::{DiskOptions, Error, Paths};
 
@@ -96,7 +96,8 @@ fn make(options: &ProvisionOptions, made: &mut Made) -> Result<(u64, u64), Error
     }
     let before = existing_state(options, &paths)?;
     let (disk, fresh) = if exists {
-        let live = before.as_ref().and_then(|id| LivePage::inspect(&paths.live_page(*id), *id));
+        let number = file_number(path)?;
+        let live = before.as_ref().and_then(|id| LivePage::inspect(&paths.live_page(*id), *id, number));
         (open_existing(options, live.as_ref())?, false)
     } else {
         let size = wanted_size(options, &base, None)?;
@@ -121,11 +122,14 @@ fn make(options: &ProvisionOptions, made: &mut Made) -> Result<(u64, u64), Error
         }
     }
     paths.create_state_dirs()?;
-    Intents::create(&paths.intents(), geometry)?;
+    let _state_lock = lock_state_dir(&paths)?;
+    // While the old manifest holds, nothing that it rests on is taken away.
+    Intents::create(&paths.intents(), geometry, before.is_some() || paths.manifest().exists())?;
     let mut manifest = Manifest {
         version: MANIFEST_VERSION,
         disk: Uuid::new_v4(),
         size,
+        file: disk_witness(&disk)?.as_ref().and_then(DiskFile::of),
         base: BaseEntry { path: base_path, identity: base.identity()? },
         next_sequence: 1,
         logs: Vec::new(),
@@ -145,9 +149,13 @@ fn make(options: &ProvisionOptions, made: &mut Made) -> Result<(u64, u64), Error
         };
         LogWriter::write_pending(&paths.sessions(), &header, &pending)?;
     }
-    manifest.store(&paths)?;
     if fresh {
         disk.sync_all()?;
+    }
+    manifest.store(&paths)?;
+    if !fresh {
+        // A file or device that was there before is taken now, and stays so: what failed goes on later.
+        *made = Made::default();
     }
     sync_dir(parent(path))?;
     sync_dir(parent(paths.state_dir()))?;

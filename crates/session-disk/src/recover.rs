@@ -13,7 +13,7 @@ use uuid::Uuid;
 use write_log::{LogContents, LogKind};
 
 use crate::live::LiveMark;
-use crate::manifest::{LogEntry, Manifest};
+use crate::manifest::{DiskFile, LogEntry, Manifest};
 
 /// A log as it was found: its contents, or why there are none.
 pub(crate) type FoundLog = Result<LogContents, String>;
@@ -45,6 +45,8 @@ pub enum Basis {
 pub enum Distrust {
     /// The disk was changed while it was pristine and nobody served it.
     WrittenFromOutside,
+    /// The disk is not the file that the state is about: a copy, or restored from a backup.
+    AnotherFile,
     /// A log is missing or can't be read; its name, and why.
     LogUnreadable(String, String),
     /// A log is of another disk or another session than the manifest says; its name.
@@ -56,6 +58,7 @@ pub enum Distrust {
 impl fmt::Display for Distrust {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::AnotherFile => write!(f, "the disk is another file than its state is about"),
             Self::WrittenFromOutside => write!(f, "the disk was changed from outside while it was pristine"),
             Self::LogUnreadable(log, why) => write!(f, "write log {log} can't be read: {why}"),
             Self::WrongLog(log) => write!(f, "write log {log} belongs to another disk or session"),
@@ -85,14 +88,17 @@ pub(crate) fn conclude(manifest: &Manifest, geometry: Geometry, evidence: Eviden
         pending.insert(geometry.all());
         Verdict { pending, basis: Basis::Everything(why) }
     };
+    if manifest.file != evidence.disk_now.and_then(DiskFile::of) {
+        return everything(Distrust::AnotherFile);
+    }
     let pending = BlockSet::new(geometry.blocks());
     if evidence.logs.is_empty() {
         return match (&manifest.pristine_since, evidence.disk_now) {
-            (Some(then), Some(now)) if then.change_to(now).is_some() => {
-                everything(Distrust::WrittenFromOutside)
+            (Some(then), Some(now)) if then.change_to(now).is_none() => {
+                Verdict { pending, basis: Basis::Pristine }
             }
-            (None, Some(_)) => everything(Distrust::WrittenFromOutside),
-            _ => Verdict { pending, basis: Basis::Pristine },
+            (None, None) => Verdict { pending, basis: Basis::Pristine },
+            _ => everything(Distrust::WrittenFromOutside),
         };
     }
     let mut exact = true;

@@ -37,6 +37,9 @@ pub enum FlushPolicy {
 pub(crate) struct Shared {
     pub(crate) geometry: Geometry,
     pub(crate) disk: Arc<File>,
+    /// The disk again, under an open file description of its own: the kernel reports a failed
+    /// write-back once to each, so a guest's flush can't swallow what a drain's sync must see.
+    pub(crate) disk_sync: File,
     pub(crate) base: BaseImage,
     /// What the base must look like.
     pub(crate) base_identity: BaseIdentity,
@@ -47,7 +50,7 @@ pub(crate) struct Shared {
     pub(crate) pending: BlockSet,
     /// L: blocks that are committed in this session's log. Added to only after the append returned.
     pub(crate) owned: BlockSet,
-    /// C, and the generation.
+    /// C, and what the drain has copied and not settled.
     pub(crate) claims: Claims,
     pub(crate) intents: Intents,
     pub(crate) live: LivePage,
@@ -73,6 +76,7 @@ pub(crate) struct QueueCounters {
 pub(crate) struct Parts {
     pub(crate) geometry: Geometry,
     pub(crate) disk: Arc<File>,
+    pub(crate) disk_sync: File,
     pub(crate) base: BaseImage,
     pub(crate) base_identity: BaseIdentity,
     pub(crate) engine: EngineKind,
@@ -88,14 +92,15 @@ impl Shared {
         Self {
             geometry: parts.geometry,
             disk: parts.disk,
+            disk_sync: parts.disk_sync,
             base: parts.base,
             base_identity: parts.base_identity,
             engine: parts.engine,
             faults: parts.faults,
             flush: parts.flush,
             owned: BlockSet::new(parts.pending.bound()),
+            claims: Claims::new(parts.pending.bound()),
             pending: parts.pending,
-            claims: Claims::default(),
             intents: parts.intents,
             live: parts.live,
             log: Mutex::new(None),
@@ -143,6 +148,25 @@ impl Shared {
         if !self.poisoned.swap(true, Ordering::AcqRel) {
             log::error!("{}", Error::Poisoned(self.disk.path().to_owned()));
         }
+    }
+
+    /// Makes the disk's data durable, as `fdatasync` does.
+    pub(crate) fn sync_disk(&self) -> Result<(), Error> {
+        self.sync(File::sync_data)
+    }
+
+    /// Makes the disk's data and its times durable, as `fsync` does.
+    pub(crate) fn sync_disk_and_times(&self) -> Result<(), Error> {
+        self.sync(File::sync_all)
+    }
+
+    /// Step 12: a failed sync poisons and is never tried again, because the kernel forgets it.
+    fn sync(&self, sync: impl FnOnce(&File) -> Result<(), blockio::Error>) -> Result<(), Error> {
+        if self.is_poisoned() {
+            return Err(Error::Poisoned(self.disk.path().to_owned()));
+        }
+        sync(&self.disk_sync).inspect_err(|_| self.poison())?;
+        Ok(())
     }
 
     pub(crate) fn is_poisoned(&self) -> bool {

@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::live::{Before, LivePage};
 use crate::manifest::Manifest;
-use crate::open::{check_size, judge};
+use crate::open::{check_size, file_number, judge, open_base};
 use crate::process::ProcessId;
 use crate::recover::Basis;
 use crate::{DiskOptions, Error};
@@ -52,6 +52,8 @@ pub struct Status {
     pub logs: usize,
     /// Whether the drain's last attempt failed; it tries again.
     pub drain_failing: bool,
+    /// What is wrong with the base, if something is: then nothing can be served or restored.
+    pub base_trouble: Option<String>,
     /// Why all blocks are pending, if the state could not be trusted.
     pub distrust: Option<String>,
 }
@@ -77,9 +79,10 @@ pub fn status(options: &DiskOptions) -> Result<Status, Error> {
         session_owner_pid: None,
         logs: manifest.logs.len(),
         drain_failing: false,
+        base_trouble: open_base(&manifest).err().map(|error| error.to_string()),
         distrust: None,
     };
-    let live = LivePage::inspect(&paths.live_page(manifest.disk), manifest.disk);
+    let live = LivePage::inspect(&paths.live_page(manifest.disk), manifest.disk, file_number(&options.disk)?);
     if let Some(live) = &live
         && let Some(server) = live.server().filter(|server| server.is_alive())
     {

@@ -121,6 +121,93 @@ fn eio() -> i32 {
     rustix::io::Errno::IO.raw_os_error()
 }
 
+/// Invariant 2: a guest writes to a block that the drain has copied and not synced yet, and the write
+/// fails with its data on the disk: the block is the session's in no log, so it must stay pending.
+#[test]
+fn block_whose_write_fails_between_copy_and_sync_of_the_drain_stays_pending() {
+    const BLOCK: u64 = 2;
+    const LAST: u64 = 8;
+    let plan = FaultPlan::new();
+    let mut bench = Bench::new(SIZE, None, false, EngineKind::IoUring);
+    bench.options = DiskOptions { faults: Some(plan.clone()), ..bench.options };
+    let disk = bench.open();
+    disk.begin_session(None).unwrap();
+    let mut queue = disk.queue(8).unwrap();
+    for block in [BLOCK, LAST] {
+        try_write(&disk, &mut queue, block * 8, &[0x11; 4096]).unwrap();
+    }
+    end(&disk, queue);
+
+    let mut writes = 0;
+    plan.rule(move |op| match op.class {
+        // The drain's batch stays open.
+        OpClass::Write if op.offset == LAST * 4096 => Some(Fault::HoldAfter),
+        // The drain's write, then the guest's.
+        OpClass::Write if op.offset == BLOCK * 4096 => {
+            writes += 1;
+            (writes == 2).then_some(Fault::FailAfter(eio()))
+        }
+        _ => None,
+    });
+    disk.begin_session(None).unwrap();
+    let mut queue = disk.queue(8).unwrap();
+    std::thread::scope(|scope| {
+        let drain = scope.spawn(|| disk.drain(&AtomicBool::new(false), &mut |_| ()));
+        while plan.held() == 0 {
+            std::thread::yield_now();
+        }
+        // Parks until the drain has released the block; the batch is still open then.
+        assert!(try_write(&disk, &mut queue, BLOCK * 8, &[0x22; 4096]).is_err());
+        plan.clear();
+        plan.release_all();
+        drain.join().unwrap().unwrap();
+    });
+    end(&disk, queue);
+    bench.assert_restores_exactly(&disk);
+}
+
+/// Invariants 2 and 6: taking a disk over again fails half-way; what the old state knew still holds.
+#[test]
+fn adopt_that_fails_leaves_the_old_verdict() {
+    let bench = Bench::new(SIZE, None, false, EngineKind::IoUring);
+    let disk = bench.open();
+    disk.begin_session(None).unwrap();
+    let mut queue = disk.queue(8).unwrap();
+    try_write(&disk, &mut queue, 16, &[0x11; 4096]).unwrap();
+    drop(queue);
+    drop(disk);
+    // A power cut: the log may have lost its records, the live page is gone.
+    std::fs::remove_dir_all(bench.dir.path().join("run")).unwrap();
+    let state = bench.options.paths().state_dir().to_owned();
+    std::fs::create_dir(state.join("manifest.new")).unwrap();
+    let adopt = session_disk::ProvisionOptions {
+        base: bench.base_path(),
+        disk: bench.options.clone(),
+        size: None,
+        adopt: true,
+    };
+    session_disk::provision(&adopt).unwrap_err();
+    std::fs::remove_dir(state.join("manifest.new")).unwrap();
+    let disk = bench.open();
+    assert_eq!(*disk.basis(), session_disk::Basis::Intents);
+    assert_eq!(disk.pending_blocks(), disk.geometry().blocks());
+    bench.assert_restores_exactly(&disk);
+}
+
+/// One run that can't be copied holds up no other, and is restored once it can be.
+#[test]
+fn drain_goes_on_past_a_block_that_can_not_be_read() {
+    let plan = FaultPlan::new();
+    let mut bench = Bench::new(SIZE, None, true, EngineKind::IoUring);
+    bench.options = DiskOptions { faults: Some(plan.clone()), ..bench.options };
+    let disk = bench.open();
+    let pending = disk.pending_blocks();
+    plan.on(OpClass::Read, 0, Fault::Fail(eio()));
+    disk.drain(&AtomicBool::new(false), &mut |_| ()).unwrap_err();
+    assert!(disk.pending_blocks() > 0 && disk.pending_blocks() < pending);
+    bench.assert_restores_exactly(&disk);
+}
+
 #[test]
 fn any_read_that_fails_leaks_and_loses_nothing() {
     every_operation_fails_once(OpClass::Read);

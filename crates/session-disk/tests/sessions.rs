@@ -236,3 +236,26 @@ fn request_with_a_buffer_of_another_length_fails() {
     assert!(run(&mut queue, Request::Write { range, buf: short(), durable: false }).is_err());
     assert_eq!(disk.dirty_blocks(), 0);
 }
+
+/// Invariants 6 and 7: a copy of a disk with its state is another disk, and all of it is pending.
+#[test]
+fn copy_of_a_disk_with_its_state_is_wholly_pending() {
+    let bench = Bench::new(MIB, None, false, EngineKind::IoUring);
+    let copy = bench.dir.path().join("copy.raw");
+    for (from, to) in [(&bench.options.disk, &copy), (&suffixed(&bench.options.disk), &suffixed(&copy))] {
+        let status = std::process::Command::new("cp").arg("-a").args([from, to]).status().unwrap();
+        assert!(status.success());
+    }
+    let options = session_disk::DiskOptions { disk: copy.clone(), ..bench.options.clone() };
+    let disk = session_disk::SessionDisk::open(&options).unwrap();
+    assert_eq!(*disk.basis(), Basis::Everything(Distrust::AnotherFile));
+    // While the copy is served the original's status is its own.
+    assert_eq!(status(&bench.options).unwrap().state, DiskState::Pristine);
+    assert_eq!(status(&bench.options).unwrap().server_pid, None);
+    disk.drain(&AtomicBool::new(false), &mut |_| ()).unwrap();
+    assert_eq!(std::fs::read(&copy).unwrap(), bench.base);
+}
+
+fn suffixed(disk: &std::path::Path) -> std::path::PathBuf {
+    disk.with_extension("raw.pristine")
+}

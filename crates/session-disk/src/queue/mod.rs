@@ -38,6 +38,10 @@ use crate::shared::{BASE, DISK, FlushPolicy, QueueCounters, Shared};
 /// Set in the token of an operation that fills a bounce block; the rest is the fill's number.
 const FILL: u64 = 1 << 63;
 
+/// When more operations are on their way, no further request is begun: one request over blocks that are
+/// pending here and there becomes many operations, and memory must not grow with what guests ask.
+const OPERATIONS_MAX: usize = 4096;
+
 /// The data path of one virtqueue. Used by one thread at a time; blocks only in [`DiskQueue::quiesce`].
 ///
 /// A pass is: any number of [`push`](Self::push), one [`submit`](Self::submit), one
@@ -57,6 +61,8 @@ pub struct DiskQueue {
     /// Slots whose writes wait for claims, oldest first.
     parked: VecDeque<usize>,
     waker: Arc<Waker>,
+    /// Requests that wait until fewer operations are on their way.
+    deferred: VecDeque<(usize, Request)>,
     /// Slots whose data is on the disk and whose pending blocks wait for their record.
     to_take: Vec<usize>,
     completions: Vec<Completion>,
@@ -86,6 +92,7 @@ impl DiskQueue {
             staged: Vec::new(),
             parked: VecDeque::new(),
             waker,
+            deferred: VecDeque::new(),
             to_take: Vec::new(),
             completions: Vec::new(),
             ready: Vec::new(),
@@ -102,8 +109,15 @@ impl DiskQueue {
         let slot = self.slots.take(token);
         if !self.shared.open.load(Ordering::SeqCst) || self.shared.is_poisoned() {
             self.part_done(slot, Err(failed(io::ErrorKind::NotConnected)));
-            return;
+        } else if self.engine.in_flight() > OPERATIONS_MAX {
+            self.deferred.push_back((slot, request));
+        } else {
+            self.start(slot, request);
         }
+    }
+
+    /// Makes operations of a request.
+    fn start(&mut self, slot: usize, request: Request) {
         match request {
             Request::Read { range, buf } => self.read(slot, range, buf),
             Request::Write { range, buf, durable } => {
@@ -144,6 +158,11 @@ impl DiskQueue {
     pub fn reap(&mut self, done: &mut Vec<Done>) {
         loop {
             self.complete();
+            while self.engine.in_flight() <= OPERATIONS_MAX
+                && let Some((slot, request)) = self.deferred.pop_front()
+            {
+                self.start(slot, request);
+            }
             if !self.parked.is_empty() && self.waker.consume() {
                 self.retry_parked();
             }
@@ -171,6 +190,7 @@ impl DiskQueue {
             }
             self.part_done(slot, Err(failed(io::ErrorKind::Interrupted)));
         }
+        self.wait_no_more();
     }
 
     /// Waits until every request is finished and appends all answers to `done`. The other queues

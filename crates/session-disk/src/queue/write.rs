@@ -73,6 +73,16 @@ impl DiskQueue {
             self.start_write(slot, write);
             self.part_done(slot, Ok(()));
         }
+        self.wait_no_more();
+    }
+
+    /// If nothing is parked any more, takes back a wake-up that nobody would consume: its descriptor
+    /// would stay readable, and the worker awake.
+    pub(super) fn wait_no_more(&self) {
+        if self.parked.is_empty() {
+            self.shared.claims.stop_waiting(&self.waker);
+            self.waker.consume();
+        }
     }
 
     /// Step 1: blocks that are not pending. Those that the session does not own yet are staged, to be
@@ -144,10 +154,11 @@ impl DiskQueue {
         for block in single_blocks {
             self.fill_block(slot, block, part, &data);
         }
-        if let Some(inner) = part.within(whole)
-            && let Some(data) = data.part(part, inner)
-        {
-            self.push_part(slot, data_op(inner, data));
+        if let Some(inner) = part.within(whole) {
+            match data.part(part, inner) {
+                Some(data) => self.push_part(slot, data_op(inner, data)),
+                None => self.fail(slot, failed(io::ErrorKind::InvalidInput)),
+            }
         }
         if let Some(state) = self.slots.get_mut(slot) {
             state.taking.push(run);
