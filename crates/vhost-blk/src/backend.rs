@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd},
+    os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use rustix::event::EventfdFlags;
+use rustix::event::{EventfdFlags, PollFd, PollFlags};
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use vhost_user_backend::VhostUserBackend;
 use vm_memory::GuestAddressSpace;
@@ -111,8 +111,28 @@ impl Backend {
         self.device.stopping.store(true, Ordering::Relaxed);
     }
 
-    /// Waits for all I/O in flight of all queues, and publishes the answers.
+    /// Waits for all I/O in flight of all queues, and publishes the answers. All at once: a write of one
+    /// queue may wait for blocks that a finished write of another holds until it is answered.
     pub(crate) fn drain(&self) {
+        let fds: Vec<RawFd> = self.wait_fds().into_iter().flatten().collect();
+        loop {
+            for worker in &self.workers {
+                lock(worker).finish(&self.device);
+            }
+            if self.is_quiet() {
+                break;
+            }
+            let borrow = |fd: &RawFd| {
+                // SAFETY: the descriptors are the workers', and live as long as `self`.
+                PollFd::from_borrowed_fd(unsafe { BorrowedFd::borrow_raw(*fd) }, PollFlags::IN)
+            };
+            let mut fds: Vec<PollFd<'_>> = fds.iter().map(borrow).collect();
+            if let Err(error) = rustix::event::poll(&mut fds, None)
+                && error != rustix::io::Errno::INTR
+            {
+                log::error!("waiting for I/O of a connection that ends: {error}");
+            }
+        }
         for worker in &self.workers {
             lock(worker).drain(&self.device);
         }
@@ -221,5 +241,50 @@ impl VhostUserBackend for Backend {
             worker.run(&self.device, vring);
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use blockio::{EngineKind, GuestBuf};
+    use session_disk::{DiskOptions, ProvisionOptions, Request, SessionDisk, provision};
+
+    use super::*;
+
+    /// The queues' threads are gone; queue 0 has a write parked for a claim that queue 1 holds.
+    #[test]
+    fn drain_of_two_queues_that_wrote_one_pending_block_ends() {
+        let dir = tempfile::tempdir().unwrap();
+        let base = dir.path().join("base.raw");
+        std::fs::write(&base, vec![7; 1 << 20]).unwrap();
+        let options = DiskOptions {
+            runtime_dir: Some(dir.path().join("run")),
+            engine: Some(EngineKind::Sync),
+            ..DiskOptions::new(dir.path().join("disk.raw"))
+        };
+        provision(&ProvisionOptions { base, disk: options.clone(), size: None, adopt: false }).unwrap();
+        let disk = SessionDisk::open(&options).unwrap();
+        disk.begin_session(None).unwrap();
+        let config = DeviceConfig { num_queues: 2, queue_size: 64, read_only: false, poll_max_us: 0 };
+        let backend = Arc::new(Backend::new(&disk, config).unwrap());
+        for queue in [1, 0] {
+            let mut worker = lock(&backend.workers[queue]);
+            // Two sectors of one block, one from each queue, as a kernel with two CPUs writes them.
+            let range = disk.geometry().sectors_at(queue as u64, 512).unwrap();
+            worker.io_mut().push(0, Request::Write { range, buf: GuestBuf::zeroed(512), durable: false });
+            worker.io_mut().submit();
+        }
+        backend.stop();
+        let (done, ended) = mpsc::channel();
+        std::thread::spawn(move || {
+            backend.drain();
+            let _ = done.send(());
+        });
+        assert!(
+            ended.recv_timeout(Duration::from_secs(10)).is_ok(),
+            "the drain of a closed connection hangs"
+        );
     }
 }

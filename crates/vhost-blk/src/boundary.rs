@@ -73,12 +73,23 @@ impl std::fmt::Display for EndReason {
     }
 }
 
+/// The session of a connected frontend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Session {
+    /// It has started no ring yet.
+    None,
+    /// Begun over this connection.
+    Begun,
+    /// Begun over an earlier connection of the same process.
+    Continued,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     /// No session, nobody connected.
     Idle,
     /// A frontend is connected.
-    Served { owner: Identity, session: bool },
+    Served { owner: Identity, session: Session },
     /// The session is open, its frontend is not connected.
     Orphaned { owner: Identity, since: Instant, stranger_since: Option<Instant> },
 }
@@ -106,11 +117,11 @@ impl Boundary {
         match &mut self.state {
             State::Served { .. } => Admission::Refuse("another frontend is connected"),
             State::Idle => {
-                self.state = State::Served { owner: peer, session: false };
+                self.state = State::Served { owner: peer, session: Session::None };
                 Admission::Serve
             }
             State::Orphaned { owner, .. } if owner.process.is_some() && owner.process == peer.process => {
-                self.state = State::Served { owner: peer, session: true };
+                self.state = State::Served { owner: peer, session: Session::Continued };
                 Admission::Serve
             }
             State::Orphaned { stranger_since: Some(_), .. } => {
@@ -130,12 +141,14 @@ impl Boundary {
         }
     }
 
-    /// The connected frontend is about to start a ring; `fresh`: from its beginning.
+    /// The connected frontend is about to start a ring; `fresh`: no ring that was not started over
+    /// this connection is to continue where another left off.
     pub(crate) fn ring_starts(&mut self, fresh: bool) -> RingStart {
         match &mut self.state {
-            State::Served { session: true, .. } => RingStart::Continue,
+            State::Served { session: Session::Continued, .. } => RingStart::Continue,
+            State::Served { session: Session::Begun, .. } if fresh => RingStart::Continue,
             State::Served { session, .. } if fresh => {
-                *session = true;
+                *session = Session::Begun;
                 RingStart::Begin
             }
             State::Served { .. } => RingStart::Refuse(
@@ -148,14 +161,14 @@ impl Boundary {
     /// The session that [`RingStart::Begin`] asked for could not begin.
     pub(crate) fn begin_failed(&mut self) {
         if let State::Served { session, .. } = &mut self.state {
-            *session = false;
+            *session = Session::None;
         }
     }
 
     /// The connected frontend is gone; `owner_gone`: and so is its process.
     pub(crate) fn disconnected(&mut self, owner_gone: bool, now: Instant) -> Option<EndReason> {
         let State::Served { owner, session } = self.state else { return None };
-        if !session {
+        if session == Session::None {
             self.state = State::Idle;
             return None;
         }
@@ -194,7 +207,11 @@ impl Boundary {
     }
 
     pub(crate) fn session_is_open(&self) -> bool {
-        matches!(self.state, State::Served { session: true, .. } | State::Orphaned { .. })
+        match self.state {
+            State::Served { session, .. } => session != Session::None,
+            State::Orphaned { .. } => true,
+            State::Idle => false,
+        }
     }
 
     fn end_if_orphaned(&mut self, reason: EndReason) -> Option<EndReason> {

@@ -24,11 +24,14 @@ pub const QUEUE_SIZE_MAX: u16 = 1024;
 pub(crate) const CONFIG_LEN: usize = 60;
 /// Segments of one discard or write-zeroes request that are accepted.
 pub(crate) const RANGE_SEGMENTS_MAX: u32 = 32;
-/// Sectors of one such segment that are accepted: 1 GiB.
-pub(crate) const RANGE_SECTORS_MAX: u32 = (1 << 30) / 512;
+/// Sectors of one such segment that are accepted: 16 MiB. It may become an operation per block.
+pub(crate) const RANGE_SECTORS_MAX: u32 = (16 << 20) / 512;
 
-/// Largest data segment that is asked of drivers; longer ones are served all the same.
-const SIZE_MAX: u32 = 4 << 20;
+/// Largest data segment that is asked of drivers, 256 KiB; longer ones are served all the same.
+const SIZE_MAX: u32 = 256 << 10;
+/// Bytes of a read or write that are accepted: more than a driver makes of the limits that it is told.
+pub(crate) const DATA_MAX: u64 = 32 << 20;
+const _: () = assert!(SIZE_MAX as u64 * SEG_MAX as u64 <= DATA_MAX);
 /// Data segments per request that are asked of drivers. A chain must not be longer than the queue,
 /// whose size the frontend chooses (128 by default, in QEMU), so this is not made of our own limit.
 const SEG_MAX: u16 = 126;

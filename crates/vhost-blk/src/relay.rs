@@ -22,6 +22,8 @@ use crate::wire::{Message, Reader, Received, Writer};
 const MESSAGES_PER_TURN: u32 = 64;
 /// Payload bit of SET_VRING_KICK and SET_VRING_CALL: there is no descriptor.
 const NO_FD: u32 = 0x100;
+/// Payload bits of the same that are the number of the ring.
+const RING_MASK: u32 = 0xff;
 
 /// Why a connection is over.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,7 +38,8 @@ pub(crate) enum Ending {
 
 /// Who decides whether a ring may start.
 pub(crate) trait Gate {
-    /// A ring is about to start; `fresh`: no ring is to continue where another left off.
+    /// A ring is about to start; `fresh`: no ring that was not started over this connection is to
+    /// continue where another left off.
     /// An error closes the connection.
     fn ring_starts(&mut self, fresh: bool) -> Result<(), String>;
 }
@@ -57,11 +60,20 @@ pub(crate) struct Relay {
     replies: Lane,
     /// Rings that are to start elsewhere than at 0, one bit each.
     continued: u64,
+    /// Rings that have been started over this connection: where they continue is their own business.
+    started: u64,
 }
 
 impl Relay {
     pub(crate) fn new(frontend: UnixStream, library: UnixStream) -> Self {
-        Self { frontend, library, requests: Lane::default(), replies: Lane::default(), continued: 0 }
+        Self {
+            frontend,
+            library,
+            requests: Lane::default(),
+            replies: Lane::default(),
+            continued: 0,
+            started: 0,
+        }
     }
 
     /// The two descriptors, and what to wait for on each.
@@ -151,7 +163,10 @@ impl Relay {
                 if message.payload_word(0) & NO_FD != 0 {
                     return Ok(());
                 }
-                gate.ring_starts(self.continued == 0).map_err(Ending::Refused)
+                gate.ring_starts(self.continued & !self.started == 0).map_err(Ending::Refused)?;
+                let ring = message.payload_word(0) & RING_MASK;
+                self.started |= 1u64.checked_shl(ring).unwrap_or(0);
+                Ok(())
             }
             _ => Ok(()),
         }

@@ -17,7 +17,7 @@ use virtio_queue::DescriptorChain;
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 use crate::{
-    config::{QUEUE_SIZE_MAX, RANGE_SECTORS_MAX, RANGE_SEGMENTS_MAX},
+    config::{DATA_MAX, QUEUE_SIZE_MAX, RANGE_SECTORS_MAX, RANGE_SEGMENTS_MAX},
     disk::DiskTraits,
 };
 
@@ -232,6 +232,9 @@ impl Parser {
         direction: Direction,
     ) -> Result<(BlockRange, GuestBuf), Status> {
         let len: u64 = self.pieces(direction).iter().map(|piece| piece.len as u64).sum();
+        if len > DATA_MAX {
+            return Err(Status::IoError);
+        }
         let range = disk.geometry.sectors_at(sector, len).map_err(|_| Status::IoError)?;
         Ok((range, self.buffer(memory, direction)?))
     }

@@ -78,6 +78,11 @@ impl Worker {
         self.io.as_ref()
     }
 
+    #[cfg(test)]
+    pub(crate) fn io_mut(&mut self) -> &mut dyn DiskIo {
+        self.io.as_mut()
+    }
+
     /// Serves the queue until there is nothing left to do; then the thread may sleep until a kick
     /// or a completion.
     pub(crate) fn run(&mut self, device: &Device, vring: &Vring) {
@@ -96,6 +101,21 @@ impl Worker {
             self.poll.sleeps(idle_since);
             return;
         }
+        // Nothing is taken any more, but other queues may wait for what this one's finished requests hold.
+        self.finish(device);
+    }
+
+    /// Answers what is finished, without waiting and without taking more. For the rest, its
+    /// descriptors become readable.
+    pub(crate) fn finish(&mut self, device: &Device) {
+        self.watch = None;
+        self.io.submit();
+        self.io.reap(&mut self.finished);
+        self.collect();
+        if let Some(vring) = self.vring.clone() {
+            self.publish(device, &vring);
+        }
+        self.answers.clear();
     }
 
     /// Waits for everything that is in flight and publishes the answers. The ring's state does not

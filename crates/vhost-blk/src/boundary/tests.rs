@@ -132,6 +132,18 @@ fn second_frontend_is_turned_away_and_disturbs_nothing() {
     assert_eq!(boundary.ring_starts(true), RingStart::Continue);
 }
 
+/// Invariant 3: a guest of an earlier session whose first ring happens to be unused is found out by
+/// its other rings, before it goes on with a disk that was reset.
+#[test]
+fn ring_that_continues_in_a_session_that_was_begun_just_now_is_refused() {
+    let now = Instant::now();
+    let mut boundary = in_session(process(1), now);
+    assert!(matches!(boundary.ring_starts(false), RingStart::Refuse(_)));
+    boundary.disconnected(false, now);
+    assert_eq!(boundary.connected(process(1), now), Admission::Serve);
+    assert_eq!(boundary.ring_starts(false), RingStart::Continue);
+}
+
 #[test]
 fn frontend_that_never_starts_a_ring_leaves_no_session() {
     let now = Instant::now();
@@ -210,6 +222,8 @@ proptest! {
         let (mut served, mut session): (Option<usize>, Option<usize>) = (None, None);
         let mut held: Option<(usize, Instant)> = None;
         let mut left_at = now;
+        // Whether the session was begun over the connection that is served.
+        let mut begun_here = false;
         for event in events {
             let mut ended = None;
             match event {
@@ -217,7 +231,7 @@ proptest! {
                     Admission::Serve => {
                         prop_assert!(served.is_none());
                         prop_assert!(session.is_none_or(|owner| owner == index && owner != 3));
-                        (served, held) = (Some(index), None);
+                        (served, held, begun_here) = (Some(index), None, false);
                     }
                     Admission::Hold => {
                         prop_assert!(served.is_none() && session.is_some() && held.is_none());
@@ -232,10 +246,13 @@ proptest! {
                 Event::RingStarts(fresh) if served.is_some() => match boundary.ring_starts(fresh) {
                     RingStart::Begin => {
                         prop_assert!(session.is_none() && fresh);
-                        session = served;
+                        (session, begun_here) = (served, true);
                     }
-                    RingStart::Continue => prop_assert_eq!(session, served),
-                    RingStart::Refuse(_) => prop_assert!(session.is_none() && !fresh),
+                    RingStart::Continue => {
+                        prop_assert_eq!(session, served);
+                        prop_assert!(fresh || !begun_here);
+                    }
+                    RingStart::Refuse(_) => prop_assert!(!fresh && (session.is_none() || begun_here)),
                 },
                 Event::BeginFails if session.is_none() => boundary.begin_failed(),
                 Event::Disconnect => if let Some(index) = served.take() {
