@@ -53,10 +53,8 @@ pub(crate) fn provision(args: &ProvisionArgs) -> Result<ExitCode, Failure> {
     }
     let pending = made.pending_blocks;
     // Held until what was made is removed, if it has to be: nobody may take the disk in between.
-    let result = SessionDisk::open(&options.disk).and_then(|opened| {
-        let result = drain(&opened, "provisioning", &stop);
-        Ok((result, opened))
-    });
+    let result =
+        SessionDisk::open(&options.disk).map(|opened| (drain(&opened, "provisioning", &stop), opened));
     let error = match result {
         Ok((Ok(_), _)) => {
             println!(

@@ -1,0 +1,76 @@
+//! How a disk is opened, and what is told of its sessions.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use blockio::EngineKind;
+use blockio::fault::FaultPlan;
+
+use crate::Paths;
+use crate::shared::FlushPolicy;
+
+/// How a disk is opened.
+#[derive(Clone, Debug)]
+pub struct DiskOptions {
+    /// The session disk.
+    pub disk: PathBuf,
+    /// Instead of `DISK.pristine`.
+    pub state_dir: Option<PathBuf>,
+    /// Instead of the default runtime directory.
+    pub runtime_dir: Option<PathBuf>,
+    /// Open the disk with O_DIRECT.
+    pub direct: bool,
+    /// Which I/O engine; `None`: io_uring, or plain system calls where the disk's file system never
+    /// waits for storage (tmpfs), or where io_uring is not to be had.
+    pub engine: Option<EngineKind>,
+    /// What a guest's FLUSH does.
+    pub flush: FlushPolicy,
+    /// How many retired logs stay for audit.
+    pub keep_logs: usize,
+    /// For tests: every I/O of queues and drain meets this plan.
+    pub faults: Option<Arc<FaultPlan>>,
+}
+
+impl DiskOptions {
+    /// The defaults for the disk at `path`: buffered, any engine, 8 retired logs.
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self {
+            disk: path.into(),
+            state_dir: None,
+            runtime_dir: None,
+            direct: false,
+            engine: None,
+            flush: FlushPolicy::Auto,
+            keep_logs: 8,
+            faults: None,
+        }
+    }
+
+    /// Where everything of the disk lives.
+    pub fn paths(&self) -> Paths {
+        Paths::new(&self.disk, self.state_dir.as_deref(), self.runtime_dir.as_deref())
+    }
+}
+
+/// What is known when a session starts.
+#[derive(Clone, Debug)]
+pub struct SessionStart {
+    /// Sequence number of the session's write log.
+    pub sequence: u64,
+    /// Blocks that are still to be restored.
+    pub pending_blocks: u64,
+}
+
+/// What a session did.
+#[derive(Clone, Debug)]
+pub struct SessionSummary {
+    /// Sequence number of the session's write log.
+    pub sequence: u64,
+    /// Distinct blocks that the session took.
+    pub dirty_blocks: u64,
+    /// Bytes that the guest wrote; each write counts.
+    pub bytes_written: u64,
+    /// From its start to its end.
+    pub duration: Duration,
+}

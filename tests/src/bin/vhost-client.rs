@@ -1,0 +1,183 @@
+//! A vhost-user client as a process: `vhost-client SOCKET`. Reads commands from its standard input,
+//! answers each with one line: `ok ...` or `error ...`. When it ends, so does its session.
+//!
+//! ```text
+//! connect [QUEUES]             ok CAPACITY
+//! property NAME                ok VALUE
+//! write OFFSET LEN SEED        ok
+//! read OFFSET LEN              ok SHA-256
+//! compare OFFSET LEN FILE      ok same | ok different
+//! discard OFFSET LEN           ok
+//! zero OFFSET LEN              ok
+//! flush                        ok
+//! scatter COUNT SEED           ok                 one write of 4 KiB into each of COUNT blocks
+//! storm SEED                   ok storming        then writes until it is killed
+//! load FILE                    ok                 the disk's contents for the next model
+//! model SEED OPERATIONS QUEUES DEPTH              ok SUMMARY
+//! bench PATTERN DEPTH SECONDS  ok REQUESTS-PER-SECOND
+//! ```
+
+use std::io::{BufRead, Write};
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use pristine_tests::client::{Client, Pattern, Plan, Request, Shape, run_bench, run_model};
+use pristine_tests::random::{Random, contents, scattered};
+use sha2::{Digest, Sha256};
+
+const BLOCK: u64 = 4096;
+const DEPTH: usize = 32;
+
+struct Session {
+    socket: PathBuf,
+    client: Option<Client>,
+    loaded: Vec<u8>,
+}
+
+fn main() {
+    let mut session =
+        Session { socket: std::env::args_os().nth(1).unwrap().into(), client: None, loaded: Vec::new() };
+    for line in std::io::stdin().lock().lines() {
+        let line = line.unwrap();
+        let words: Vec<&str> = line.split_whitespace().collect();
+        match session.obey(&words) {
+            Ok(answer) => say(format!("ok {answer}").trim_end()),
+            Err(error) => say(&format!("error {error}")),
+        }
+    }
+}
+
+fn say(line: &str) {
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{line}").and_then(|()| out.flush()).unwrap();
+}
+
+fn number(word: &str) -> Result<u64, String> {
+    word.parse().map_err(|_| format!("\"{word}\" is not a number"))
+}
+
+impl Session {
+    fn client(&mut self) -> Result<&mut Client, String> {
+        self.client.as_mut().ok_or_else(|| "not connected".into())
+    }
+
+    fn obey(&mut self, words: &[&str]) -> Result<String, String> {
+        let [command, args @ ..] = words else { return Err("no command".into()) };
+        match (*command, args) {
+            ("connect", _) => {
+                let queues = args.first().map_or(Ok(1), |word| number(word))? as usize;
+                let client = Client::connect(&self.socket, Shape { queues, ..Shape::default() })?;
+                let capacity = client.capacity();
+                self.client = Some(client);
+                Ok(capacity.to_string())
+            }
+            ("property", [name]) => Ok(self.client()?.property(name).to_string()),
+            ("write", [offset, len, seed]) => {
+                let offset = number(offset)?;
+                let data = contents(number(seed)?, offset, number(len)? as usize);
+                self.client()?.write(0, offset, &data).map(|()| String::new())
+            }
+            ("read", [offset, len]) => {
+                let data = self.client()?.read(0, number(offset)?, number(len)? as usize)?;
+                Ok(Sha256::digest(data).iter().map(|byte| format!("{byte:02x}")).collect())
+            }
+            ("compare", [offset, len, file]) => self.compare(number(offset)?, number(len)? as usize, file),
+            ("discard", [offset, len]) => {
+                self.request(&Request::Discard { offset: number(offset)?, len: number(len)? })
+            }
+            ("zero", [offset, len]) => {
+                let (offset, len) = (number(offset)?, number(len)?);
+                self.request(&Request::Zero { offset, len, may_unmap: true })
+            }
+            ("flush", []) => self.request(&Request::Flush),
+            ("scatter", [count, seed]) => {
+                let (count, seed) = (number(count)?, number(seed)?);
+                let blocks = scattered(seed, count, self.client()?.capacity() / BLOCK);
+                self.write_blocks(seed, &mut blocks.into_iter(), || {}).map(|()| String::new())
+            }
+            ("storm", [seed]) => self.storm(number(seed)?),
+            ("load", [file]) => {
+                self.loaded = std::fs::read(file).map_err(|error| error.to_string())?;
+                Ok(String::new())
+            }
+            ("model", [seed, operations, queues, depth]) => {
+                let plan = Plan {
+                    seed: number(seed)?,
+                    operations: number(operations)?,
+                    queues: number(queues)? as usize,
+                    depth: number(depth)? as usize,
+                };
+                run_model(&self.socket, std::mem::take(&mut self.loaded), plan)
+                    .map(|summary| format!("{summary:?}"))
+            }
+            ("bench", [pattern, depth, seconds]) => {
+                let pattern = Pattern::named(pattern).ok_or("no such pattern")?;
+                let time = Duration::from_secs_f64(seconds.parse().map_err(|_| "not a time")?);
+                let score = run_bench(&self.socket, pattern, number(depth)? as usize, time)?;
+                Ok(format!("{:.0}", score.per_second))
+            }
+            _ => Err(format!("what is {words:?}?")),
+        }
+    }
+
+    fn request(&mut self, request: &Request) -> Result<String, String> {
+        self.client()?.perform(0, request).map(|()| String::new())
+    }
+
+    fn compare(&mut self, offset: u64, len: usize, file: &str) -> Result<String, String> {
+        let read = self.client()?.read(0, offset, len)?;
+        let mut expected = vec![0; len];
+        let file = std::fs::File::open(file).map_err(|error| error.to_string())?;
+        file.read_exact_at(&mut expected, offset).map_err(|error| error.to_string())?;
+        Ok(if read == expected { "same" } else { "different" }.into())
+    }
+
+    /// Writes until the process is killed. The answer comes as soon as writes have completed.
+    fn storm(&mut self, seed: u64) -> Result<String, String> {
+        let blocks = self.client()?.capacity() / BLOCK;
+        let mut random = Random::new(seed);
+        let mut told = false;
+        let mut endless = std::iter::from_fn(|| Some(random.below(blocks)));
+        self.write_blocks(seed, &mut endless, || {
+            if !told {
+                say("ok storming");
+                told = true;
+            }
+        })?;
+        Ok(String::new())
+    }
+
+    /// Writes the contents that `seed` has into `blocks`, many at a time over all queues.
+    fn write_blocks(
+        &mut self,
+        seed: u64,
+        blocks: &mut dyn Iterator<Item = u64>,
+        mut completed: impl FnMut(),
+    ) -> Result<(), String> {
+        let client = self.client()?;
+        let queues = client.queues();
+        let mut free: Vec<usize> = (0..DEPTH).collect();
+        let mut done = Vec::new();
+        loop {
+            while let Some(slot) = free.pop() {
+                let Some(block) = blocks.next() else {
+                    free.push(slot);
+                    break;
+                };
+                client.submit_contents(slot % queues, slot, seed, block * BLOCK, BLOCK as usize);
+            }
+            if free.len() == DEPTH {
+                return Ok(());
+            }
+            client.wait_any(&mut done)?;
+            for done in done.drain(..) {
+                if done.result != 0 {
+                    return Err(format!("a write failed: error {}", -done.result));
+                }
+                free.push(done.slot);
+            }
+            completed();
+        }
+    }
+}

@@ -1,0 +1,96 @@
+//! A real Linux guest in QEMU, with one vhost-user disk, that runs a shell script and powers off.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use tempfile::TempDir;
+
+use crate::PATIENCE;
+use crate::initramfs;
+use crate::process::Process;
+use crate::program::{scratch_dir, scratch_root};
+
+/// A booted guest. What its script prints on lines that begin with `GUEST ` can be waited for.
+///
+/// The emulator is TCG; `PRISTINE_TEST_ACCEL=kvm` asks for another.
+#[derive(Debug)]
+pub struct Guest {
+    qemu: Process,
+    _dir: TempDir,
+}
+
+/// How a guest is to be built.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// Virtqueues of the disk.
+    pub queues: u32,
+    /// Whether a reboot boots it again; otherwise QEMU exits.
+    pub reboots: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { queues: 2, reboots: false }
+    }
+}
+
+impl Guest {
+    /// Boots a guest whose `/dev/vda` is served at `socket`. It runs `script` with `sh -e` and then
+    /// powers off; `say WORDS` in the script prints a line for [`said`](Self::said).
+    pub fn boot(socket: &Path, options: Options, script: &str) -> Self {
+        let dir = scratch_dir(&scratch_root());
+        let initrd = dir.path().join("initramfs");
+        initramfs::write_with(&initrd, &[("job", script)]).unwrap();
+        let accel = std::env::var("PRISTINE_TEST_ACCEL").unwrap_or_else(|_| "tcg".into());
+        let mut qemu = Command::new("qemu-system-x86_64");
+        qemu.args(["-nodefaults", "-display", "none", "-serial", "stdio", "-m", "256"])
+            // Linux uses no more queues than it has processors.
+            .args(["-smp", &options.queues.max(2).to_string()])
+            .args(["-machine", &format!("pc,accel={accel}"), "-cpu", "max"])
+            .args(["-object", "memory-backend-memfd,id=mem,size=256M,share=on", "-numa", "node,memdev=mem"])
+            .args(["-append", "console=ttyS0 quiet panic=-1"])
+            .arg("-kernel")
+            .arg(initramfs::guest_dir().join("vmlinuz"))
+            .arg("-initrd")
+            .arg(&initrd)
+            .args(["-chardev", &format!("socket,id=c0,path={}", socket.display())])
+            .args(["-device", &format!("vhost-user-blk-pci,chardev=c0,num-queues={}", options.queues)]);
+        if !options.reboots {
+            qemu.arg("-no-reboot");
+        }
+        Self { qemu: Process::spawn("guest", &qemu), _dir: dir }
+    }
+
+    /// Waits for a line `GUEST WORD ...` and returns what follows the word.
+    pub fn said(&mut self, word: &str) -> String {
+        let wanted = format!("GUEST {word}");
+        let is_it = |line: &str| {
+            line == wanted || line.strip_prefix(&wanted).is_some_and(|rest| rest.starts_with(' '))
+        };
+        let line = self.qemu.wait_line(&format!("\"{wanted}\""), PATIENCE, is_it);
+        line[wanted.len()..].trim().to_owned()
+    }
+
+    /// Types a line at the guest's console.
+    pub fn type_line(&mut self, line: &str) {
+        self.qemu.send(line);
+    }
+
+    /// Waits until the script has ended well and QEMU has exited.
+    pub fn finish(mut self) {
+        assert_eq!(self.said("job-ended"), "0", "the guest's script failed");
+        self.wait_exit();
+    }
+
+    /// Waits until QEMU has exited, which must be without an error.
+    pub fn wait_exit(&mut self) {
+        let status = self.qemu.wait(Duration::from_secs(60));
+        assert!(status.success(), "QEMU: {status}\n{}", self.qemu.output());
+    }
+
+    /// `kill -9` of QEMU.
+    pub fn kill(mut self) {
+        self.qemu.kill();
+    }
+}

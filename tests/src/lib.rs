@@ -1,0 +1,43 @@
+//! The harness of the tests in `tests/`: processes that end with their test, real QEMU guests, a
+//! third-party vhost-user client, images and their hashes.
+//!
+//! Nothing here waits for a length of time where it could wait for a fact; every wait has a limit
+//! and says, when it is reached, what it waited for and what the processes have printed.
+
+pub mod client;
+pub mod guest;
+pub mod images;
+pub mod initramfs;
+pub mod lab;
+pub mod peer;
+pub mod process;
+pub mod program;
+pub mod random;
+pub mod remote;
+
+use std::time::{Duration, Instant};
+
+/// The limit of a wait for something that takes seconds at worst on an idle machine. Generous: the
+/// machine may be small and busy.
+pub const PATIENCE: Duration = Duration::from_secs(180);
+
+/// Polls `condition` until it holds; panics with `what` after [`PATIENCE`].
+pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
+    let begin = Instant::now();
+    while !condition() {
+        assert!(begin.elapsed() < PATIENCE, "waited {PATIENCE:?} in vain: {what}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Held by a test that needs the machine for itself: it measures, or it moves gigabytes. Other such
+/// tests, of other processes as well, wait.
+#[derive(Debug)]
+pub struct Heavy(#[expect(dead_code, reason = "held for its lock")] std::fs::File);
+
+/// Waits for the other heavy tests.
+pub fn heavy() -> Heavy {
+    let file = std::fs::File::create(program::scratch_root().join("heavy.lock")).unwrap();
+    rustix::fs::flock(&file, rustix::fs::FlockOperation::LockExclusive).unwrap();
+    Heavy(file)
+}

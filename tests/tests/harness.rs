@@ -1,0 +1,69 @@
+//! The harness itself, with qemu-storage-daemon in the place of `pristine`: what fails here says
+//! nothing about `pristine`.
+
+use pristine_tests::guest::{Guest, Options};
+use pristine_tests::images;
+use pristine_tests::lab::Lab;
+use pristine_tests::peer::storage_daemon;
+use pristine_tests::random::contents;
+use pristine_tests::remote::Remote;
+
+/// A guest with a file system on a disk that another program serves.
+#[test]
+fn guest_that_formats_and_writes_powers_off() {
+    let lab = Lab::new();
+    images::sparse(&lab.disk(), 64 << 20, 0, &[]);
+    let _daemon = storage_daemon(&[], &lab.disk(), &lab.socket(), 2, "threads");
+    let mut guest = Guest::boot(
+        &lab.socket(),
+        Options::default(),
+        "mkfs.ext4 -q /dev/vda; mount /dev/vda /mnt; echo hello >/mnt/f; say file $(cat /mnt/f); umount /mnt",
+    );
+    assert_eq!(guest.said("file"), "hello");
+    guest.finish();
+    assert!(images::allocated(&lab.disk()) > 1 << 20);
+}
+
+/// The client reads what it wrote, and sees the ends of requests that fail.
+#[test]
+fn client_of_another_backend_reads_what_it_wrote() {
+    let lab = Lab::new();
+    images::dense(&lab.disk(), 8 << 20, 1);
+    let _daemon = storage_daemon(&[], &lab.disk(), &lab.socket(), 1, "threads");
+    let mut client = Remote::connected(&lab.socket(), 1);
+    client.ask("write 8192 4096 5");
+    client.ask("flush");
+    client.leave();
+    let written = std::fs::read(lab.disk()).unwrap();
+    assert_eq!(written[8192..12288], contents(5, 8192, 4096));
+    assert_eq!(written[..8192], contents(1, 0, 8192));
+}
+
+/// The model agrees with a backend that is known to be right, also about discards and odd sizes.
+#[test]
+fn model_of_another_backend_agrees() {
+    let lab = Lab::new();
+    images::dense(&lab.base(), 32 << 20, 1);
+    std::fs::copy(lab.base(), lab.disk()).unwrap();
+    let _daemon = storage_daemon(&[], &lab.disk(), &lab.socket(), 4, "threads");
+    let mut client = Remote::start(&lab.socket());
+    client.ask(&format!("load {}", lab.base().display()));
+    let summary = client.ask("model 1 20000 4 32");
+    println!("{summary}");
+    assert!(!summary.contains("discards: 0"), "{summary}");
+}
+
+/// The model notices a disk that does not hold the base's content.
+#[test]
+fn model_of_a_wrong_disk_disagrees() {
+    let lab = Lab::new();
+    images::dense(&lab.base(), 1 << 20, 1);
+    images::dense(&lab.disk(), 1 << 20, 1);
+    let wrong = std::fs::OpenOptions::new().write(true).open(lab.disk()).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&wrong, b"leak", 1_000_000).unwrap();
+    let _daemon = storage_daemon(&[], &lab.disk(), &lab.socket(), 1, "threads");
+    let mut client = Remote::start(&lab.socket());
+    client.ask(&format!("load {}", lab.base().display()));
+    let error = client.try_ask("model 1 1 1 1").unwrap_err();
+    assert!(error.contains("expected"), "{error}");
+}

@@ -1,0 +1,148 @@
+//! How a session disk is made, and what is left to do afterwards.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+
+use pristine_tests::images;
+use pristine_tests::lab::Lab;
+use pristine_tests::program::{pristine, run};
+use pristine_tests::remote::Remote;
+
+const NONE: &[&str] = &[];
+
+/// Invariant 4: bytes and holes of a sparse base are those of the disk.
+#[test]
+fn provision_copies_data_and_keeps_holes() {
+    let lab = Lab::new();
+    let size = (1 << 30) + 1536;
+    images::sparse(&lab.base(), size, 101, &[(4096, 8192), (500 << 20, 3 << 20), (size - 512, 512)]);
+    lab.provision(&[]);
+    lab.assert_pristine();
+    assert!(images::allocated(&lab.disk()) < 8 << 20);
+}
+
+/// Lazily provisioned, the disk is not pristine, but `restore` makes it so.
+#[test]
+fn restore_of_a_lazily_provisioned_disk_makes_it_exact() {
+    let lab = Lab::new();
+    images::sparse(&lab.base(), 64 << 20, 102, &[(0, 20 << 20), (50 << 20, 1 << 20)]);
+    lab.provision(&["--lazy"]);
+    let status = lab.status();
+    assert_eq!(status["pending_blocks"], 21 * 256, "{status}");
+    assert_ne!(status["state"], "pristine");
+    lab.run("restore", NONE).ok();
+    lab.assert_pristine();
+}
+
+/// Invariant 2: a block that a lazily provisioned disk never got is read from the base, a part of it
+/// that is written is merged with the base's.
+#[test]
+fn session_on_a_lazily_provisioned_disk_reads_the_base() {
+    let lab = Lab::new();
+    images::dense(&lab.base(), 256 << 20, 103);
+    lab.provision(&["--lazy"]);
+    let server = lab.serve(&[]);
+    let mut client = Remote::connected(&lab.socket(), 1);
+    let base = lab.base();
+    let at = (200 << 20) + 1024;
+    client.ask(&format!("write {at} 512 9"));
+    for (offset, len) in [(0, 1 << 20), (at - 1024, 1024), (at + 512, 4096 - 1536), (255 << 20, 1 << 20)] {
+        assert_eq!(client.ask(&format!("compare {offset} {len} {}", base.display())), "same", "at {offset}");
+    }
+    assert_eq!(client.ask(&format!("compare {at} 512 {}", base.display())), "different");
+    client.leave();
+    lab.wait_pristine();
+    server.stop();
+    lab.assert_pristine();
+}
+
+/// The state can lie in a directory of its own.
+#[test]
+fn state_directory_of_the_option_is_used() {
+    let lab = Lab::new();
+    images::dense(&lab.base(), 8 << 20, 104);
+    let state = lab.path("elsewhere");
+    let option = state.to_str().unwrap();
+    lab.provision(&["--state-dir", option]);
+    assert!(state.join("manifest").exists() && !lab.state().exists());
+    let server = lab.serve(&["--state-dir", option]);
+    let mut client = Remote::connected(&lab.socket(), 1);
+    client.ask("write 0 4096 1");
+    client.leave();
+    server.stop();
+    lab.run("restore", &["--state-dir", option]).ok();
+    lab.run("verify", &["--state-dir", option]).ok();
+    images::assert_equal(&lab.disk(), &lab.base());
+}
+
+/// Old logs stay for audit, as many as are asked for.
+#[test]
+fn retired_logs_are_kept_as_many_as_asked_for() {
+    let lab = Lab::new();
+    images::dense(&lab.base(), 8 << 20, 105);
+    lab.provision(&[]);
+    let server = lab.serve(&["--keep-logs", "3"]);
+    for session in 0..6_u64 {
+        let mut client = Remote::connected(&lab.socket(), 1);
+        client.ask(&format!("write {} 4096 1", session * 8192));
+        client.leave();
+        lab.wait_pristine();
+    }
+    server.stop();
+    let shown: Vec<_> = lab.logs().iter().map(|log| lab.log_extents(log)).collect();
+    for session in 3..6 {
+        assert!(shown.contains(&vec![(session * 2, 1)]), "session {session} is not in {shown:?}");
+    }
+    assert!((3..=4).contains(&shown.len()), "{} logs are there", shown.len());
+}
+
+/// A loop device, detached with its owner.
+struct LoopDevice(PathBuf);
+
+impl LoopDevice {
+    /// `None`, with a message, where loop devices can't be had.
+    fn of(file: &PathBuf) -> Option<Self> {
+        let finished = run(Command::new("losetup").args(["--find", "--show"]).arg(file));
+        if finished.code != Some(0) {
+            eprintln!("not tested, there is no loop device to be had: {}", finished.stderr);
+            return None;
+        }
+        Some(Self(finished.stdout.trim().into()))
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        run(Command::new("losetup").arg("--detach").arg(&self.0));
+    }
+}
+
+/// Invariants 2 and 4 with a block device as the session disk.
+#[test]
+fn block_device_as_session_disk_is_restored() {
+    let lab = Lab::new();
+    images::dense(&lab.base(), 16 << 20, 106);
+    let backing = lab.path("backing.img");
+    images::dense(&backing, 16 << 20, 107);
+    let Some(device) = LoopDevice::of(&backing) else { return };
+    let state = lab.path("state");
+    let command = |words: &[&str]| {
+        let mut command = pristine(words);
+        command.arg("--disk").arg(&device.0).arg("--state-dir").arg(&state);
+        command.arg("--runtime-dir").arg(lab.runtime());
+        command
+    };
+    run(command(&["provision"]).arg("--base").arg(lab.base())).ok();
+    run(&mut command(&["verify"])).ok();
+    let mut serve = command(&["serve", "--once"]);
+    serve.arg("--socket-path").arg(lab.socket());
+    let mut server = pristine_tests::lab::Server::start(&serve);
+    let mut client = Remote::connected(&lab.socket(), 1);
+    client.ask("scatter 1000 1");
+    client.leave();
+    assert!(server.0.wait(pristine_tests::PATIENCE).success());
+    run(&mut command(&["verify"])).ok();
+    drop(device);
+    assert_eq!(fs::read(&backing).unwrap(), fs::read(lab.base()).unwrap());
+}
