@@ -6,7 +6,7 @@
 //! sector with a wrong CRC counts as all ones.
 
 use std::fs;
-use std::io;
+use std::io::{self, Read};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -48,6 +48,14 @@ fn encode_sector(bits: &[u8], index: usize) -> [u8; SECTOR] {
     body.iter_mut().zip(part).for_each(|(to, from)| *to = *from);
     checksum.copy_from_slice(&crc32c::crc32c(body).to_le_bytes());
     sector
+}
+
+/// The bytes of the file, as far as they count.
+fn read(path: &Path, geometry: Geometry) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let len = region_count(geometry).div_ceil(SECTOR_BITS) * SECTOR as u64;
+    fs::File::open(path)?.take(len).read_to_end(&mut bytes)?;
+    Ok(bytes)
 }
 
 /// The regions in the bytes of a file; a bad, short or missing sector has all of its regions.
@@ -101,14 +109,14 @@ impl Intents {
             .custom_flags(OFlags::DSYNC.bits() as i32)
             .open(path)
             .map_err(|error| Error::state("open", path, error))?;
-        let bytes = fs::read(path).map_err(|error| Error::state("read", path, error))?;
+        let bytes = read(path, geometry).map_err(|error| Error::state("read", path, error))?;
         let durable = decode(&bytes, region_count(geometry));
         Ok(Self { durable, file: Mutex::new(file), path: path.to_owned() })
     }
 
     /// The blocks of all regions of the file at `path`; a missing file has all of them.
     pub(crate) fn read_blocks(path: &Path, geometry: Geometry) -> Result<BlockSet, Error> {
-        let bytes = match fs::read(path) {
+        let bytes = match read(path, geometry) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
             result => result.map_err(|error| Error::state("read", path, error))?,
         };

@@ -1,0 +1,84 @@
+//! The crash order, looked at from outside at the moment in which a kill would hurt: what the log and
+//! the intents say while the data is on its way (invariants 1 and 2).
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+
+mod common;
+
+use std::sync::Arc;
+
+use blockio::fault::{Fault, FaultPlan, OpClass};
+use blockio::{EngineKind, GuestBuf};
+use blocks::{BlockSet, Extent};
+use common::Bench;
+use session_disk::{DiskOptions, DiskQueue, Manifest, Request, SessionDisk};
+
+const SIZE: usize = 1 << 20;
+
+/// A disk under a fault plan, with an open session.
+fn session(lazy: bool) -> (Bench, Arc<SessionDisk>, DiskQueue, Arc<FaultPlan>) {
+    let plan = FaultPlan::new();
+    let mut bench = Bench::new(SIZE, None, lazy, EngineKind::IoUring);
+    bench.options = DiskOptions { faults: Some(plan.clone()), ..bench.options };
+    let disk = bench.open();
+    disk.begin_session(None).unwrap();
+    let queue = disk.queue(8).unwrap();
+    (bench, disk, queue, plan)
+}
+
+fn push_write(disk: &SessionDisk, queue: &mut DiskQueue, sector: u64, bytes: &[u8]) {
+    let buf = GuestBuf::zeroed(bytes.len());
+    buf.copy_in(0, bytes);
+    let range = disk.geometry().sectors_at(sector, bytes.len() as u64).unwrap();
+    queue.push(1, Request::Write { range, buf, durable: false });
+    queue.submit();
+    queue.reap(&mut Vec::new());
+}
+
+/// What the open session's log says: the youngest that the manifest names.
+fn logged(bench: &Bench) -> BlockSet {
+    let paths = bench.options.paths();
+    let entry = *Manifest::load(&paths).unwrap().logs.last().unwrap();
+    write_log::read(&paths.sessions().join(entry.id().file_name())).unwrap().readable_blocks()
+}
+
+/// Invariant 1, step 1: the record of a clean block is in the log, which the manifest names, and its
+/// intent is durable, before its data is handed to the kernel.
+#[test]
+fn clean_block_is_logged_before_its_data_is_submitted() {
+    let (bench, disk, mut queue, plan) = session(false);
+    plan.on_every(OpClass::Write, Fault::HoldBefore);
+    push_write(&disk, &mut queue, 24, &[0x77; 4096]);
+    assert_eq!(plan.held(), 1);
+    assert!(logged(&bench).contains_all(Extent::new(3, 1)));
+    let intents = std::fs::read(bench.options.paths().intents()).unwrap();
+    assert_eq!(intents[0] & 1, 1);
+    bench.assert_equal_to_base();
+    plan.clear();
+    plan.release_all();
+    queue.quiesce(&mut Vec::new());
+    assert_ne!(bench.disk_content(), bench.base);
+}
+
+/// Invariant 2, step 2: a pending block's record comes after its data. Were it first, a kill between the
+/// two would vouch for what an earlier session left there.
+#[test]
+fn pending_block_is_logged_after_its_data_is_written() {
+    for (sector, len) in [(24, 4096), (25, 512)] {
+        let (bench, disk, mut queue, plan) = session(true);
+        plan.on_every(OpClass::Write, Fault::HoldAfter);
+        push_write(&disk, &mut queue, sector, &vec![0x77; len]);
+        // A part of a block is read from the base first.
+        let mut done = Vec::new();
+        while plan.held() == 0 {
+            queue.reap(&mut done);
+        }
+        assert!(!logged(&bench).contains_all(Extent::new(3, 1)));
+        let pending = disk.pending_blocks();
+        plan.clear();
+        plan.release_all();
+        queue.quiesce(&mut done);
+        assert!(done.iter().all(|done| done.result.is_ok()));
+        assert!(logged(&bench).contains_all(Extent::new(3, 1)));
+        assert_eq!(disk.pending_blocks(), pending - 1);
+    }
+}
