@@ -1,9 +1,9 @@
 //! A base whose bytes are the bytes of a raw file or a block device.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use blockio::{File, FileKind, ImageAccess, OpenOptions};
+use blockio::{DataRanges, File, FileKind, ImageAccess, OpenOptions};
 use thiserror::Error;
 
 use crate::identity::{BaseIdentity, Change};
@@ -48,6 +48,8 @@ pub enum Content {
 pub struct BaseImage {
     file: Arc<File>,
     size: u64,
+    /// Changes with what the base is asked for; what it says holds as long as the base is the same.
+    ranges: Mutex<DataRanges>,
 }
 
 impl BaseImage {
@@ -57,7 +59,7 @@ impl BaseImage {
         file.lock_image(ImageAccess::ReadOnly)?;
         let size = file.size()?;
         blocks::Geometry::new(size).map_err(|source| BaseError::Size { path: path.to_owned(), source })?;
-        Ok(Self { file: Arc::new(file), size })
+        Ok(Self { file: Arc::new(file), size, ranges: Mutex::default() })
     }
 
     /// Where it is.
@@ -96,12 +98,16 @@ impl BaseImage {
         self.size.saturating_sub(offset).min(len)
     }
 
+    fn ranges(&self) -> MutexGuard<'_, DataRanges> {
+        self.ranges.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// What the base holds at `offset`, for at most `len` bytes (which must not be 0).
     ///
     /// Boundaries inside a block belong to data: where a block has any data, it is data.
     pub fn content_at(&self, offset: u64, len: u64) -> Result<Content, BaseError> {
         let block_start = offset / blocks::BLOCK_SIZE * blocks::BLOCK_SIZE;
-        let data = match self.file.next_data(block_start.min(self.size))? {
+        let data = match self.ranges().next(&self.file, block_start.min(self.size))? {
             _ if block_start >= self.size => return Ok(Content::Hole(len)),
             None => return Ok(Content::Hole(len)),
             Some(data) => data,

@@ -45,7 +45,7 @@ pub(crate) fn provision(args: &ProvisionArgs) -> Result<ExitCode, Failure> {
     let disk = options.disk.disk.display();
     let size = BinaryBytes(made.size);
     if args.lazy {
-        println!(
+        say!(
             "{disk}: {size}, ready to be served; {} to be filled in the background",
             amount(made.pending_blocks)
         );
@@ -57,11 +57,7 @@ pub(crate) fn provision(args: &ProvisionArgs) -> Result<ExitCode, Failure> {
         SessionDisk::open(&options.disk).map(|opened| (drain(&opened, "provisioning", &stop), opened));
     let error = match result {
         Ok((Ok(_), _)) => {
-            println!(
-                "{disk}: {size}, pristine; copied {} in {}",
-                amount(pending),
-                seconds(started.elapsed())
-            );
+            say!("{disk}: {size}, pristine; copied {} in {}", amount(pending), seconds(started.elapsed()));
             return Ok(ExitCode::SUCCESS);
         }
         Ok((Err(error), opened)) => {
@@ -86,7 +82,7 @@ pub(crate) fn restore(args: &DiskArgs) -> Result<ExitCode, Failure> {
     let started = Instant::now();
     let disk = SessionDisk::open(&args.options())?;
     let restored = drain(&disk, "restoring", &stop)?;
-    println!(
+    say!(
         "{}: pristine; restored {} in {}",
         args.disk.display(),
         amount(restored),
@@ -125,22 +121,17 @@ pub(crate) fn verify(args: &ReportArgs) -> Result<ExitCode, Failure> {
             "differing_blocks": found.differing_blocks(),
             "extents": extents,
         });
-        println!("{report}");
+        say!("{report}");
     } else if found.is_equal() {
-        println!("{disk}: every byte equals the base");
+        say!("{disk}: every byte equals the base");
     } else {
-        println!("{disk}: {} differ from the base:", amount(found.differing_blocks()));
+        say!("{disk}: {} differ from the base:", amount(found.differing_blocks()));
         for run in found.differing.iter().take(RUNS_SHOWN_MAX) {
-            println!(
-                "  block {} to {}, byte offset {}",
-                run.first(),
-                run.end() - 1,
-                run.first() * BLOCK_SIZE
-            );
+            say!("  block {} to {}, byte offset {}", run.first(), run.end() - 1, run.first() * BLOCK_SIZE);
         }
         let more = found.differing.len().saturating_sub(RUNS_SHOWN_MAX);
         if more > 0 {
-            println!("  and {more} more extents; --json lists all");
+            say!("  and {more} more extents; --json lists all");
         }
     }
     Ok(if found.is_equal() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
@@ -152,7 +143,7 @@ pub(crate) fn status(args: &ReportArgs) -> Result<ExitCode, Failure> {
     if args.json {
         let json = serde_json::to_string(&status)
             .map_err(|error| Failure::new(format!("cannot render the status: {error}")))?;
-        println!("{json}");
+        say!("{json}");
     } else {
         print_status(&options, &status);
     }
@@ -166,24 +157,24 @@ fn print_status(options: &DiskOptions, status: &Status) {
         DiskState::Restoring => "restoring",
         DiskState::Interrupted => "interrupted: `pristine restore` or the next `pristine serve` goes on",
     };
-    println!("disk     {}, {}", options.disk.display(), BinaryBytes(status.size));
-    println!("base     {}", status.base.display());
-    println!("state    {state}");
-    println!("dirty    {}", amount(status.dirty_blocks));
-    println!("pending  {}", amount(status.pending_blocks));
+    say!("disk     {}, {}", options.disk.display(), BinaryBytes(status.size));
+    say!("base     {}", status.base.display());
+    say!("state    {state}");
+    say!("dirty    {}", amount(status.dirty_blocks));
+    say!("pending  {}", amount(status.pending_blocks));
     if let Some(pid) = status.server_pid {
-        println!("server   process {pid}");
+        say!("server   process {pid}");
     }
     if let Some(pid) = status.session_owner_pid {
-        println!("session  of process {pid}");
+        say!("session  of process {pid}");
     }
     if status.drain_failing {
-        println!("warning  restoring fails and is tried again; see the server's log");
+        say!("warning  restoring fails and is tried again; see the server's log");
     }
     if let Some(trouble) = &status.base_trouble {
-        println!("warning  {trouble}");
+        say!("warning  {trouble}");
     }
     if let Some(why) = &status.distrust {
-        println!("warning  {why}: all blocks are pending");
+        say!("warning  {why}: all blocks are pending");
     }
 }

@@ -4,6 +4,15 @@
 //! decides nothing about data.
 #![forbid(unsafe_code)]
 
+/// Prints a line. Whoever reads it may have gone: that is no reason to stop serving a guest.
+macro_rules! say {
+    ($($words:tt)*) => {{
+        use std::io::Write as _;
+        let mut out = std::io::stdout().lock();
+        let _ = writeln!(out, $($words)*).and_then(|()| out.flush());
+    }};
+}
+
 mod args;
 mod commands;
 mod failure;
@@ -13,6 +22,7 @@ mod progress;
 mod serve;
 mod signals;
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -33,7 +43,7 @@ fn main() -> ExitCode {
     match result {
         Ok(code) => code,
         Err(failure) => {
-            eprintln!("{failure}");
+            let _ = writeln!(std::io::stderr(), "{failure}");
             failure.exit_code()
         }
     }
@@ -41,7 +51,6 @@ fn main() -> ExitCode {
 
 /// Warnings go to standard error; `-v` adds what is normal, `PRISTINE_LOG` takes env_logger's filters.
 fn start_logger(verbose: u8) {
-    use std::io::Write;
     let default = match verbose {
         0 => "warn",
         1 => "info",

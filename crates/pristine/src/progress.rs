@@ -1,6 +1,6 @@
 //! Progress of long work: a bar at a terminal, plain lines elsewhere.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 
 use indicatif::{BinaryBytes, ProgressBar, ProgressStyle};
@@ -39,7 +39,9 @@ impl Progress {
             Some(bar) => bar.set_position(done),
             None if Instant::now() >= self.next_line => {
                 self.next_line = Instant::now() + LINE_EVERY;
-                eprintln!("{}: {} of {}", self.what, BinaryBytes(done), BinaryBytes(self.total));
+                let line =
+                    format_args!("{}: {} of {}", self.what, BinaryBytes(done), BinaryBytes(self.total));
+                let _ = writeln!(std::io::stderr(), "{line}");
             }
             None => {}
         }

@@ -24,7 +24,7 @@ const CAPABILITIES: &str = r#"{"type": "block", "features": ["read-only", "blk-f
 
 pub(crate) fn serve(args: &ServeArgs) -> Result<ExitCode, Failure> {
     if args.print_capabilities {
-        println!("{CAPABILITIES}");
+        say!("{CAPABILITIES}");
         return Ok(ExitCode::SUCCESS);
     }
     let Some(path) = &args.disk else { return Err(Failure::usage("--disk is missing")) };
@@ -42,9 +42,9 @@ pub(crate) fn serve(args: &ServeArgs) -> Result<ExitCode, Failure> {
     let handle = server.stop_handle();
     let _signals = StopOnSignal::start(Arc::clone(&stop), move || handle.stop())?;
     reporter.set_drainer(Some(Drainer::start(Arc::clone(&disk), Arc::new(DrainReporter))?));
-    println!("pristine: listening on {name}, disk {}, base {}", path.display(), disk.base_path().display());
+    say!("pristine: listening on {name}, disk {}, base {}", path.display(), disk.base_path().display());
     if disk.pending_blocks() > 0 {
-        println!("pristine: restoring {} in the background", amount(disk.pending_blocks()));
+        say!("pristine: restoring {} in the background", amount(disk.pending_blocks()));
     }
     notify("READY=1");
     let result = server.run();
@@ -58,9 +58,9 @@ pub(crate) fn serve(args: &ServeArgs) -> Result<ExitCode, Failure> {
     let left = disk.pending_blocks() + disk.dirty_blocks();
     disk.stop()?;
     if left > 0 {
-        println!("pristine: stopped; {} left for the next start or `pristine restore`", amount(left));
+        say!("pristine: stopped; {} left for the next start or `pristine restore`", amount(left));
     } else {
-        println!("pristine: stopped; the disk is pristine");
+        say!("pristine: stopped; the disk is pristine");
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -123,15 +123,11 @@ impl Reporter {
 impl Observer for Reporter {
     fn session_started(&self, start: &SessionStart, peer: Option<ProcessId>) {
         let of = peer.map_or_else(String::new, |peer| format!(", VM process {}", peer.pid));
-        println!(
-            "pristine: session {} started{of}; {} pending",
-            start.sequence,
-            amount(start.pending_blocks)
-        );
+        say!("pristine: session {} started{of}; {} pending", start.sequence, amount(start.pending_blocks));
     }
 
     fn session_ended(&self, summary: &SessionSummary, reason: EndReason) {
-        println!(
+        say!(
             "pristine: session {} ended after {} ({reason}): {} written in {}; {} to restore",
             summary.sequence,
             seconds(summary.duration),
@@ -154,6 +150,6 @@ struct DrainReporter;
 
 impl DrainObserver for DrainReporter {
     fn restored(&self, blocks: u64, duration: Duration) {
-        println!("pristine: restored {} in {}", amount(blocks), seconds(duration));
+        say!("pristine: restored {} in {}", amount(blocks), seconds(duration));
     }
 }

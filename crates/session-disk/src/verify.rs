@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use base_image::Content;
-use blockio::{AlignedBuf, File, OpenOptions};
+use blockio::{AlignedBuf, DataRanges, File, OpenOptions};
 use blocks::{BLOCK_SIZE, Extent};
 
 use crate::manifest::Manifest;
@@ -66,13 +66,13 @@ pub fn verify(
     let mut comparison = Comparison { blocks: geometry.blocks(), ..Comparison::default() };
     let (mut of_disk, mut of_base) =
         (AlignedBuf::new_zeroed(CHUNK as usize), AlignedBuf::new_zeroed(CHUNK as usize));
-    let mut offset = 0;
+    let (mut offset, mut ranges) = (0, DataRanges::default());
     while offset < geometry.size() {
         if stop.load(Ordering::Acquire) {
             return Err(Error::Stopped);
         }
         let mut len = CHUNK.min(geometry.size() - offset);
-        let hole_of_disk = match disk.next_data(offset)? {
+        let hole_of_disk = match ranges.next(&disk, offset)? {
             None => geometry.size() - offset,
             Some(data) => data.start.saturating_sub(offset),
         };

@@ -4,6 +4,7 @@
 
 mod common;
 
+use std::ops::Deref;
 use std::sync::Arc;
 
 use blockio::fault::{Fault, FaultPlan, OpClass};
@@ -14,15 +15,33 @@ use session_disk::{DiskOptions, DiskQueue, Manifest, Request, SessionDisk};
 
 const SIZE: usize = 1 << 20;
 
+/// Releases what is held, also when a test fails: a queue waits for its I/O when it is dropped.
+struct Plan(Arc<FaultPlan>);
+
+impl Deref for Plan {
+    type Target = FaultPlan;
+
+    fn deref(&self) -> &FaultPlan {
+        &self.0
+    }
+}
+
+impl Drop for Plan {
+    fn drop(&mut self) {
+        self.clear();
+        self.release_all();
+    }
+}
+
 /// A disk under a fault plan, with an open session.
-fn session(lazy: bool) -> (Bench, Arc<SessionDisk>, DiskQueue, Arc<FaultPlan>) {
+fn session(lazy: bool) -> (Bench, Arc<SessionDisk>, DiskQueue, Plan) {
     let plan = FaultPlan::new();
     let mut bench = Bench::new(SIZE, None, lazy, EngineKind::IoUring);
     bench.options = DiskOptions { faults: Some(plan.clone()), ..bench.options };
     let disk = bench.open();
     disk.begin_session(None).unwrap();
     let queue = disk.queue(8).unwrap();
-    (bench, disk, queue, plan)
+    (bench, disk, queue, Plan(plan))
 }
 
 fn push_write(disk: &SessionDisk, queue: &mut DiskQueue, sector: u64, bytes: &[u8]) {
