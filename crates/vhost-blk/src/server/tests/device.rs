@@ -1,0 +1,269 @@
+//! The device behind a running server: requests, rings, memory.
+
+use super::*;
+
+#[test]
+fn server_of_a_frontend_reads_what_was_written_through_any_queue() {
+    let server = Running::new(|_| {});
+    let mut driver = Driver::start(&server.path, 2);
+    for (round, queue) in [0, 1, 0, 1].into_iter().enumerate() {
+        let data = vec![round as u8 + 1; 8192 + 512 * round];
+        assert_eq!(driver.write(queue, 7 + 100 * round as u64, &data), 0);
+        assert_eq!(driver.read(1 - queue, 7 + 100 * round as u64, data.len()), Ok(data));
+    }
+    assert_eq!(driver.flush(0), 0);
+    assert_eq!((server.disk.flushes(), server.disk.durable_writes()), (1, 0));
+    assert_eq!(server.disk.owner(), Some(ProcessId::own()));
+    assert_eq!(server.events.all(), ["start 1"]);
+}
+
+#[test]
+fn server_without_event_index_and_without_polling_answers_too() {
+    let server = Running::new(|config| config.device.poll_max_us = 0);
+    let mut driver = Driver::connect(&server.path, 1);
+    driver.negotiate(|offered| offered & !(1 << VIRTIO_RING_F_EVENT_IDX)).unwrap();
+    driver.start_queues().unwrap();
+    for round in 0..50 {
+        assert_eq!(driver.write(0, round, &[round as u8; 512]), 0);
+        assert_eq!(driver.read(0, round, 512), Ok(vec![round as u8; 512]));
+    }
+}
+
+#[test]
+fn get_id_answers_the_disks_serial() {
+    let server = Running::new(|_| {});
+    let mut driver = Driver::start(&server.path, 1);
+    assert_eq!(driver.request(0, VIRTIO_BLK_T_GET_ID, 0, (DATA_AT, 20, true)), (0, 21));
+    let mut serial = [0; 20];
+    driver.memory.read_slice(&mut serial, GuestAddress(DATA_AT)).unwrap();
+    assert_eq!(serial, MemoryDisk::SERIAL);
+}
+
+#[test]
+fn discard_and_write_zeroes_of_several_segments_are_done_before_the_answer() {
+    let server = Running::new(|_| {});
+    let mut driver = Driver::start(&server.path, 1);
+    for (kind, flags) in [(VIRTIO_BLK_T_DISCARD, 0u32), (VIRTIO_BLK_T_WRITE_ZEROES, 1)] {
+        assert_eq!(driver.write(0, 0, &[0x77; 16384]), 0);
+        let at = DATA_AT + 0x8_0000;
+        for (segment, sector) in [8u64, 16, 24].into_iter().enumerate() {
+            let slot = at + segment as u64 * 16;
+            driver.memory.write_obj(sector, GuestAddress(slot)).unwrap();
+            driver.memory.write_obj(4u32, GuestAddress(slot + 8)).unwrap();
+            driver.memory.write_obj(flags, GuestAddress(slot + 12)).unwrap();
+        }
+        assert_eq!(driver.request(0, kind, 0, (at, 48, false)), (0, 1));
+        let bytes = server.disk.bytes();
+        for sector in 0..32 {
+            let zero = sector >= 8 && sector % 8 < 4;
+            assert_eq!(bytes[sector * 512] == 0, zero, "sector {sector}");
+        }
+    }
+}
+
+/// Invariant 6, as far as it is seen here: an I/O error of the disk is one of the guest.
+#[test]
+fn disk_error_becomes_the_guests_io_error() {
+    let server = Running::new(|_| {});
+    let mut driver = Driver::start(&server.path, 1);
+    server.disk.fail_io(true);
+    assert_eq!(driver.write(0, 0, &[1; 512]), 1);
+    server.disk.fail_io(false);
+    assert_eq!(driver.write(0, 0, &[1; 512]), 0);
+}
+
+/// Invariant 8.
+#[test]
+fn guest_mistakes_are_answered_and_the_queue_goes_on() {
+    let server = Running::new(|_| {});
+    let mut driver = Driver::start(&server.path, 1);
+    let sectors = (DISK_LEN / 512) as u64;
+    assert_eq!(driver.read(0, sectors, 512), Err(1));
+    assert_eq!(driver.read(0, u64::MAX, 512), Err(1));
+    assert_eq!(driver.read(0, (1 << 55) + 1, 512), Err(1));
+    assert_eq!(driver.read(0, sectors - 1, 1024), Err(1));
+    assert_eq!(driver.read(0, 0, 100), Err(1));
+    assert_eq!(driver.request(0, VIRTIO_BLK_T_IN, 0, (u64::MAX - 100, 512, true)), (1, 1));
+    assert_eq!(driver.request(0, VIRTIO_BLK_T_OUT, 0, (0x4000_0000, 512, false)), (1, 1));
+    assert_eq!(driver.request(0, 0x1234, 0, (0, 0, false)), (2, 1));
+    // No place for a status.
+    driver.header(DATA_AT, VIRTIO_BLK_T_OUT, 0);
+    driver.offer(0, &[(DATA_AT, 16 + 512, false)]);
+    driver.kick(0);
+    assert_eq!(driver.wait_used(0), 0);
+    // An available index that jumps, there and back.
+    driver.set_avail(0, driver.avail(0).wrapping_add(1000));
+    driver.kick(0);
+    driver.set_avail(0, driver.avail(0));
+    assert_eq!(driver.write(0, 3, &[9; 512]), 0);
+    assert_eq!(driver.read(0, 3, 512), Ok(vec![9; 512]));
+    assert_eq!(server.disk.bytes()[..1536], [0; 1536]);
+}
+
+#[test]
+fn guest_that_offers_a_chain_again_and_again_can_not_make_it_grow() {
+    let server = Running::new(|config| config.device.queue_size = 16);
+    let mut driver = Driver::start(&server.path, 1);
+    server.disk.hold(true);
+    driver.header(DATA_AT, VIRTIO_BLK_T_IN, 0);
+    for _ in 0..2 {
+        // Descriptors are reused while they are in flight, which a driver must not do.
+        for _ in 0..16 {
+            driver.offer(0, &[(DATA_AT, 16, false), (DATA_AT + 4096, 513, true)]);
+        }
+        driver.kick(0);
+        wait_until("requests in flight", || server.disk.in_flight() == 16);
+    }
+    std::thread::sleep(Duration::from_millis(50));
+    assert_eq!(server.disk.in_flight(), 16);
+    server.disk.hold(false);
+    for _ in 0..32 {
+        assert_eq!(driver.wait_used(0), 513);
+    }
+    assert_eq!(driver.used_index(0), driver.avail(0));
+    assert_eq!(server.disk.in_flight(), 0);
+}
+
+#[test]
+fn read_only_device_refuses_writes_and_serves_reads() {
+    let server = Running::new(|config| config.device.read_only = true);
+    let mut driver = Driver::start(&server.path, 1);
+    assert_eq!(driver.write(0, 0, &[1; 512]), 1);
+    assert_eq!(driver.read(0, 0, 512), Ok(vec![0; 512]));
+    assert_eq!(driver.flush(0), 0);
+}
+
+#[test]
+fn guest_that_switches_its_cache_off_gets_durable_writes() {
+    let server = Running::new(|_| {});
+    let mut driver = Driver::start(&server.path, 1);
+    assert_ne!(driver.features >> VIRTIO_BLK_F_CONFIG_WCE & 1, 0);
+    driver.frontend.set_config(32, VhostUserConfigFlags::WRITABLE, &[0]).unwrap();
+    assert_eq!(driver.write(0, 0, &[1; 512]), 0);
+    assert_eq!(server.disk.durable_writes(), 1);
+    let config = driver.frontend.get_config(0, 60, VhostUserConfigFlags::WRITABLE, &[0; 60]).unwrap().1;
+    assert_eq!((config.len(), config[32]), (60, 0));
+    let shifted = driver.frontend.get_config(0x100, 60, VhostUserConfigFlags::WRITABLE, &[0; 60]).unwrap().1;
+    assert_eq!(config, shifted);
+    driver.frontend.reset_device().unwrap();
+    driver.frontend.set_features(driver.features).unwrap();
+    driver.start_queues().unwrap();
+    assert_eq!(driver.write(0, 0, &[1; 512]), 0);
+    assert_eq!(server.disk.durable_writes(), 1);
+}
+
+/// GET_VRING_BASE returns when everything in flight is answered; it ends no session.
+#[test]
+fn stopping_a_ring_waits_for_its_io_and_publishes_it() {
+    let server = Running::new(|_| {});
+    let mut driver = Driver::start(&server.path, 2);
+    server.disk.hold(true);
+    for number in 0..3u64 {
+        driver.header(DATA_AT + number * 4096, VIRTIO_BLK_T_IN, number);
+        let at = DATA_AT + number * 4096;
+        driver.offer(0, &[(at, 16, false), (at + 512, 512, true), (at + 2048, 1, true)]);
+    }
+    driver.kick(0);
+    wait_until("requests in flight", || server.disk.in_flight() == 3);
+    let base = std::thread::scope(|scope| {
+        let frontend = driver.frontend.clone();
+        let stopping = scope.spawn(move || frontend.get_vring_base(0).unwrap());
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(!stopping.is_finished() && driver.used_index(0) == 0);
+        server.disk.hold(false);
+        stopping.join().unwrap()
+    });
+    assert_eq!((base, driver.used_index(0), server.disk.in_flight()), (3, 3, 0));
+    // The other queue is not concerned, and the ring can start again where it was.
+    assert_eq!(driver.write(1, 0, &[5; 512]), 0);
+    for _ in 0..3 {
+        assert_eq!(driver.wait_used(0), 513);
+    }
+    driver.start_queue(0).unwrap();
+    assert_eq!(driver.read(0, 0, 512), Ok(vec![5; 512]));
+    assert_eq!(server.events.all(), ["start 1"]);
+}
+
+#[test]
+fn stopping_a_ring_that_is_polled_does_not_wait_for_the_polling() {
+    let server = Running::new(|config| config.device.poll_max_us = 60_000_000);
+    let mut driver = Driver::start(&server.path, 1);
+    assert_eq!(driver.write(0, 0, &[1; 512]), 0);
+    let start = Instant::now();
+    assert_eq!(driver.frontend.get_vring_base(0).unwrap(), 1);
+    driver.start_queue(0).unwrap();
+    assert_eq!(driver.write(0, 0, &[1; 512]), 0);
+    driver.frontend.reset_device().unwrap();
+    assert!(start.elapsed() < PATIENCE);
+}
+
+#[test]
+fn disabled_ring_takes_nothing_until_it_is_enabled_again() {
+    let server = Running::new(|_| {});
+    let mut driver = Driver::start(&server.path, 1);
+    assert_eq!(driver.write(0, 0, &[1; 512]), 0);
+    driver.frontend.set_vring_enable(0, false).unwrap();
+    driver.wait_call(0, Duration::ZERO); // of the write, if it came after its answer
+    let used = driver.used_index(0);
+    driver.header(DATA_AT, VIRTIO_BLK_T_IN, 0);
+    driver.offer(0, &[(DATA_AT, 16, false), (DATA_AT + 4096, 513, true)]);
+    driver.kick(0);
+    assert!(!driver.wait_call(0, Duration::from_millis(100)));
+    assert_eq!((driver.used_index(0), server.disk.in_flight()), (used, 0));
+    driver.frontend.set_vring_enable(0, true).unwrap();
+    assert_eq!(driver.wait_used(0), 513);
+    assert_eq!(server.events.all(), ["start 1"]);
+}
+
+#[test]
+fn reset_of_the_device_waits_for_its_io_and_ends_no_session() {
+    let server = Running::new(|_| {});
+    let mut driver = Driver::start(&server.path, 1);
+    server.disk.hold(true);
+    driver.header(DATA_AT, VIRTIO_BLK_T_IN, 0);
+    driver.offer(0, &[(DATA_AT, 16, false), (DATA_AT + 4096, 513, true)]);
+    driver.kick(0);
+    wait_until("a request in flight", || server.disk.in_flight() == 1);
+    std::thread::scope(|scope| {
+        let mut frontend = driver.frontend.clone();
+        let resetting = scope.spawn(move || frontend.reset_device().unwrap());
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(!resetting.is_finished());
+        server.disk.hold(false);
+        resetting.join().unwrap();
+    });
+    assert_eq!(server.disk.in_flight(), 0);
+    assert_eq!(server.events.all(), ["start 1"]);
+}
+
+#[test]
+fn memory_replaced_under_io_in_flight_receives_it_where_it_was_asked_for() {
+    let server = Running::new(|_| {});
+    let mut driver = Driver::start(&server.path, 1);
+    assert_eq!(driver.write(0, 0, &[0x42; 512]), 0);
+    server.disk.hold(true);
+    driver.header(DATA_AT, VIRTIO_BLK_T_IN, 0);
+    driver.memory.write_slice(&[0xee; 513], GuestAddress(DATA_AT + 4096)).unwrap();
+    driver.offer(0, &[(DATA_AT, 16, false), (DATA_AT + 4096, 513, true)]);
+    driver.kick(0);
+    wait_until("a request in flight", || server.disk.in_flight() == 1);
+    let old = driver.replace_memory();
+    server.disk.hold(false);
+    assert_eq!(driver.wait_used(0), 513);
+    let mut data = [0; 513];
+    old.read_slice(&mut data, GuestAddress(DATA_AT + 4096)).unwrap();
+    assert_eq!((data[0], data[511], data[512]), (0x42, 0x42, 0));
+    driver.memory.read_slice(&mut data, GuestAddress(DATA_AT + 4096)).unwrap();
+    assert_eq!(data, [0xee; 513]);
+    assert_eq!(driver.read(0, 0, 512), Ok(vec![0x42; 512]));
+}
+
+#[test]
+fn kick_that_replaces_a_running_rings_is_listened_to() {
+    let server = Running::new(|config| config.device.poll_max_us = 0);
+    let mut driver = Driver::start(&server.path, 1);
+    assert_eq!(driver.write(0, 0, &[1; 512]), 0);
+    driver.replace_kick(0);
+    assert_eq!(driver.write(0, 0, &[2; 512]), 0);
+    assert_eq!(driver.read(0, 0, 512), Ok(vec![2; 512]));
+}
