@@ -165,8 +165,11 @@ impl Shared {
         if self.is_poisoned() {
             return Err(Error::Poisoned(self.disk.path().to_owned()));
         }
-        sync(&self.disk_sync).inspect_err(|_| self.poison())?;
-        Ok(())
+        sync(&self.disk_sync).map_err(|error| {
+            self.poison();
+            // Its path is that of a descriptor.
+            Error::state("sync", self.disk.path(), io::Error::new(error.io_error().kind(), error))
+        })
     }
 
     pub(crate) fn is_poisoned(&self) -> bool {
