@@ -8,9 +8,7 @@ use std::time::Duration;
 
 use indicatif::BinaryBytes;
 use session_disk::{Basis, DrainObserver, Drainer, ProcessId, SessionDisk, SessionStart, SessionSummary};
-use vhost_blk::{
-    DeviceConfig, EndReason, Exit, Observer, ResetOn, Server, ServerConfig, Socket, SocketPermissions,
-};
+use vhost_blk::{DeviceConfig, EndReason, Exit, Observer, Server, ServerConfig, Socket, SocketPermissions};
 
 use crate::args::ServeArgs;
 use crate::commands::{amount, seconds};
@@ -89,7 +87,6 @@ fn config(args: &ServeArgs) -> ServerConfig {
             read_only: args.read_only,
             poll_max_us: args.poll_max_us,
         },
-        reset_on: ResetOn::Exit,
         reconnect_grace: Duration::from_secs(args.reconnect_grace.into()),
         once: args.once,
     }

@@ -352,6 +352,9 @@ impl SessionDisk {
                 progress(left);
             })?;
             restored += batch.restored;
+            if batch.blocked && batch.restored == 0 {
+                drain.wait_for_a_release()?;
+            }
         }
         self.checkpoint()?;
         self.forget_intents(&self.lifecycle())?;

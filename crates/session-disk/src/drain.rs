@@ -13,6 +13,9 @@ use base_image::Content;
 use blockio::{AlignedBuf, Buffer, Completion, Engine, Op};
 use blocks::{BlockRange, Extent};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+
 use crate::Error;
 use crate::claims::{DrainClaim, Waker};
 use crate::shared::{BASE, DISK, Shared};
@@ -26,6 +29,8 @@ const IN_FLIGHT_RUNS_MAX: usize = 128;
 /// Blocks after which a batch is synced: 256 MiB.
 const BATCH_BLOCKS_MAX: u64 = 65536;
 
+/// How long to wait when all that is left is claimed by guests' writes, if no release comes first.
+const BLOCKED_WAIT_MAX: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
 /// Runs that fail in a batch before it is given up: the storage is gone.
 const FAILED_RUNS_MAX: usize = 256;
 
@@ -93,9 +98,15 @@ impl Drain {
         })
     }
 
-    /// The descriptor that becomes readable when blocks that blocked a batch are released.
-    pub(crate) fn waker(&self) -> &Arc<Waker> {
-        &self.waker
+    /// Waits until blocks that blocked a batch are released, for a bounded time.
+    pub(crate) fn wait_for_a_release(&self) -> Result<(), Error> {
+        let mut fds = [PollFd::new(&self.waker, PollFlags::IN)];
+        match poll(&mut fds, Some(&BLOCKED_WAIT_MAX)) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(error) => return Err(Error::state("wait for", shared_path(&self.shared), error.into())),
+        }
+        self.waker.consume();
+        Ok(())
     }
 
     /// Copies pending blocks from the start of the disk on, syncs, and takes them out of P. Returns when none is left,

@@ -5,8 +5,6 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-
 use crate::drain::Drain;
 use crate::open::describe;
 use crate::{Error, SessionDisk};
@@ -14,8 +12,6 @@ use crate::{Error, SessionDisk};
 /// First and longest pause after a failed attempt.
 const BACK_OFF_MIN: Duration = Duration::from_secs(1);
 const BACK_OFF_MAX: Duration = Duration::from_secs(60);
-/// Pause when all that is left is claimed by guests' writes, if no release comes first.
-const BLOCKED_WAIT: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
 /// After so many restored blocks (4 GiB) the rest is made a new log, so that a kill does not send
 /// the drain back to its beginning.
 const CHECKPOINT_BLOCKS: u64 = 1 << 20;
@@ -144,13 +140,7 @@ fn drain_all(disk: &SessionDisk, control: &Control, observer: &dyn DrainObserver
                 disk.checkpoint()?;
             }
             if batch.blocked && batch.restored == 0 {
-                let mut fds = [PollFd::new(drain.waker(), PollFlags::IN)];
-                if let Err(error) = poll(&mut fds, Some(&BLOCKED_WAIT))
-                    && error != rustix::io::Errno::INTR
-                {
-                    return Err(Error::state("wait for", disk.paths().disk(), error.into()));
-                }
-                drain.waker().consume();
+                drain.wait_for_a_release()?;
             }
         }
     }

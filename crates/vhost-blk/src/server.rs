@@ -30,7 +30,7 @@ use crate::{
 };
 
 use self::api::Control;
-pub use self::api::{Exit, Observer, ResetOn, ServerConfig, ServerError, StopHandle};
+pub use self::api::{Exit, Observer, ServerConfig, ServerError, StopHandle};
 
 /// How long accepting rests when the process has run out of descriptors or memory.
 const ACCEPT_REST: Duration = Duration::from_millis(100);
@@ -107,11 +107,6 @@ impl Server {
     /// A handle for other threads.
     pub fn stop_handle(&self) -> StopHandle {
         StopHandle { control: self.control.clone() }
-    }
-
-    /// Whether sessions reset the disk.
-    pub fn reset_on(&self) -> ResetOn {
-        self.config.reset_on
     }
 
     /// Serves until there is a reason not to. No I/O of a guest is in flight afterwards, and no

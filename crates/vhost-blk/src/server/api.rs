@@ -16,24 +16,11 @@ use thiserror::Error;
 
 use crate::{boundary::EndReason, config::DeviceConfig, disk::AnyError};
 
-/// Whether the end of a session resets the disk. Carried for who owns the disk's policy; the
-/// server ends sessions either way.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum ResetOn {
-    /// The disk becomes pristine again when the frontend's process is gone.
-    #[default]
-    Exit,
-    /// The disk keeps what was written.
-    Never,
-}
-
 /// How a server behaves.
 #[derive(Clone, Copy, Debug)]
 pub struct ServerConfig {
     /// How the device looks to the guest.
     pub device: DeviceConfig,
-    /// Whether the end of a session resets the disk.
-    pub reset_on: ResetOn,
     /// How long a new frontend waits for the session of another that is disconnected but lives.
     pub reconnect_grace: Duration,
     /// Return from [`Server::run`](crate::Server::run) when the first session has ended.
@@ -42,12 +29,7 @@ pub struct ServerConfig {
 
 impl Default for ServerConfig {
     fn default() -> Self {
-        Self {
-            device: DeviceConfig::default(),
-            reset_on: ResetOn::default(),
-            reconnect_grace: Duration::from_secs(5),
-            once: false,
-        }
+        Self { device: DeviceConfig::default(), reconnect_grace: Duration::from_secs(5), once: false }
     }
 }
 
