@@ -22,5 +22,5 @@ pub use engine::{Completion, Engine, EngineKind, FileIndex, Op, new_engine};
 pub use error::{Error, ErrorKind};
 pub use file::{Alignment, File, FileKind, Identity, OpenOptions};
 pub use lock::ImageAccess;
-pub use mapping::SharedPage;
+pub use mapping::{SharedMemory, SharedPage};
 pub use ranges::DataRanges;

@@ -1,9 +1,16 @@
-//! A page of memory that survives the process: a small file, mapped and shared.
+//! Memory that survives the process: a small file, mapped and shared, or memory that another
+//! process holds too.
 
-use std::{path::Path, ptr::NonNull, sync::atomic::AtomicU64};
+use std::{
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::Path,
+    ptr::NonNull,
+    sync::atomic::AtomicU64,
+};
 
 use rustix::{
-    fs::{FallocateFlags, Mode, OFlags},
+    fs::{FallocateFlags, MemfdFlags, Mode, OFlags, SealFlags},
     io::Errno,
     mm::{MapFlags, ProtFlags},
 };
@@ -11,7 +18,47 @@ use rustix::{
 use crate::Error;
 
 const PAGE_SIZE: usize = 4096;
-const WORDS: usize = PAGE_SIZE / size_of::<AtomicU64>();
+const WORD_BYTES: usize = size_of::<AtomicU64>();
+/// No shared memory is longer, in bytes.
+const SHARED_BYTES_MAX: u64 = 64 << 20;
+
+/// A mapping of a file, seen as shared words.
+#[derive(Debug)]
+struct Words {
+    first: NonNull<AtomicU64>,
+    count: usize,
+}
+
+impl Words {
+    /// Maps the first `bytes` of `file`, a multiple of the page size that the file has room for.
+    fn map(file: impl AsFd, bytes: usize) -> Result<Self, Errno> {
+        let access = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a new mapping where the kernel finds room, unmapped only in `drop`.
+        let address =
+            unsafe { rustix::mm::mmap(std::ptr::null_mut(), bytes, access, MapFlags::SHARED, file, 0) }?;
+        let first = NonNull::new(address.cast()).ok_or(Errno::NOMEM)?;
+        Ok(Self { first, count: bytes / WORD_BYTES })
+    }
+
+    fn get(&self, index: usize) -> Option<&AtomicU64> {
+        // SAFETY: the mapping holds `count` aligned words, lives as long as `self`, and is only
+        // ever seen as atomics (every bit pattern is valid).
+        let words = unsafe { std::slice::from_raw_parts(self.first.as_ptr(), self.count) };
+        words.get(index)
+    }
+}
+
+impl Drop for Words {
+    fn drop(&mut self) {
+        // SAFETY: mapped in `map` with this length; nothing borrows it any more.
+        let _ = unsafe { rustix::mm::munmap(self.first.as_ptr().cast(), self.count * WORD_BYTES) };
+    }
+}
+
+// SAFETY: the mapping belongs to the process, not to a thread, and holds only atomics.
+unsafe impl Send for Words {}
+// SAFETY: as above.
+unsafe impl Sync for Words {}
 
 /// A file of 4096 bytes, mapped as 512 shared words. On tmpfs it survives the process but not the
 /// host. What was stored is seen by whoever maps the file next, without any system call.
@@ -19,7 +66,7 @@ const WORDS: usize = PAGE_SIZE / size_of::<AtomicU64>();
 /// The file must not be truncated while it is mapped: touching it would be a `SIGBUS`.
 #[derive(Debug)]
 pub struct SharedPage {
-    words: NonNull<AtomicU64>,
+    words: Words,
 }
 
 impl SharedPage {
@@ -53,34 +100,79 @@ impl SharedPage {
             Err(Errno::OPNOTSUPP) => {}
             Err(errno) => return Err(fail(errno)),
         }
-        let access = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: a new mapping where the kernel finds room, unmapped only in `drop`.
-        let address =
-            unsafe { rustix::mm::mmap(std::ptr::null_mut(), PAGE_SIZE, access, MapFlags::SHARED, &fd, 0) };
-        let words = NonNull::new(address.map_err(fail)?.cast()).ok_or_else(|| fail(Errno::NOMEM))?;
-        Ok(SharedPage { words })
+        Ok(SharedPage { words: Words::map(&fd, PAGE_SIZE).map_err(fail)? })
     }
 
     /// Word `index` of 512; `None` past the end.
     pub fn word(&self, index: usize) -> Option<&AtomicU64> {
-        // SAFETY: the mapping holds `WORDS` aligned words, lives as long as `self`, and is only
-        // ever seen as atomics (every bit pattern is valid).
-        let words = unsafe { std::slice::from_raw_parts(self.words.as_ptr(), WORDS) };
-        words.get(index)
+        self.words.get(index)
     }
 }
 
-impl Drop for SharedPage {
-    fn drop(&mut self) {
-        // SAFETY: mapped in `open` with this length; nothing borrows it any more.
-        let _ = unsafe { rustix::mm::munmap(self.words.as_ptr().cast(), PAGE_SIZE) };
+/// Memory without a name that is shared with another process by its descriptor, and survives this
+/// one as long as the other keeps it. Its length is sealed: nobody can make touching it a `SIGBUS`.
+#[derive(Debug)]
+pub struct SharedMemory {
+    fd: OwnedFd,
+    words: Words,
+}
+
+impl SharedMemory {
+    const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW);
+
+    /// At least `bytes` of zeros, named `name` in `/proc/PID/maps`.
+    ///
+    /// # Errors
+    /// What the kernel says; `InvalidInput` if it is nothing or more than 64 MiB.
+    pub fn create(name: &str, bytes: u64) -> io::Result<Self> {
+        let bytes = bytes.checked_next_multiple_of(PAGE_SIZE as u64).unwrap_or(u64::MAX);
+        if bytes == 0 || bytes > SHARED_BYTES_MAX {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let fd = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+        rustix::fs::ftruncate(&fd, bytes)?;
+        rustix::fs::fcntl_add_seals(&fd, Self::SEALS | SealFlags::SEAL)?;
+        Self::adopt(fd)
+    }
+
+    /// Memory that another process sends back, or that another process made alike.
+    ///
+    /// # Errors
+    /// What the kernel says; `InvalidData` if its length is not sealed, or not a multiple of the
+    /// page size up to 64 MiB.
+    pub fn adopt(fd: OwnedFd) -> io::Result<Self> {
+        let invalid = |what| io::Error::new(io::ErrorKind::InvalidData, what);
+        // What can't be sealed, such as a file on a disk, can't be asked for its seals.
+        let seals = rustix::fs::fcntl_get_seals(&fd).unwrap_or(SealFlags::empty());
+        if !seals.contains(Self::SEALS) {
+            return Err(invalid("the length of the memory is not sealed"));
+        }
+        let bytes = rustix::fs::fstat(&fd)?.st_size;
+        let bytes = u64::try_from(bytes).ok().filter(|bytes| (1..=SHARED_BYTES_MAX).contains(bytes));
+        let bytes = bytes.filter(|bytes| bytes.is_multiple_of(PAGE_SIZE as u64));
+        let bytes = bytes.ok_or_else(|| invalid("the memory has a length that is not possible"))?;
+        // Room now: storing into memory that is not to be had would be a SIGBUS.
+        rustix::fs::fallocate(&fd, FallocateFlags::empty(), 0, bytes)?;
+        let words = Words::map(&fd, bytes as usize)?;
+        Ok(Self { fd, words })
+    }
+
+    /// Word `index`; `None` past the end.
+    pub fn word(&self, index: usize) -> Option<&AtomicU64> {
+        self.words.get(index)
+    }
+
+    /// Length in bytes.
+    pub fn bytes(&self) -> u64 {
+        (self.words.count * WORD_BYTES) as u64
     }
 }
 
-// SAFETY: the mapping belongs to the process, not to a thread, and holds only atomics.
-unsafe impl Send for SharedPage {}
-// SAFETY: as above.
-unsafe impl Sync for SharedPage {}
+impl AsFd for SharedMemory {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
 
 #[cfg(test)]
 mod tests {
@@ -124,5 +216,36 @@ mod tests {
         let link = dir.path().join("link");
         std::os::unix::fs::symlink(&path, &link).unwrap();
         assert!(SharedPage::open(&link, true).is_err());
+    }
+
+    #[test]
+    fn memory_adopted_by_its_descriptor_is_the_same_and_cannot_be_cut() {
+        let made = SharedMemory::create("test", 5000).unwrap();
+        assert_eq!(made.bytes(), 8192);
+        made.word(1023).unwrap().store(77, Ordering::Release);
+        assert!(made.word(1024).is_none());
+        let fd = made.as_fd().try_clone_to_owned().unwrap();
+        assert!(rustix::fs::ftruncate(&fd, 0).is_err());
+        drop(made);
+        let adopted = SharedMemory::adopt(fd).unwrap();
+        assert_eq!((adopted.bytes(), adopted.word(1023).unwrap().load(Ordering::Acquire)), (8192, 77));
+    }
+
+    /// Invariant 8: memory whose owner could truncate it is not touched.
+    #[test]
+    fn memory_that_could_be_cut_is_refused() {
+        let unsealed = rustix::fs::memfd_create("test", MemfdFlags::ALLOW_SEALING).unwrap();
+        rustix::fs::ftruncate(&unsealed, 4096).unwrap();
+        assert!(SharedMemory::adopt(unsealed).is_err());
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(4096).unwrap();
+        assert!(SharedMemory::adopt(file.into()).is_err());
+        for bytes in [0, 1000] {
+            let odd = rustix::fs::memfd_create("test", MemfdFlags::ALLOW_SEALING).unwrap();
+            rustix::fs::ftruncate(&odd, bytes).unwrap();
+            rustix::fs::fcntl_add_seals(&odd, SealFlags::SHRINK | SealFlags::GROW).unwrap();
+            assert!(SharedMemory::adopt(odd).is_err());
+        }
+        assert!(SharedMemory::create("test", 0).is_err() && SharedMemory::create("test", 1 << 40).is_err());
     }
 }

@@ -234,6 +234,7 @@ impl ServeArgs {
                 Engine::Sync => Some(blockio::EngineKind::Sync),
             },
             flush: self.flush.into(),
+            resume: true,
             ..disk_options(disk, &self.dirs)
         }
     }

@@ -41,6 +41,10 @@ pub(crate) fn serve(args: &ServeArgs) -> Result<ExitCode, Failure> {
     let _signals = StopOnSignal::start(Arc::clone(&stop), move || handle.stop())?;
     reporter.set_drainer(Some(Drainer::start(Arc::clone(&disk), Arc::new(DrainReporter))?));
     say!("pristine: listening on {name}, disk {}, base {}", path.display(), disk.base_path().display());
+    if disk.session_is_open() {
+        let of = disk.owner().map_or_else(String::new, |owner| format!(" of VM process {}", owner.pid));
+        say!("pristine: an open session{of} goes on: {} are its own", amount(disk.dirty_blocks()));
+    }
     if disk.pending_blocks() > 0 {
         say!("pristine: restoring {} in the background", amount(disk.pending_blocks()));
     }
@@ -54,8 +58,9 @@ pub(crate) fn serve(args: &ServeArgs) -> Result<ExitCode, Failure> {
         drain_before_exit(&disk, &stop)?;
     }
     let left = disk.pending_blocks() + disk.dirty_blocks();
-    disk.stop()?;
-    if left > 0 {
+    if let Some(session) = disk.stop()? {
+        say!("pristine: stopped; session {session} goes on when the disk is served again while its VM runs");
+    } else if left > 0 {
         say!("pristine: stopped; {} left for the next start or `pristine restore`", amount(left));
     } else {
         say!("pristine: stopped; the disk is pristine");

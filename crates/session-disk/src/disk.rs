@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use blockio::{EngineKind, File};
 use blocks::{BlockSet, Geometry};
@@ -20,7 +20,7 @@ use crate::open::{
     open_for_sync, prune_logs, refuse_same_file,
 };
 use crate::process::ProcessId;
-use crate::recover::Basis;
+use crate::recover::{Basis, GoesOn};
 use crate::shared::{Parts, QueueCounters, Shared};
 use crate::{DiskOptions, DiskQueue, Error, Paths, SessionStart, SessionSummary};
 
@@ -28,7 +28,7 @@ use crate::{DiskOptions, DiskQueue, Error, Paths, SessionStart, SessionSummary};
 #[derive(Debug)]
 struct OpenSession {
     entry: LogEntry,
-    started: Instant,
+    started: SystemTime,
     /// Bytes that queues had written before.
     bytes_before: u64,
 }
@@ -47,6 +47,7 @@ pub struct SessionDisk {
     shared: Arc<Shared>,
     paths: Paths,
     keep_logs: usize,
+    resume: bool,
     lifecycle: Mutex<Lifecycle>,
     basis: Basis,
     /// Held for as long as the disk is.
@@ -59,6 +60,9 @@ impl SessionDisk {
     /// # Errors
     /// If the disk was not provisioned, is in use, its base changed, or its state can't be read. A
     /// state that can be read but not trusted is no error: then all blocks are pending.
+    ///
+    /// With [`DiskOptions::resume`], a session that is open and whose log is exact goes on: see
+    /// [`session_is_open`](Self::session_is_open).
     pub fn open(options: &DiskOptions) -> Result<Arc<Self>, Error> {
         let paths = options.paths();
         // A first look, to know the live page's name; it is read again under the lock.
@@ -83,7 +87,7 @@ impl SessionDisk {
         refuse_same_file(&options.disk, &manifest.base.path)?;
         paths.create_state_dirs()?;
         let (live, before) = LivePage::open(&paths, manifest.disk, number)?;
-        let verdict = judge(&paths, &manifest, geometry, &disk, before)?;
+        let verdict = judge(&paths, &manifest, geometry, &disk, before, options.resume)?;
         if let Basis::Everything(why) = &verdict.basis {
             log::warn!("{}: {why}; all of its blocks will be restored", options.disk.display());
         }
@@ -108,21 +112,32 @@ impl SessionDisk {
             intents: Intents::open(&paths.intents(), geometry)?,
             live,
         }));
-        let lifecycle = Lifecycle { manifest, session: None, queues: Vec::new() };
+        let session = verdict.session.map(|session| take_up(&shared, &paths, session)).transpose()?;
+        let resumed = session.is_some();
+        let lifecycle = Lifecycle { manifest, session, queues: Vec::new() };
         let disk = Self {
             shared,
             paths,
             keep_logs: options.keep_logs,
+            resume: options.resume,
             lifecycle: Mutex::new(lifecycle),
             basis: verdict.basis,
             _state_lock: state_lock,
         };
+        let live = &disk.shared.live;
+        if resumed {
+            // Nothing is concluded that the next start could not conclude again: the logs stay.
+            live.go_on();
+            live.set_pending(disk.shared.pending.count());
+            live.set_dirty(disk.shared.owned.count());
+            disk.shared.open.store(true, Ordering::SeqCst);
+            return Ok(Arc::new(disk));
+        }
         // Step 10: in memory alone the next kill would forget what was concluded.
         if !disk.lifecycle().manifest.speaks_alone(&disk.basis) {
             disk.checkpoint()?;
         }
         // From here on no log needs the page to be exact; before, a failure must leave it as it was.
-        let live = &disk.shared.live;
         live.take_over(disk_id, number)?;
         live.set_pending(disk.shared.pending.count());
         live.set_pristine(disk.lifecycle().manifest.logs.is_empty());
@@ -240,8 +255,9 @@ impl SessionDisk {
         self.shared.live.set_pristine(false);
         *self.shared.log() = Some(writer);
         let bytes_before = self.bytes_written(&lifecycle);
-        lifecycle.session = Some(OpenSession { entry, started: Instant::now(), bytes_before });
+        lifecycle.session = Some(OpenSession { entry, started: SystemTime::now(), bytes_before });
         self.shared.live.set_owner(owner);
+        self.shared.live.set_token(None);
         self.shared.live.set_dirty(0);
         self.shared.live.set_session_open(true);
         self.shared.open.store(true, Ordering::SeqCst);
@@ -251,6 +267,21 @@ impl SessionDisk {
     /// Notes a new owner of the open session: the same process under a new connection.
     pub fn set_owner(&self, owner: Option<ProcessId>) {
         self.shared.live.set_owner(owner);
+    }
+
+    /// Who owns the open session, as far as is known.
+    pub fn owner(&self) -> Option<ProcessId> {
+        self.shared.live.owner()
+    }
+
+    /// Notes by which in-flight table the open session's frontend can be known again.
+    pub fn set_token(&self, token: Option<Uuid>) {
+        self.shared.live.set_token(token);
+    }
+
+    /// The token that was noted last in the open session.
+    pub fn token(&self) -> Option<Uuid> {
+        self.shared.live.token()
     }
 
     /// Ends the session: step 8. Everything that it owns is pending from now on. Nothing is synced.
@@ -273,7 +304,7 @@ impl SessionDisk {
             sequence: session.entry.sequence,
             dirty_blocks,
             bytes_written: self.bytes_written(&lifecycle).saturating_sub(session.bytes_before),
-            duration: session.started.elapsed(),
+            duration: session.started.elapsed().unwrap_or_default(),
         };
         if let Some(mut writer) = self.shared.log().take() {
             // Sealed, it is exact without the live page's mark, which will be the next log's. If that
@@ -289,6 +320,7 @@ impl SessionDisk {
         lifecycle.session = None;
         self.shared.live.set_session_open(false);
         self.shared.live.set_owner(None);
+        self.shared.live.set_token(None);
         self.shared.live.set_dirty(0);
         self.shared.live.set_pending(self.shared.pending.count());
         Ok(summary)
@@ -361,25 +393,39 @@ impl SessionDisk {
         Ok(restored)
     }
 
-    /// Stops: the queues are quiesced, nothing more is taken. An open session's log is made durable, so that the next
-    /// start knows exactly what it owned, whatever happens to the host meanwhile.
-    pub fn stop(&self) -> Result<(), Error> {
+    /// Stops: the queues are quiesced, nothing more is taken. With [`DiskOptions::resume`] an open
+    /// session whose owner may come back stays open for the next server, as after a kill; returns its
+    /// number. Otherwise it has ended: its log is sealed and durable, so that the next start knows
+    /// exactly what it owned, whatever happens to the host meanwhile.
+    pub fn stop(&self) -> Result<Option<u64>, Error> {
         let mut lifecycle = self.lifecycle();
         self.shared.open.store(false, Ordering::SeqCst);
         if lifecycle.in_flight() > 0 {
             return Err(Error::WrongState("a queue has requests in flight"));
         }
-        if let Some(mut writer) = self.shared.log().take() {
+        let mut log = self.shared.log();
+        if let Some(session) = &lifecycle.session
+            && self.resume
+            && self.owner().is_none_or(ProcessId::is_alive)
+        {
+            // The live page vouches for the log as long as the host runs.
+            *log = None;
+            self.shared.live.set_server(None);
+            return Ok(Some(session.entry.sequence));
+        }
+        if let Some(mut writer) = log.take() {
             writer.seal(self.shared.owned.count())?;
             writer.sync()?;
         }
+        drop(log);
         lifecycle.session = None;
         self.shared.live.set_session_open(false);
         self.forget_intents(&lifecycle)?;
         self.shared.live.set_server(None);
         // All that it said is in sealed logs now.
         let live_page = self.paths.live_page(lifecycle.manifest.disk);
-        fs::remove_file(&live_page).map_err(|error| Error::state("remove", &live_page, error))
+        fs::remove_file(&live_page).map_err(|error| Error::state("remove", &live_page, error))?;
+        Ok(None)
     }
 
     /// Clears the intents if the disk is pristine and synced, which is what no log means. While a
@@ -417,6 +463,17 @@ impl Drop for SessionDisk {
     fn drop(&mut self) {
         self.shared.live.set_server(None);
     }
+}
+
+/// Goes on with an open session where its log says that it was. What a server before has appended
+/// and not counted is erased.
+fn take_up(shared: &Shared, paths: &Paths, session: GoesOn) -> Result<OpenSession, Error> {
+    let log = paths.sessions().join(session.entry.id().file_name());
+    let (writer, owned) = LogWriter::resume(&log, session.mark)?;
+    shared.owned.insert_set(&owned);
+    *shared.log() = Some(writer);
+    let started = UNIX_EPOCH + Duration::from_nanos(session.begun_unix_ns);
+    Ok(OpenSession { entry: session.entry, started, bytes_before: 0 })
 }
 
 /// io_uring, but on a file system that can't answer "this would block" (tmpfs, where nothing does)

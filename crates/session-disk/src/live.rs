@@ -18,6 +18,8 @@
 //! | 14 | 1 while the disk is pristine: nothing pending, and no log is left |
 //! | 15 | the disk's inode number, or its device number |
 //! | 16..20, 24..28 | the two marks: log sequence, epoch, committed bytes, CRC |
+//! | 20, 21 | the token of the in-flight table of the open session's frontend; 0: none |
+//! | 22 | 1 when write-back has failed: what the open session has written may be lost |
 
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -44,6 +46,8 @@ const WORD_DRAIN_FAILING: usize = 13;
 const WORD_PRISTINE: usize = 14;
 const WORD_FILE: usize = 15;
 const WORD_MARKS: [usize; 2] = [16, 24];
+const WORD_TOKEN: usize = 20;
+const WORD_POISONED: usize = 22;
 
 /// A log and how much of it counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,6 +63,19 @@ pub(crate) struct Before {
     pub(crate) same_boot: bool,
     /// The mark that counts; only if it is.
     pub(crate) mark: Option<LiveMark>,
+    /// Whether a session was open that may go on; only if it is.
+    pub(crate) session_open: bool,
+}
+
+impl Before {
+    /// What the page at hand says, if it is of this boot and this disk.
+    pub(crate) fn of(live: Option<&LivePage>) -> Self {
+        Self {
+            same_boot: live.is_some(),
+            mark: live.and_then(LivePage::mark),
+            session_open: live.is_some_and(|live| live.session_is_open() && !live.is_poisoned()),
+        }
+    }
 }
 
 /// A disk's live page.
@@ -93,8 +110,14 @@ impl LivePage {
             });
         }
         let same_boot = of_this_disk && live.load(WORD_FILE) == file;
-        let mark = same_boot.then(|| live.mark()).flatten();
-        Ok((live, Before { same_boot, mark }))
+        let before = Before::of(same_boot.then_some(&live));
+        Ok((live, before))
+    }
+
+    /// Makes this server the page's, and leaves the rest as it is: the open session goes on.
+    pub(crate) fn go_on(&self) {
+        self.set_drain_failing(false);
+        self.set_server(Some(ProcessId::own()));
     }
 
     /// Makes the page one of this boot, this disk and this server, without a mark.
@@ -110,6 +133,8 @@ impl LivePage {
         self.word(WORD_FILE).store(file, Ordering::Release);
         self.set_session_open(false);
         self.set_owner(None);
+        self.set_token(None);
+        self.word(WORD_POISONED).store(0, Ordering::Release);
         self.set_dirty(0);
         self.set_drain_failing(false);
         self.set_server(Some(ProcessId::own()));
@@ -193,6 +218,28 @@ impl LivePage {
         self.set_process(WORD_OWNER, process);
     }
 
+    /// The token of the in-flight table of the open session's frontend.
+    pub(crate) fn token(&self) -> Option<Uuid> {
+        let token = Uuid::from_u64_pair(self.load(WORD_TOKEN), self.load(WORD_TOKEN + 1));
+        (!token.is_nil()).then_some(token)
+    }
+
+    /// Notes the token of the frontend's in-flight table.
+    pub(crate) fn set_token(&self, token: Option<Uuid>) {
+        let (high, low) = token.unwrap_or_default().as_u64_pair();
+        self.word(WORD_TOKEN).store(high, Ordering::Release);
+        self.word(WORD_TOKEN + 1).store(low, Ordering::Release);
+    }
+
+    /// Notes that write-back has failed.
+    pub(crate) fn set_poisoned(&self) {
+        self.word(WORD_POISONED).store(1, Ordering::Release);
+    }
+
+    fn is_poisoned(&self) -> bool {
+        self.load(WORD_POISONED) == 1
+    }
+
     /// Whether a session is open.
     pub(crate) fn session_is_open(&self) -> bool {
         self.load(WORD_SESSION) == 1
@@ -264,14 +311,14 @@ mod tests {
     #[test]
     fn opened_page_has_the_last_mark_of_the_same_disk_and_file_only() {
         let ((_dir, paths), disk) = (dir(), Uuid::from_u128(1));
-        let none = Before { same_boot: false, mark: None };
+        let none = Before { same_boot: false, mark: None, session_open: false };
         assert_eq!(LivePage::open(&paths, disk, FILE).unwrap().1, none);
         let page = taken_over(&paths, disk);
         page.set_mark(mark(1));
         page.set_mark(mark(2));
         drop(page);
         let (page, before) = LivePage::open(&paths, disk, FILE).unwrap();
-        assert_eq!(before, Before { same_boot: true, mark: Some(mark(2)) });
+        assert_eq!(before, Before { same_boot: true, mark: Some(mark(2)), session_open: false });
         drop(page);
         assert_eq!(LivePage::open(&paths, disk, FILE + 1).unwrap().1, none);
         std::fs::rename(paths.live_page(disk), paths.live_page(Uuid::from_u128(2))).unwrap();

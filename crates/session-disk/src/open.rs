@@ -136,13 +136,15 @@ pub(crate) fn open_for_sync(disk: &File) -> Result<File, Error> {
     Ok(File::open(Path::new(&path), OpenOptions { write: false, direct: false, exclusive: false })?)
 }
 
-/// Reads all that speaks for the disk, and concludes. Changes nothing.
+/// Reads all that speaks for the disk, and concludes. Changes nothing. `resume`: a session that is
+/// open may go on.
 pub(crate) fn judge(
     paths: &Paths,
     manifest: &Manifest,
     geometry: Geometry,
     disk: &File,
     live: Before,
+    resume: bool,
 ) -> Result<Verdict, Error> {
     let read = |path: &Path| -> FoundLog { write_log::read(path).map_err(|error| describe(&error)) };
     let logs = manifest.logs.iter().map(|e| (*e, read(&paths.sessions().join(e.id().file_name())))).collect();
@@ -152,6 +154,7 @@ pub(crate) fn judge(
         logs,
         live: live.mark,
         same_boot: live.same_boot,
+        session_open: live.session_open && resume,
         intents: Intents::read_blocks(&paths.intents(), geometry)?,
     };
     Ok(conclude(manifest, geometry, evidence))

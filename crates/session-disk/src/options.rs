@@ -28,6 +28,9 @@ pub struct DiskOptions {
     pub flush: FlushPolicy,
     /// How many retired logs stay for audit.
     pub keep_logs: usize,
+    /// Take up a session that a server before has left open, if its log is exact: its VM may come
+    /// back. Without this, such a session has ended.
+    pub resume: bool,
     /// For tests: every I/O of queues and drain meets this plan.
     pub faults: Option<Arc<FaultPlan>>,
 }
@@ -43,6 +46,7 @@ impl DiskOptions {
             engine: None,
             flush: FlushPolicy::Auto,
             keep_logs: 8,
+            resume: false,
             faults: None,
         }
     }

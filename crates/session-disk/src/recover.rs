@@ -4,13 +4,16 @@
 //! if it is sealed, or if the live page says how much of it counts; then what it does not name is
 //! untouched. After a power cut (no live page) the intents name every region that may have been
 //! touched since. A log that should be exact and is not can hide anything: all blocks are pending.
+//!
+//! The one log that may belong to a session that goes on is the youngest, not sealed, of a session
+//! that the live page calls open. What it owns is not pending, whatever older logs say.
 
 use std::fmt;
 
 use base_image::BaseIdentity;
 use blocks::{BlockSet, Geometry};
 use uuid::Uuid;
-use write_log::{LogContents, LogKind};
+use write_log::{LogContents, LogKind, Mark};
 
 use crate::live::LiveMark;
 use crate::manifest::{DiskFile, LogEntry, Manifest};
@@ -25,6 +28,18 @@ pub(crate) struct Verdict {
     pub pending: BlockSet,
     /// How it was found.
     pub basis: Basis,
+    /// The session that goes on.
+    pub session: Option<GoesOn>,
+}
+
+/// A session that is open and whose log is exact.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct GoesOn {
+    pub entry: LogEntry,
+    /// Where its log goes on.
+    pub mark: Mark,
+    /// When it was begun, nanoseconds since the epoch.
+    pub begun_unix_ns: u64,
 }
 
 /// What a verdict rests on, from the best to the worst.
@@ -77,6 +92,8 @@ pub(crate) struct Evidence<'a> {
     pub(crate) live: Option<LiveMark>,
     /// Whether there is a live page of this boot and this disk at all.
     pub(crate) same_boot: bool,
+    /// Whether the live page calls a session open that may go on.
+    pub(crate) session_open: bool,
     /// The blocks of all intended regions.
     pub(crate) intents: BlockSet,
 }
@@ -86,7 +103,7 @@ pub(crate) fn conclude(manifest: &Manifest, geometry: Geometry, evidence: Eviden
     let everything = |why| {
         let pending = BlockSet::new(geometry.blocks());
         pending.insert(geometry.all());
-        Verdict { pending, basis: Basis::Everything(why) }
+        Verdict { pending, basis: Basis::Everything(why), session: None }
     };
     if manifest.file != evidence.disk_now.and_then(DiskFile::of) {
         return everything(Distrust::AnotherFile);
@@ -95,13 +112,14 @@ pub(crate) fn conclude(manifest: &Manifest, geometry: Geometry, evidence: Eviden
     if evidence.logs.is_empty() {
         return match (&manifest.pristine_since, evidence.disk_now) {
             (Some(then), Some(now)) if then.change_to(now).is_none() => {
-                Verdict { pending, basis: Basis::Pristine }
+                Verdict { pending, basis: Basis::Pristine, session: None }
             }
-            (None, None) => Verdict { pending, basis: Basis::Pristine },
+            (None, None) => Verdict { pending, basis: Basis::Pristine, session: None },
             _ => everything(Distrust::WrittenFromOutside),
         };
     }
-    let mut exact = true;
+    let (mut exact, mut session) = (true, None);
+    let youngest = evidence.logs.iter().map(|(entry, _)| entry.sequence).max();
     for (entry, found) in evidence.logs {
         let name = entry.id().file_name();
         let contents = match found {
@@ -115,6 +133,11 @@ pub(crate) fn conclude(manifest: &Manifest, geometry: Geometry, evidence: Eviden
             (_, Some(blocks), _) => blocks,
             (LogKind::Session, None, Some(live)) if live.sequence == entry.sequence => {
                 match contents.blocks_at(live.mark) {
+                    Some(blocks) if evidence.session_open && youngest == Some(entry.sequence) => {
+                        let begun_unix_ns = contents.header.created_unix_ns;
+                        session = Some((GoesOn { entry, mark: live.mark, begun_unix_ns }, blocks));
+                        continue;
+                    }
                     Some(blocks) => blocks,
                     None => return everything(Distrust::LogDamaged(name)),
                 }
@@ -131,7 +154,13 @@ pub(crate) fn conclude(manifest: &Manifest, geometry: Geometry, evidence: Eviden
     if !exact {
         pending.insert_set(&evidence.intents);
     }
-    Verdict { pending, basis: if exact { Basis::ExactLogs } else { Basis::Intents } }
+    let session = session.map(|(session, owned)| {
+        owned.runs().for_each(|run| {
+            pending.remove(run);
+        });
+        session
+    });
+    Verdict { pending, basis: if exact { Basis::ExactLogs } else { Basis::Intents }, session }
 }
 
 fn is_the_log(contents: &LogContents, entry: &LogEntry, disk: Uuid, geometry: Geometry) -> bool {

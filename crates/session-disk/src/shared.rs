@@ -146,6 +146,7 @@ impl Shared {
 
     pub(crate) fn poison(&self) {
         if !self.poisoned.swap(true, Ordering::AcqRel) {
+            self.live.set_poisoned();
             log::error!("{}", Error::Poisoned(self.disk.path().to_owned()));
         }
     }

@@ -97,8 +97,11 @@ pub fn status(options: &DiskOptions) -> Result<Status, Error> {
         };
         return Ok(status);
     }
-    let before = Before { same_boot: live.is_some(), mark: live.as_ref().and_then(LivePage::mark) };
-    let verdict = judge(&paths, &manifest, geometry, &disk, before)?;
+    let before = Before::of(live.as_ref());
+    let verdict = judge(&paths, &manifest, geometry, &disk, before, false)?;
+    // Its VM runs, and the next server takes the session up again.
+    let owner = live.as_ref().filter(|live| live.session_is_open()).and_then(LivePage::owner);
+    status.session_owner_pid = owner.filter(|owner| owner.is_alive()).map(|owner| owner.pid);
     status.pending_blocks = verdict.pending.count();
     if status.pending_blocks > 0 {
         status.state = DiskState::Interrupted;

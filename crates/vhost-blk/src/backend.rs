@@ -22,6 +22,7 @@ use vmm_sys_util::{
 use crate::{
     config::{self, DeviceConfig},
     disk::{AnyError, Disk, DiskTraits},
+    inflight::InflightTable,
     limit::RateLimit,
     request::Memory,
     vring::{SharedMemory, Vring},
@@ -38,9 +39,16 @@ pub(crate) struct Device {
     writeback: AtomicBool,
     stopping: AtomicBool,
     warnings: RateLimit,
+    /// The frontend's in-flight table; looked at when a ring starts.
+    inflight: Mutex<Option<Arc<InflightTable>>>,
 }
 
 impl Device {
+    /// The in-flight table that the frontend has set last.
+    pub(crate) fn inflight(&self) -> Option<Arc<InflightTable>> {
+        self.inflight.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// The guest's memory as it is mapped now.
     pub(crate) fn memory(&self) -> Arc<Memory> {
         self.memory.memory().into_inner()
@@ -80,7 +88,7 @@ impl Backend {
         for _ in 0..config.num_queues {
             let io = disk.queue(u32::from(config.queue_size))?;
             let poll_max = Duration::from_micros(u64::from(config.poll_max_us));
-            workers.push(Mutex::new(Worker::new(io, config.queue_size, poll_max)));
+            workers.push(Mutex::new(Worker::new(workers.len(), io, config.queue_size, poll_max)));
             exits.push(rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
         }
         let device = Device {
@@ -91,6 +99,7 @@ impl Backend {
             writeback: AtomicBool::new(true),
             stopping: AtomicBool::new(false),
             warnings: RateLimit::new(),
+            inflight: Mutex::new(None),
         };
         Ok(Self { device, workers, exits })
     }
@@ -98,6 +107,11 @@ impl Backend {
     /// The memory that the library is to fill.
     pub(crate) fn shared_memory(&self) -> SharedMemory {
         self.device.memory.clone()
+    }
+
+    /// Rings that are started from now on note their requests in this table.
+    pub(crate) fn set_inflight(&self, table: Arc<InflightTable>) {
+        *self.device.inflight.lock().unwrap_or_else(PoisonError::into_inner) = Some(table);
     }
 
     /// Descriptors that wake each worker when I/O is complete. They stay open as long as `self`.

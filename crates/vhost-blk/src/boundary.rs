@@ -10,6 +10,8 @@
 //!   grace, the session ends and the stranger gets a new one.
 //! - If the owner's process can't be watched (it is in another pid namespace), the session ends
 //!   when the grace has passed after the end of the connection. Nobody can prove to be the owner.
+//! - After a restart of the server the session is open still, and its owner is awaited. An owner in
+//!   another pid namespace proves itself with the token in its in-flight table.
 //! - A frontend that connects while another one is connected is turned away.
 //! - A frontend without a session whose rings are not fresh is a guest that was restored, or one
 //!   whose session is over: refused, for it would see other contents under its file system.
@@ -82,6 +84,9 @@ enum Session {
     Begun,
     /// Begun over an earlier connection of the same process.
     Continued,
+    /// Begun before the server was restarted, by a process that is not known: whether it is this one,
+    /// its first ring will show. The session is open since `since` without its owner.
+    Unproven { since: Instant },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -99,17 +104,18 @@ enum State {
 pub(crate) struct Boundary {
     state: State,
     grace: Duration,
+    /// The open session was begun before this server was started.
+    restarted: bool,
 }
 
 impl Boundary {
     pub(crate) fn new(grace: Duration) -> Self {
-        Self { state: State::Idle, grace }
+        Self { state: State::Idle, grace, restarted: false }
     }
 
-    /// A session is open whose owner is not known any more.
-    pub(crate) fn with_open_session(grace: Duration, now: Instant) -> Self {
-        let owner = Identity { process: None, watched: false };
-        Self { state: State::Orphaned { owner, since: now, stranger_since: None }, grace }
+    /// A session is open since before the server was restarted.
+    pub(crate) fn with_open_session(owner: Identity, grace: Duration, now: Instant) -> Self {
+        Self { state: State::Orphaned { owner, since: now, stranger_since: None }, grace, restarted: true }
     }
 
     /// A frontend has connected. Also asked again for a held one when a session has ended.
@@ -122,6 +128,13 @@ impl Boundary {
             }
             State::Orphaned { owner, .. } if owner.process.is_some() && owner.process == peer.process => {
                 self.state = State::Served { owner: peer, session: Session::Continued };
+                Admission::Serve
+            }
+            State::Orphaned { owner, since, stranger_since: None }
+                if owner.process.is_none() && self.restarted =>
+            {
+                let session = Session::Unproven { since: *since };
+                self.state = State::Served { owner: peer, session };
                 Admission::Serve
             }
             State::Orphaned { stranger_since: Some(_), .. } => {
@@ -142,10 +155,20 @@ impl Boundary {
     }
 
     /// The connected frontend is about to start a ring; `fresh`: no ring that was not started over
-    /// this connection is to continue where another left off.
-    pub(crate) fn ring_starts(&mut self, fresh: bool) -> RingStart {
+    /// this connection is to continue where another left off; `proven`: its in-flight table has the
+    /// token of the open session.
+    pub(crate) fn ring_starts(&mut self, fresh: bool, proven: bool) -> RingStart {
         match &mut self.state {
             State::Served { session: Session::Continued, .. } => RingStart::Continue,
+            State::Served { session, .. } if matches!(session, Session::Unproven { .. }) => {
+                if proven {
+                    *session = Session::Continued;
+                    return RingStart::Continue;
+                }
+                RingStart::Refuse(
+                    "the session of a VM that can't be watched is open: try again when its grace is over",
+                )
+            }
             State::Served { session: Session::Begun, .. } if fresh => RingStart::Continue,
             State::Served { session, .. } if fresh => {
                 *session = Session::Begun;
@@ -172,6 +195,12 @@ impl Boundary {
             self.state = State::Idle;
             return None;
         }
+        if let Session::Unproven { since } = session {
+            let owner = Identity { process: None, watched: false };
+            self.state = State::Orphaned { owner, since, stranger_since: None };
+            return self.tick(now);
+        }
+        self.restarted = false;
         self.state = State::Orphaned { owner, since: now, stranger_since: None };
         if owner_gone { self.owner_exited() } else { self.tick(now) }
     }
@@ -204,6 +233,11 @@ impl Boundary {
         }
         self.state = State::Idle;
         Some(EndReason::Operator)
+    }
+
+    /// Whether the open session's owner is this one, and away.
+    pub(crate) fn is_owner(&self, peer: Identity) -> bool {
+        matches!(self.state, State::Orphaned { owner, .. } if owner == peer)
     }
 
     pub(crate) fn session_is_open(&self) -> bool {

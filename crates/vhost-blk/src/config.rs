@@ -98,7 +98,8 @@ pub(crate) fn features(device: &DeviceConfig, disk: &DiskTraits) -> u64 {
     bits.iter().fold(VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits(), |all, bit| all | 1 << bit)
 }
 
-/// The vhost-user protocol features that are offered. Not STATUS (the library closes the
+/// The vhost-user protocol features that are offered. INFLIGHT_SHMFD is the relay's: the library can't
+/// answer its messages. Not STATUS (the library closes the
 /// connection on its message), not LOG_SHMFD (a migrated guest would wake up on a pristine disk).
 pub(crate) fn protocol_features() -> VhostUserProtocolFeatures {
     VhostUserProtocolFeatures::MQ
@@ -106,6 +107,7 @@ pub(crate) fn protocol_features() -> VhostUserProtocolFeatures {
         | VhostUserProtocolFeatures::REPLY_ACK
         | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
         | VhostUserProtocolFeatures::RESET_DEVICE
+        | VhostUserProtocolFeatures::INFLIGHT_SHMFD
 }
 
 /// Whether a write must be durable before it is acknowledged: the guest has negotiated no cache

@@ -33,7 +33,7 @@ type Daemon = VhostUserDaemon<Arc<Backend>>;
 /// A frontend that is being served.
 pub(crate) struct Connection {
     pub(crate) relay: Relay,
-    backend: Arc<Backend>,
+    pub(crate) backend: Arc<Backend>,
     daemon: Daemon,
 }
 

@@ -5,6 +5,7 @@ use std::{error::Error, os::fd::BorrowedFd, sync::Arc};
 
 use blocks::Geometry;
 use session_disk::{DiskQueue, Done, ProcessId, Request, SessionDisk, SessionStart, SessionSummary};
+use uuid::Uuid;
 
 use crate::limit::RateLimit;
 
@@ -31,6 +32,11 @@ pub(crate) trait Disk: Send + Sync {
     fn end_session(&self) -> Result<SessionSummary, AnyError>;
     fn set_owner(&self, owner: Option<ProcessId>);
     fn session_is_open(&self) -> bool;
+    /// Who owns the open session, as far as is known.
+    fn owner(&self) -> Option<ProcessId>;
+    /// The token of the in-flight table of the open session's frontend.
+    fn token(&self) -> Option<Uuid>;
+    fn set_token(&self, token: Option<Uuid>);
 }
 
 /// A finished request.
@@ -86,6 +92,18 @@ impl Disk for Arc<SessionDisk> {
 
     fn session_is_open(&self) -> bool {
         SessionDisk::session_is_open(self)
+    }
+
+    fn owner(&self) -> Option<ProcessId> {
+        SessionDisk::owner(self)
+    }
+
+    fn token(&self) -> Option<Uuid> {
+        SessionDisk::token(self)
+    }
+
+    fn set_token(&self, token: Option<Uuid>) {
+        SessionDisk::set_token(self, token);
     }
 }
 

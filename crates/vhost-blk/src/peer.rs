@@ -54,6 +54,18 @@ impl Peer {
         Self { process: ProcessId::of(raw), life }
     }
 
+    /// A process that is known from before.
+    pub(crate) fn of_process(process: ProcessId) -> Self {
+        let pid = i32::try_from(process.pid).ok().and_then(Pid::from_raw);
+        let life = match pid.map(|pid| pidfd_open(pid, PidfdFlags::empty())) {
+            // Opened first, looked at then: the number can't be used again while we have it.
+            Some(Ok(pidfd)) if process.is_alive() => Life::Watched(pidfd),
+            Some(Ok(_) | Err(Errno::SRCH | Errno::INVAL)) => Life::Gone,
+            Some(Err(_)) | None => Life::Unknown,
+        };
+        Self { process: Some(process), life }
+    }
+
     /// A peer of which nothing is known.
     pub(crate) fn unknown() -> Self {
         Self { process: None, life: Life::Unknown }
@@ -161,6 +173,20 @@ mod tests {
         assert_eq!(peer.process(), Some(ProcessId::own()));
         assert!(peer.identity().watched && !peer.is_gone() && peer.pidfd().is_some());
         assert_eq!(peer.identity(), Peer::of(&one).identity());
+    }
+
+    #[test]
+    fn peer_known_from_before_is_watched_only_if_it_is_the_same_process() {
+        let mut child = sleeper();
+        let process = ProcessId::of(child.id()).unwrap();
+        let peer = Peer::of_process(process);
+        assert_eq!(peer.identity(), Identity { process: Some(process), watched: true });
+        assert!(!peer.is_gone());
+        let earlier = ProcessId { start_ticks: process.start_ticks - 1, ..process };
+        assert!(Peer::of_process(earlier).is_gone());
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(peer.is_gone() && Peer::of_process(process).is_gone());
     }
 
     #[test]

@@ -2,8 +2,8 @@
 //!
 //! It forwards messages with their descriptors in both directions, one at a time per direction:
 //! the next one is not read before the last one is written, so that nobody makes it grow. It looks
-//! at messages by type: it knows when a ring is about to start, and is the place where messages
-//! that the library can't answer are to be answered. Data never passes it.
+//! at messages by type: it knows when a ring is about to start, and answers those that the library
+//! can't: GET_INFLIGHT_FD and SET_INFLIGHT_FD. Data never passes it.
 
 use std::{
     fs,
@@ -11,11 +11,14 @@ use std::{
         fd::{AsFd, AsRawFd, BorrowedFd},
         unix::net::UnixStream,
     },
+    sync::Arc,
 };
 
-use rustix::event::PollFlags;
-use vhost::vhost_user::message::FrontendReq;
+use rustix::event::{PollFd, PollFlags, Timespec};
+use uuid::Uuid;
+use vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures};
 
+use crate::inflight::{InflightTable, Shape};
 use crate::wire::{Message, Reader, Received, Writer};
 
 /// Most messages that are forwarded before other descriptors get their turn.
@@ -38,10 +41,20 @@ pub(crate) enum Ending {
 
 /// Who decides whether a ring may start.
 pub(crate) trait Gate {
-    /// A ring is about to start; `fresh`: no ring that was not started over this connection is to
-    /// continue where another left off.
-    /// An error closes the connection.
-    fn ring_starts(&mut self, fresh: bool) -> Result<(), String>;
+    /// A ring is about to start. An error closes the connection.
+    fn ring_starts(&mut self, start: Start) -> Result<(), String>;
+
+    /// Rings that start from now on note their requests in this table, or go on with what is in it.
+    fn inflight(&mut self, table: Arc<InflightTable>);
+}
+
+/// What is known of a ring that is about to start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Start {
+    /// No ring that was not started over this connection is to continue where another left off.
+    pub(crate) fresh: bool,
+    /// The token of the in-flight table, if there is one.
+    pub(crate) token: Option<Uuid>,
 }
 
 /// One direction.
@@ -62,6 +75,15 @@ pub(crate) struct Relay {
     continued: u64,
     /// Rings that have been started over this connection: where they continue is their own business.
     started: u64,
+    /// A request of which we are the one to answer, while the library owes earlier answers.
+    postponed: Option<Message>,
+    /// Answers that the library owes.
+    owed: usize,
+    reply_ack: bool,
+    /// The token of the in-flight table that was made for this connection last.
+    made: Option<Uuid>,
+    /// The token of the table that the frontend has set.
+    token: Option<Uuid>,
 }
 
 impl Relay {
@@ -73,13 +95,20 @@ impl Relay {
             replies: Lane::default(),
             continued: 0,
             started: 0,
+            postponed: None,
+            owed: 0,
+            reply_ack: false,
+            made: None,
+            token: None,
         }
     }
 
     /// The two descriptors, and what to wait for on each.
     pub(crate) fn interest(&self) -> [(BorrowedFd<'_>, PollFlags); 2] {
         let events = |inward: &Lane, outward: &Lane| {
-            let read = if inward.writer.is_pending() { PollFlags::empty() } else { PollFlags::IN };
+            let full = inward.writer.is_pending()
+                || std::ptr::eq(inward, &self.requests) && self.postponed.is_some();
+            let read = if full { PollFlags::empty() } else { PollFlags::IN };
             let write = if outward.writer.is_pending() { PollFlags::OUT } else { PollFlags::empty() };
             read | write
         };
@@ -121,6 +150,7 @@ impl Relay {
         }
         match lane.reader.read(&self.library) {
             Received::Message(message) => {
+                self.owed = self.owed.saturating_sub(1);
                 lane.writer.put(message);
                 lane.writer.flush(&self.frontend).map_err(|_| Ending::Frontend)?;
                 Ok(true)
@@ -134,17 +164,74 @@ impl Relay {
         if !self.requests.writer.flush(&self.library).map_err(|_| Ending::Library)? {
             return Ok(false);
         }
-        match self.requests.reader.read(&self.frontend) {
-            Received::Message(message) => {
-                self.inspect(&message, gate)?;
-                self.requests.writer.put(message);
-                self.requests.writer.flush(&self.library).map_err(|_| Ending::Library)?;
-                Ok(true)
+        let message = match self.postponed.take() {
+            Some(message) => message,
+            None => match self.requests.reader.read(&self.frontend) {
+                Received::Message(message) => message,
+                Received::Wait => return Ok(false),
+                Received::End => return Err(Ending::Frontend),
+                Received::Violation(what) => return Err(Ending::Refused(what.to_owned())),
+            },
+        };
+        let request = FrontendReq::try_from(message.request()).ok();
+        if let Some(FrontendReq::GET_INFLIGHT_FD | FrontendReq::SET_INFLIGHT_FD) = request {
+            // Answers come in the order of the requests.
+            if self.owed > 0 || self.replies.writer.is_pending() {
+                if has_hung_up(&self.frontend) {
+                    return Err(Ending::Frontend);
+                }
+                self.postponed = Some(message);
+                return Ok(false);
             }
-            Received::Wait => Ok(false),
-            Received::End => Err(Ending::Frontend),
-            Received::Violation(what) => Err(Ending::Refused(what.to_owned())),
+            if let Some(reply) = self.answer(message, gate)? {
+                self.replies.writer.put(reply);
+                self.replies.writer.flush(&self.frontend).map_err(|_| Ending::Frontend)?;
+            }
+            return Ok(true);
         }
+        self.inspect(&message, gate)?;
+        self.owed += usize::from(self.is_answered(&message));
+        self.requests.writer.put(message);
+        self.requests.writer.flush(&self.library).map_err(|_| Ending::Library)?;
+        Ok(true)
+    }
+
+    /// Whether the library answers a request.
+    fn is_answered(&self, message: &Message) -> bool {
+        match FrontendReq::try_from(message.request()) {
+            Ok(
+                FrontendReq::GET_FEATURES
+                | FrontendReq::GET_PROTOCOL_FEATURES
+                | FrontendReq::GET_QUEUE_NUM
+                | FrontendReq::GET_VRING_BASE
+                | FrontendReq::GET_CONFIG
+                | FrontendReq::GET_MAX_MEM_SLOTS,
+            ) => true,
+            _ => self.reply_ack && message.needs_reply(),
+        }
+    }
+
+    /// Answers GET_INFLIGHT_FD and SET_INFLIGHT_FD (vhost-user, "Inflight I/O tracking").
+    fn answer(&mut self, mut message: Message, gate: &mut dyn Gate) -> Result<Option<Message>, Ending> {
+        let request = message.request();
+        let numbers = message.payload_word(4);
+        let shape = Shape { queues: numbers as u16, queue_size: (numbers >> 16) as u16 };
+        let refuse = |error: std::io::Error| Ending::Refused(format!("its in-flight buffer: {error}"));
+        if request == FrontendReq::GET_INFLIGHT_FD as u32 {
+            let table = InflightTable::create(shape).map_err(refuse)?;
+            let fd = table.as_fd().try_clone_to_owned().map_err(refuse)?;
+            self.made = Some(table.token());
+            let (size, offset) = (table.bytes().to_ne_bytes(), 0u64.to_ne_bytes());
+            let payload = [&size[..], &offset[..], &numbers.to_ne_bytes()[..]].concat();
+            return Ok(Some(Message::reply(request, &payload, vec![fd])));
+        }
+        let fd = message.fds.pop().filter(|_| message.fds.is_empty());
+        let fd = fd.ok_or_else(|| refuse(std::io::ErrorKind::InvalidInput.into()))?;
+        let table = InflightTable::adopt(fd, shape).map_err(refuse)?;
+        self.token = Some(table.token());
+        gate.inflight(Arc::new(table));
+        let done = 0u64.to_ne_bytes();
+        Ok((self.reply_ack && message.needs_reply()).then(|| Message::reply(request, &done, Vec::new())))
     }
 
     /// Looks at a request before it is forwarded.
@@ -157,13 +244,21 @@ impl Relay {
                 self.continued = if base == 0 { self.continued & !bit } else { self.continued | bit };
                 Ok(())
             }
+            Ok(FrontendReq::SET_PROTOCOL_FEATURES) => {
+                let bits = u64::from(message.payload_word(0));
+                self.reply_ack = bits & VhostUserProtocolFeatures::REPLY_ACK.bits() != 0;
+                Ok(())
+            }
             Ok(FrontendReq::SET_VRING_CALL) => events_only(message),
             Ok(FrontendReq::SET_VRING_KICK) => {
                 events_only(message)?;
                 if message.payload_word(0) & NO_FD != 0 {
                     return Ok(());
                 }
-                gate.ring_starts(self.continued & !self.started == 0).map_err(Ending::Refused)?;
+                // A table from elsewhere belongs to rings that run.
+                let brought = self.token.is_some() && self.token != self.made;
+                let fresh = self.continued & !self.started == 0 && !brought;
+                gate.ring_starts(Start { fresh, token: self.token }).map_err(Ending::Refused)?;
                 let ring = message.payload_word(0) & RING_MASK;
                 self.started |= 1u64.checked_shl(ring).unwrap_or(0);
                 Ok(())
@@ -171,6 +266,12 @@ impl Relay {
             _ => Ok(()),
         }
     }
+}
+
+/// Whether nothing more comes from the other side.
+fn has_hung_up(socket: &UnixStream) -> bool {
+    let mut fds = [PollFd::new(socket, PollFlags::RDHUP)];
+    rustix::event::poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) != Ok(0)
 }
 
 /// A kick or call must be an eventfd. Of other things reads and writes could block a worker.
@@ -200,18 +301,23 @@ mod tests {
 
     struct Recorder {
         starts: Vec<bool>,
+        tables: Vec<Uuid>,
         verdict: Result<(), String>,
     }
 
     impl Gate for Recorder {
-        fn ring_starts(&mut self, fresh: bool) -> Result<(), String> {
-            self.starts.push(fresh);
+        fn ring_starts(&mut self, start: Start) -> Result<(), String> {
+            self.starts.push(start.fresh);
             self.verdict.clone()
+        }
+
+        fn inflight(&mut self, table: Arc<InflightTable>) {
+            self.tables.push(table.token());
         }
     }
 
     fn open_gate() -> Recorder {
-        Recorder { starts: Vec::new(), verdict: Ok(()) }
+        Recorder { starts: Vec::new(), tables: Vec::new(), verdict: Ok(()) }
     }
 
     /// A relay, the frontend's end, and the library's end.
@@ -283,7 +389,8 @@ mod tests {
     #[test]
     fn relay_with_a_shut_gate_forwards_no_kick() {
         let (mut relay, frontend, mut library) = relay();
-        let mut gate = Recorder { starts: Vec::new(), verdict: Err("no room".to_owned()) };
+        let mut gate =
+            Recorder { starts: Vec::new(), tables: Vec::new(), verdict: Err("no room".to_owned()) };
         send(&frontend, FrontendReq::SET_VRING_KICK, &[0, 0], &[event().as_fd()]);
         assert_eq!(relay.forward(&mut gate), Some(Ending::Refused("no room".to_owned())));
         relay.close();

@@ -20,12 +20,14 @@ use rustix::{
 use session_disk::{ProcessId, SessionDisk};
 
 use crate::{
+    backend::Backend,
     boundary::{Admission, Boundary, EndReason, Identity, RingStart},
     connection::Connection,
     disk::{Disk, chain},
+    inflight::InflightTable,
     limit::RateLimit,
     peer::Peer,
-    relay::{Ending, Gate},
+    relay::{Ending, Gate, Start},
     socket::{Socket, SocketKind},
 };
 
@@ -83,10 +85,11 @@ impl Server {
         let control = Control::new()?;
         // Nobody can come back to a connection that was inherited.
         let grace = if socket.is_single() { Duration::ZERO } else { config.reconnect_grace };
-        let boundary = if disk.session_is_open() {
-            Boundary::with_open_session(grace, Instant::now())
+        let (boundary, owner) = if disk.session_is_open() {
+            let owner = disk.owner().map_or_else(Peer::unknown, Peer::of_process);
+            (Boundary::with_open_session(owner.identity(), grace, Instant::now()), Some(owner))
         } else {
-            Boundary::new(grace)
+            (Boundary::new(grace), None)
         };
         Ok(Self {
             disk,
@@ -96,7 +99,7 @@ impl Server {
             control,
             boundary,
             served: None,
-            owner: None,
+            owner,
             held: None,
             accept_after: None,
             refusals: RateLimit::new(),
@@ -233,9 +236,6 @@ impl Server {
                 match Connection::open(self.disk.as_ref(), self.config.device, stream) {
                     Ok(connection) => {
                         self.observer.frontend_connected(peer.process(), continues);
-                        if continues {
-                            self.disk.set_owner(peer.process());
-                        }
                         self.served = Some(Served { connection, peer });
                     }
                     Err(error) => {
@@ -257,13 +257,15 @@ impl Server {
     fn forward(&mut self) -> Result<(), ServerError> {
         let Some(mut served) = self.served.take() else { return Ok(()) };
         let owner = served.peer.process();
+        let Connection { relay, backend, .. } = &mut served.connection;
         let mut gate = SessionGate {
             boundary: &mut self.boundary,
             disk: self.disk.as_ref(),
             observer: self.observer.as_ref(),
+            backend,
             owner,
         };
-        match served.connection.relay.forward(&mut gate) {
+        match relay.forward(&mut gate) {
             None => {
                 self.served = Some(served);
                 Ok(())
@@ -293,7 +295,7 @@ impl Server {
         if let Some(reason) = reason {
             return self.end_session(reason);
         }
-        if self.boundary.session_is_open() {
+        if self.boundary.is_owner(self.identity(&peer)) {
             self.owner = Some(peer);
         }
         Ok(())
@@ -355,17 +357,28 @@ struct SessionGate<'a> {
     boundary: &'a mut Boundary,
     disk: &'a dyn Disk,
     observer: &'a dyn Observer,
+    backend: &'a Backend,
     owner: Option<ProcessId>,
 }
 
 impl Gate for SessionGate<'_> {
-    fn ring_starts(&mut self, fresh: bool) -> Result<(), String> {
-        match self.boundary.ring_starts(fresh) {
-            RingStart::Continue => Ok(()),
+    fn inflight(&mut self, table: Arc<InflightTable>) {
+        self.backend.set_inflight(table);
+    }
+
+    fn ring_starts(&mut self, start: Start) -> Result<(), String> {
+        let proven = start.token.is_some() && start.token == self.disk.token();
+        match self.boundary.ring_starts(start.fresh, proven) {
+            RingStart::Continue => {
+                self.disk.set_owner(self.owner);
+                self.disk.set_token(start.token);
+                Ok(())
+            }
             RingStart::Refuse(why) => Err(why.to_owned()),
             RingStart::Begin => match self.disk.begin_session(self.owner) {
-                Ok(start) => {
-                    self.observer.session_started(&start, self.owner);
+                Ok(begun) => {
+                    self.disk.set_token(start.token);
+                    self.observer.session_started(&begun, self.owner);
                     Ok(())
                 }
                 Err(error) => {

@@ -50,6 +50,18 @@ pub(crate) fn avail_index(memory: &Memory, avail_ring: u64) -> Result<u16, Guest
     memory.load(address(avail_ring, 2)?, Ordering::Acquire).map(u16::from_le)
 }
 
+/// The index up to which the ring's answers are published.
+pub(crate) fn used_index(memory: &Memory, used_ring: u64) -> Result<u16, GuestMemoryError> {
+    memory.load(address(used_ring, 2)?, Ordering::Acquire).map(u16::from_le)
+}
+
+/// The head in the used element at `index`.
+pub(crate) fn used_head(memory: &Memory, queue: &Queue, index: u16) -> Result<u32, GuestMemoryError> {
+    let place = u64::from(index % queue.size().max(1));
+    let at = address(queue.used_ring(), RING_HEADER + place * USED_ELEMENT)?;
+    memory.read_obj::<u32>(at).map(u32::from_le)
+}
+
 /// Whether the used index passed `event` when it went from `before` to `after`.
 fn crossed(event: u16, before: u16, after: u16) -> bool {
     after.wrapping_sub(event).wrapping_sub(1) < after.wrapping_sub(before)

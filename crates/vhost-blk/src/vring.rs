@@ -44,6 +44,8 @@ struct Flags {
     waiting: AtomicU32,
     enabled: AtomicBool,
     ready: AtomicBool,
+    /// How often the ring was started.
+    starts: AtomicU32,
 }
 
 type Guard<'a> = MutexGuard<'a, VringState<SharedMemory>>;
@@ -63,6 +65,11 @@ impl Vring {
     /// Whether requests may be taken. A hint for who polls; who takes looks again under the lock.
     pub(crate) fn is_active(&self) -> bool {
         self.flags.enabled.load(Ordering::Relaxed) && self.flags.ready.load(Ordering::Relaxed)
+    }
+
+    /// How often the ring was started: whoever takes from it looks where to begin when this changes.
+    pub(crate) fn starts(&self) -> u32 {
+        self.flags.starts.load(Ordering::Acquire)
     }
 
     /// The control plane's access.
@@ -165,6 +172,9 @@ impl VringT<SharedMemory> for Vring {
 
     fn set_queue_ready(&self, ready: bool) {
         self.flags.ready.store(ready, Ordering::Relaxed);
+        if ready {
+            self.flags.starts.fetch_add(1, Ordering::Release);
+        }
         self.control(|state| state.set_queue_ready(ready));
     }
 
@@ -194,6 +204,12 @@ impl VringT<SharedMemory> for Vring {
 
     fn set_call(&self, file: Option<File>) {
         self.control(|state| state.set_call(file));
+        // Answers may have been published that the guest was not told of: by a server that was
+        // killed in between, or through a descriptor that nobody listened to any more. One interrupt
+        // too many does no harm.
+        if let Err(error) = signal(&self.get_ref()) {
+            log::debug!("cannot interrupt the guest: {error}");
+        }
     }
 
     fn set_err(&self, file: Option<File>) {

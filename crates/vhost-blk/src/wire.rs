@@ -32,7 +32,26 @@ pub(crate) struct Message {
     pub(crate) fds: Vec<OwnedFd>,
 }
 
+/// Flags of a message: bits 0 and 1 are the version, which is 1.
+const VERSION: u32 = 1;
+/// The message is a reply.
+const REPLY: u32 = 1 << 2;
+/// The sender wants to be told when it is done.
+const NEED_REPLY: u32 = 1 << 3;
+
 impl Message {
+    /// An answer to `request`.
+    pub(crate) fn reply(request: u32, payload: &[u8], fds: Vec<OwnedFd>) -> Self {
+        let header = [request, VERSION | REPLY, payload.len() as u32];
+        let header = header.into_iter().flat_map(u32::to_ne_bytes);
+        Self { bytes: header.chain(payload.iter().copied()).collect(), fds }
+    }
+
+    /// Whether its sender wants to be told when it is done (protocol feature REPLY_ACK).
+    pub(crate) fn needs_reply(&self) -> bool {
+        word(&self.bytes, 1) & NEED_REPLY != 0
+    }
+
     /// What is asked for or answered.
     pub(crate) fn request(&self) -> u32 {
         word(&self.bytes, 0)

@@ -4,6 +4,9 @@
 //! Order within a pass: pop everything that is available, submit once, reap, status bytes,
 //! used elements, used index, at most one interrupt. The ring's lock is not held while the disk
 //! is at work, nor while polling.
+//!
+//! When a ring starts, the first pass looks into the in-flight table (see [`inflight`](crate::inflight))
+//! for where to begin, and takes first what a server before has taken and not answered.
 
 use std::{
     sync::Arc,
@@ -17,10 +20,12 @@ use vm_memory::{GuestAddress, GuestMemoryBackend};
 use crate::{
     backend::Device,
     disk::{DiskIo, Finished},
+    inflight::InflightQueue,
     poll::PollWindow,
+    replay,
     request::{Action, Memory, Parser, Status},
     slots::{Slot, Slots, Used, answer, part_token},
-    used::{avail_index, publish},
+    used::{avail_index, publish, used_head, used_index},
     vring::{Vring, signal},
 };
 
@@ -29,6 +34,8 @@ const LOOKS_PER_TIME: u32 = 16;
 
 /// The data path of one virtqueue.
 pub(crate) struct Worker {
+    /// Number of the queue.
+    index: usize,
     io: Box<dyn DiskIo>,
     slots: Slots,
     parser: Parser,
@@ -37,6 +44,10 @@ pub(crate) struct Worker {
     answers: Vec<Used>,
     /// The queue's ring, once it was started.
     vring: Option<Vring>,
+    /// Which start of the ring the requests were taken after.
+    started: u32,
+    /// Where requests in flight are noted, if the frontend wants that.
+    inflight: Option<InflightQueue>,
     /// Where the guest's next request will show up.
     watch: Option<Watch>,
 }
@@ -59,10 +70,11 @@ enum Pass {
 }
 
 impl Worker {
-    /// A worker for a queue of at most `queue_size` elements.
-    pub(crate) fn new(io: Box<dyn DiskIo>, queue_size: u16, poll_max: Duration) -> Self {
+    /// A worker for queue `index`, of at most `queue_size` elements.
+    pub(crate) fn new(index: usize, io: Box<dyn DiskIo>, queue_size: u16, poll_max: Duration) -> Self {
         let room = usize::from(queue_size);
         Self {
+            index,
             io,
             slots: Slots::new(queue_size),
             parser: Parser::default(),
@@ -70,6 +82,8 @@ impl Worker {
             finished: Vec::with_capacity(room),
             answers: Vec::with_capacity(room),
             vring: None,
+            started: 0,
+            inflight: None,
             watch: None,
         }
     }
@@ -145,7 +159,18 @@ impl Worker {
         let taken = {
             let mut state = vring.lock();
             let active = state.is_enabled() && state.get_queue().ready();
-            if active { self.pop(device, state.get_queue_mut(), &memory) } else { None }
+            if active {
+                let again = match vring.starts() {
+                    starts if starts == self.started => 0,
+                    starts => {
+                        self.started = starts;
+                        self.resume(device, state.get_queue_mut(), &memory)
+                    }
+                };
+                self.pop(device, state.get_queue_mut(), &memory).map(|popped| again + popped)
+            } else {
+                None
+            }
         };
         if taken.is_some_and(|taken| taken > 0) {
             self.io.submit();
@@ -163,6 +188,40 @@ impl Worker {
             Some(0) if !answered => Pass::Idle,
             Some(_) => Pass::Worked,
         }
+    }
+
+    /// A ring was started: finds out where to begin, and takes again what was taken before and not
+    /// answered (in-flight table, step 3). Returns how many requests that are.
+    fn resume(&mut self, device: &Device, queue: &mut Queue, memory: &Arc<Memory>) -> u32 {
+        if !self.slots.is_empty() || !self.answers.is_empty() {
+            // Not a start: the kick of a running ring was replaced.
+            return 0;
+        }
+        self.inflight = device.inflight().and_then(|table| table.queue(self.index));
+        let Some(inflight) = &mut self.inflight else { return 0 };
+        let size = queue.size();
+        if size > inflight.heads() {
+            device.warn(|| format!("a queue of size {size} has an in-flight table of {}", inflight.heads()));
+            self.inflight = None;
+            return 0;
+        }
+        let Ok(used) = used_index(memory, queue.used_ring()) else { return 0 };
+        let heads = inflight.resume(size, used, |index| used_head(memory, queue, index).ok());
+        queue.set_next_used(used);
+        queue.set_next_avail(used.wrapping_add(heads.len() as u16));
+        if !heads.is_empty() {
+            log::info!("queue {}: {} requests in flight are done again", self.index, heads.len());
+        }
+        match replay::chains(queue, memory, &heads) {
+            Ok(chains) => {
+                for (head, chain) in heads.iter().zip(chains) {
+                    let parsed = self.parser.parse(memory, chain, &device.disk, device.config.read_only);
+                    self.start(device, memory, *head, parsed.status_at, parsed.action);
+                }
+            }
+            Err(error) => device.warn(|| format!("requests in flight can't be done again: {error}")),
+        }
+        heads.len() as u32
     }
 
     /// Takes what is available, as far as there is room. `None`: the ring makes no sense.
@@ -184,6 +243,9 @@ impl Worker {
                 for chain in chains.take(room) {
                     taken += 1;
                     let head = chain.head_index();
+                    if let Some(inflight) = &mut self.inflight {
+                        inflight.popped(head);
+                    }
                     let parsed = self.parser.parse(memory, chain, &device.disk, device.config.read_only);
                     self.start(device, memory, head, parsed.status_at, parsed.action);
                 }
@@ -263,7 +325,11 @@ impl Worker {
         }
         let memory = device.memory();
         let mut state = vring.lock();
-        match publish(state.get_queue_mut(), &memory, &self.answers) {
+        let published = publish(state.get_queue_mut(), &memory, &self.answers);
+        if let (Ok(_), Some(inflight)) = (&published, &self.inflight) {
+            inflight.published(&self.answers, state.get_queue().next_used());
+        }
+        match published {
             Ok(true) => {
                 if let Err(error) = signal(&state) {
                     device.warn(|| format!("cannot interrupt the guest: {error}"));

@@ -14,7 +14,7 @@ const UNKNOWN: Identity = Identity { process: None, watched: false };
 fn in_session(owner: Identity, now: Instant) -> Boundary {
     let mut boundary = Boundary::new(GRACE);
     assert_eq!(boundary.connected(owner, now), Admission::Serve);
-    assert_eq!(boundary.ring_starts(true), RingStart::Begin);
+    assert_eq!(boundary.ring_starts(true, false), RingStart::Begin);
     boundary
 }
 
@@ -50,8 +50,8 @@ fn owner_that_comes_back_continues_its_session() {
     let mut boundary = in_session(process(1), now);
     boundary.disconnected(false, now);
     assert_eq!(boundary.connected(process(1), now), Admission::Serve);
-    assert_eq!(boundary.ring_starts(false), RingStart::Continue);
-    assert_eq!(boundary.ring_starts(true), RingStart::Continue);
+    assert_eq!(boundary.ring_starts(false, false), RingStart::Continue);
+    assert_eq!(boundary.ring_starts(true, false), RingStart::Continue);
 }
 
 #[test]
@@ -75,7 +75,7 @@ fn stranger_that_has_waited_the_grace_takes_over() {
     assert_eq!(boundary.deadline(), Some(arrival + GRACE));
     assert_eq!(boundary.tick(arrival + GRACE), Some(EndReason::TakenOver));
     assert_eq!(boundary.connected(process(2), arrival + GRACE), Admission::Serve);
-    assert_eq!(boundary.ring_starts(true), RingStart::Begin);
+    assert_eq!(boundary.ring_starts(true, false), RingStart::Begin);
 }
 
 #[test]
@@ -85,7 +85,7 @@ fn owner_that_comes_back_while_a_stranger_waits_goes_first() {
     boundary.disconnected(false, now);
     boundary.connected(process(2), now);
     assert_eq!(boundary.connected(process(1), now), Admission::Serve);
-    assert_eq!(boundary.ring_starts(false), RingStart::Continue);
+    assert_eq!(boundary.ring_starts(false, false), RingStart::Continue);
 }
 
 #[test]
@@ -110,7 +110,7 @@ fn owner_that_comes_back_after_a_takeover_is_refused() {
     boundary.disconnected(true, now);
     // Later still: it is let in, but its rings tell that it belongs to no new session.
     assert_eq!(boundary.connected(process(1), now), Admission::Serve);
-    assert!(matches!(boundary.ring_starts(false), RingStart::Refuse(_)));
+    assert!(matches!(boundary.ring_starts(false, false), RingStart::Refuse(_)));
 }
 
 #[test]
@@ -129,7 +129,7 @@ fn second_frontend_is_turned_away_and_disturbs_nothing() {
     let mut boundary = in_session(process(1), now);
     assert!(boundary.connected(process(2), now).is_refusal());
     assert!(boundary.connected(process(1), now).is_refusal());
-    assert_eq!(boundary.ring_starts(true), RingStart::Continue);
+    assert_eq!(boundary.ring_starts(true, false), RingStart::Continue);
 }
 
 /// Invariant 3: a guest of an earlier session whose first ring happens to be unused is found out by
@@ -138,10 +138,10 @@ fn second_frontend_is_turned_away_and_disturbs_nothing() {
 fn ring_that_continues_in_a_session_that_was_begun_just_now_is_refused() {
     let now = Instant::now();
     let mut boundary = in_session(process(1), now);
-    assert!(matches!(boundary.ring_starts(false), RingStart::Refuse(_)));
+    assert!(matches!(boundary.ring_starts(false, false), RingStart::Refuse(_)));
     boundary.disconnected(false, now);
     assert_eq!(boundary.connected(process(1), now), Admission::Serve);
-    assert_eq!(boundary.ring_starts(false), RingStart::Continue);
+    assert_eq!(boundary.ring_starts(false, false), RingStart::Continue);
 }
 
 #[test]
@@ -152,7 +152,7 @@ fn frontend_that_never_starts_a_ring_leaves_no_session() {
     assert_eq!(boundary.disconnected(false, now), None);
     assert!(!boundary.session_is_open());
     boundary.connected(process(2), now);
-    assert_eq!(boundary.ring_starts(true), RingStart::Begin);
+    assert_eq!(boundary.ring_starts(true, false), RingStart::Begin);
     boundary.begin_failed();
     assert_eq!(boundary.disconnected(true, now), None);
     assert!(!boundary.session_is_open());
@@ -172,10 +172,45 @@ fn operator_ends_a_session_in_every_state() {
 #[test]
 fn boundary_with_an_unclaimed_session_ends_it_after_the_grace() {
     let now = Instant::now();
-    let mut boundary = Boundary::with_open_session(GRACE, now);
+    let mut boundary = Boundary::with_open_session(UNKNOWN, GRACE, now);
     assert!(boundary.session_is_open());
-    assert_eq!(boundary.connected(process(1), now), Admission::Hold);
     assert_eq!(boundary.tick(now + GRACE), Some(EndReason::Disconnected));
+}
+
+/// Invariant 3: a restart of the server ends no session whose owner lives.
+#[test]
+fn boundary_after_a_restart_waits_for_the_owner_and_knows_it_again() {
+    let now = Instant::now();
+    let mut boundary = Boundary::with_open_session(process(1), GRACE, now);
+    assert_eq!(boundary.tick(now + 100 * GRACE), None);
+    assert_eq!(boundary.connected(process(2), now), Admission::Hold);
+    assert_eq!(boundary.connected(process(1), now), Admission::Serve);
+    assert_eq!(boundary.ring_starts(false, true), RingStart::Continue);
+    let mut boundary = Boundary::with_open_session(process(1), GRACE, now);
+    assert_eq!(boundary.owner_exited(), Some(EndReason::OwnerExited));
+}
+
+/// Invariants 2 and 3: an owner that can't be told by its process is told by its token, and nobody
+/// without it is served in its session.
+#[test]
+fn boundary_after_a_restart_knows_an_owner_without_a_process_by_its_token() {
+    let now = Instant::now();
+    let orphaned = || Boundary::with_open_session(UNKNOWN, GRACE, now);
+    let mut boundary = orphaned();
+    assert_eq!(boundary.connected(UNKNOWN, now), Admission::Serve);
+    assert_eq!(boundary.ring_starts(false, true), RingStart::Continue);
+    assert_eq!(boundary.ring_starts(true, false), RingStart::Continue);
+    let mut boundary = orphaned();
+    assert_eq!(boundary.connected(process(7), now), Admission::Serve);
+    assert!(matches!(boundary.ring_starts(true, false), RingStart::Refuse(_)));
+    // Its end says nothing of the owner's.
+    assert_eq!(boundary.disconnected(true, now), None);
+    assert!(boundary.session_is_open() && !boundary.is_owner(process(7)));
+    assert_eq!(boundary.connected(UNKNOWN, now), Admission::Serve);
+    assert_eq!(boundary.ring_starts(false, true), RingStart::Continue);
+    let mut boundary = orphaned();
+    assert_eq!(boundary.connected(process(7), now), Admission::Serve);
+    assert_eq!(boundary.disconnected(false, now + GRACE), Some(EndReason::Disconnected));
 }
 
 impl Admission {
@@ -243,7 +278,7 @@ proptest! {
                     boundary.stranger_left();
                     held = None;
                 }
-                Event::RingStarts(fresh) if served.is_some() => match boundary.ring_starts(fresh) {
+                Event::RingStarts(fresh) if served.is_some() => match boundary.ring_starts(fresh, false) {
                     RingStart::Begin => {
                         prop_assert!(session.is_none() && fresh);
                         (session, begun_here) = (served, true);

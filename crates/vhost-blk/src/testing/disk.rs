@@ -12,6 +12,7 @@ use std::{
 use blocks::Geometry;
 use rustix::event::{EventfdFlags, eventfd};
 use session_disk::{ProcessId, Request, SessionStart, SessionSummary};
+use uuid::Uuid;
 
 use crate::disk::{AnyError, Disk, DiskIo, DiskTraits, Finished};
 
@@ -30,6 +31,7 @@ struct State {
     bytes: Vec<u8>,
     session: Option<u64>,
     owner: Option<ProcessId>,
+    token: Option<Uuid>,
     sessions: u64,
     refuse_sessions: bool,
     held: bool,
@@ -52,10 +54,6 @@ impl MemoryDisk {
 
     pub(crate) fn bytes(&self) -> Vec<u8> {
         self.state().bytes.clone()
-    }
-
-    pub(crate) fn owner(&self) -> Option<ProcessId> {
-        self.state().owner
     }
 
     pub(crate) fn refuse_sessions(&self) {
@@ -135,6 +133,18 @@ impl Disk for Arc<MemoryDisk> {
 
     fn session_is_open(&self) -> bool {
         self.state().session.is_some()
+    }
+
+    fn owner(&self) -> Option<ProcessId> {
+        self.state().owner
+    }
+
+    fn token(&self) -> Option<Uuid> {
+        self.state().token
+    }
+
+    fn set_token(&self, token: Option<Uuid>) {
+        self.state().token = token;
     }
 }
 
