@@ -17,7 +17,7 @@ use crate::program::{scratch_dir, scratch_root};
 #[derive(Debug)]
 pub struct Guest {
     qemu: Process,
-    _dir: TempDir,
+    _dir: Option<TempDir>,
 }
 
 /// How a guest is to be built.
@@ -59,7 +59,24 @@ impl Guest {
         if !options.reboots {
             qemu.arg("-no-reboot");
         }
-        Self { qemu: Process::spawn("guest", &qemu), _dir: dir }
+        Self { qemu: Process::spawn("guest", &qemu), _dir: Some(dir) }
+    }
+
+    /// A guest that was booted by other means, but with the prepared initramfs.
+    pub(crate) fn of(qemu: Process) -> Self {
+        Self { qemu, _dir: None }
+    }
+
+    /// The next thing that the guest says, whatever it is, if it says something within `limit`; `Err`
+    /// says why there is none.
+    pub fn next_said(&mut self, limit: Duration) -> Result<String, String> {
+        let line = self.qemu.try_wait_line(limit, |line| line.starts_with("GUEST "))?;
+        Ok(line["GUEST ".len()..].trim().to_owned())
+    }
+
+    /// Everything printed so far.
+    pub fn output(&self) -> String {
+        self.qemu.output()
     }
 
     /// Waits for a line `GUEST WORD ...` and returns what follows the word.

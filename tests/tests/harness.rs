@@ -4,7 +4,9 @@
 use pristine_tests::guest::{Guest, Options};
 use pristine_tests::images;
 use pristine_tests::lab::Lab;
+use pristine_tests::outer::{Machine, Plan, make_file_system};
 use pristine_tests::peer::storage_daemon;
+use pristine_tests::program::client_binary;
 use pristine_tests::random::contents;
 use pristine_tests::remote::Remote;
 
@@ -66,4 +68,33 @@ fn model_of_a_wrong_disk_disagrees() {
     client.ask(&format!("load {}", lab.base().display()));
     let error = client.try_ask("model 1 1 1 1").unwrap_err();
     assert!(error.contains("expected"), "{error}");
+}
+
+/// Killing a machine is a power cut: what its kernel had synced is there after the next boot, and what
+/// was in its page cache only is not. Programs of the host run in it.
+#[test]
+fn machine_that_is_killed_has_what_it_synced_and_no_more() {
+    let lab = Lab::new();
+    for kind in ["ext4", "xfs"] {
+        let disk = lab.path(kind);
+        make_file_system(kind, &disk, 512 << 20);
+        let script = format!(
+            "mount -t {kind} /dev/vda /mnt; vhost-client none </dev/null; say found $(cat /mnt/synced /mnt/cached)
+            echo one >/mnt/synced; sync; echo two >/mnt/cached; say written; read order"
+        );
+        let machine = Machine::new(Plan {
+            modules: vec!["xfs".into(), "libcrc32c".into()],
+            programs: vec![("bin/vhost-client".into(), client_binary())],
+            script,
+            ..Plan::default()
+        });
+        let mut guest = machine.boot(&[&disk]);
+        assert_eq!(guest.said("found"), "");
+        guest.said("written");
+        guest.kill();
+        let mut guest = machine.boot(&[&disk]);
+        assert_eq!(guest.said("found"), "one", "{kind}");
+        guest.type_line("end");
+        guest.finish();
+    }
 }
