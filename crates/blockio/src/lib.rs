@@ -14,6 +14,7 @@ mod mapping;
 mod probe;
 mod ranges;
 mod sync;
+pub mod tape;
 mod transfer;
 mod uring;
 

@@ -22,6 +22,7 @@ use crate::open::{
 use crate::process::ProcessId;
 use crate::recover::{Basis, GoesOn};
 use crate::shared::{Parts, QueueCounters, Shared};
+use crate::storage::Storage;
 use crate::{DiskOptions, DiskQueue, Error, Paths, SessionStart, SessionSummary};
 
 /// A session that is open.
@@ -64,15 +65,15 @@ impl SessionDisk {
     /// With [`DiskOptions::resume`], a session that is open and whose log is exact goes on: see
     /// [`session_is_open`](Self::session_is_open).
     pub fn open(options: &DiskOptions) -> Result<Arc<Self>, Error> {
-        let paths = options.paths();
+        let (paths, storage) = (options.paths(), Storage::new(options.tape.clone()));
         // A first look, to know the live page's name; it is read again under the lock.
-        let disk_id = Manifest::load(&paths)?.disk;
+        let disk_id = Manifest::load_from(&storage, &paths)?.disk;
         let number = file_number(&options.disk)?;
         let live = LivePage::inspect(&paths.live_page(disk_id), disk_id, number);
         let disk = open_disk(&options.disk, options.direct, live.as_ref())?;
         drop(live);
         let state_lock = lock_state_dir(&paths)?;
-        let mut manifest = Manifest::load(&paths)?;
+        let mut manifest = Manifest::load_from(&storage, &paths)?;
         let geometry = check_size(&disk, &manifest)?;
         if u64::from(disk.alignment().offset) > 512
             && !geometry.size().is_multiple_of(disk.alignment().offset.into())
@@ -85,14 +86,14 @@ impl SessionDisk {
         }
         let base = open_base(&manifest)?;
         refuse_same_file(&options.disk, &manifest.base.path)?;
-        paths.create_state_dirs()?;
+        paths.create_state_dirs(&storage)?;
         let (live, before) = LivePage::open(&paths, manifest.disk, number)?;
-        let verdict = judge(&paths, &manifest, geometry, &disk, before, options.resume)?;
+        let verdict = judge(&storage, &paths, &manifest, geometry, &disk, before, options.resume)?;
         if let Basis::Everything(why) = &verdict.basis {
             log::warn!("{}: {why}; all of its blocks will be restored", options.disk.display());
         }
         if !paths.intents().exists() {
-            Intents::create(&paths.intents(), geometry, true)?;
+            Intents::create(&storage, &paths.intents(), geometry, true)?;
         }
         let engine = match options.engine {
             Some(engine) => engine,
@@ -107,9 +108,10 @@ impl SessionDisk {
             base_identity: manifest.base.identity.clone(),
             engine,
             faults: options.faults.clone(),
+            storage: storage.clone(),
             flush: options.flush,
             pending: verdict.pending,
-            intents: Intents::open(&paths.intents(), geometry)?,
+            intents: Intents::open(&storage, &paths.intents(), geometry)?,
             live,
         }));
         let session = verdict.session.map(|session| take_up(&shared, &paths, session)).transpose()?;
@@ -244,13 +246,14 @@ impl SessionDisk {
         self.shared.check_base()?;
         let mut manifest = lifecycle.manifest.clone();
         let entry = next_entry(&mut manifest, EntryKind::Session);
-        let writer = LogWriter::create(&self.paths.sessions(), &self.log_header(&manifest, entry))?;
+        let logs = self.shared.storage.logs(&self.paths.sessions());
+        let writer = LogWriter::create_in(&*logs, &self.log_header(&manifest, entry))?;
         // The mark comes first: were we killed between the two, the earlier logs are sealed and speak
         // for themselves.
         self.shared.live.set_mark(LiveMark { sequence: entry.sequence, mark: writer.mark() });
         manifest.pristine_since = None;
         // Should this fail after the rename, the new manifest holds and names the log: it stays.
-        manifest.store(&self.paths)?;
+        manifest.store(&self.shared.storage, &self.paths)?;
         lifecycle.manifest = manifest;
         self.shared.live.set_pristine(false);
         *self.shared.log() = Some(writer);
@@ -342,7 +345,8 @@ impl SessionDisk {
         manifest.logs.clear();
         if !snapshot.is_empty() {
             let entry = next_entry(&mut manifest, EntryKind::Pending);
-            LogWriter::write_pending(&self.paths.sessions(), &self.log_header(&manifest, entry), &snapshot)?;
+            let logs = self.shared.storage.logs(&self.paths.sessions());
+            LogWriter::write_pending_in(&*logs, &self.log_header(&manifest, entry), &snapshot)?;
         }
         manifest.logs.extend(session);
         manifest.pristine_since = None;
@@ -350,10 +354,10 @@ impl SessionDisk {
             self.shared.sync_disk_and_times()?;
             manifest.pristine_since = disk_witness(&self.shared.disk)?;
         }
-        manifest.store(&self.paths)?;
+        manifest.store(&self.shared.storage, &self.paths)?;
         self.shared.live.set_pristine(manifest.logs.is_empty());
         lifecycle.manifest = manifest;
-        prune_logs(&self.paths, &lifecycle.manifest, self.keep_logs);
+        prune_logs(&self.shared.storage, &self.paths, &lifecycle.manifest, self.keep_logs);
         Ok(())
     }
 
@@ -469,7 +473,8 @@ impl Drop for SessionDisk {
 /// and not counted is erased.
 fn take_up(shared: &Shared, paths: &Paths, session: GoesOn) -> Result<OpenSession, Error> {
     let log = paths.sessions().join(session.entry.id().file_name());
-    let (writer, owned) = LogWriter::resume(&log, session.mark)?;
+    let file = shared.storage.open_log(&log)?;
+    let (writer, owned) = LogWriter::resume_on(file, log, session.mark)?;
     shared.owned.insert_set(&owned);
     *shared.log() = Some(writer);
     let started = UNIX_EPOCH + Duration::from_nanos(session.begun_unix_ns);

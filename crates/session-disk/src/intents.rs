@@ -7,7 +7,7 @@
 
 use std::fs;
 use std::io::{self, Read};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
@@ -15,7 +15,7 @@ use blocks::{BLOCK_SIZE, BlockSet, Extent, Geometry};
 use rustix::fs::OFlags;
 
 use crate::Error;
-use crate::paths::sync_dir;
+use crate::storage::Storage;
 
 /// Size of a region in bytes.
 pub const REGION_SIZE: u64 = 64 << 20;
@@ -30,6 +30,7 @@ pub(crate) struct Intents {
     durable: BlockSet,
     file: Mutex<fs::File>,
     path: PathBuf,
+    storage: Storage,
 }
 
 fn region_count(geometry: Geometry) -> u64 {
@@ -51,11 +52,13 @@ fn encode_sector(bits: &[u8], index: usize) -> [u8; SECTOR] {
 }
 
 /// The bytes of the file, as far as they count.
-fn read(path: &Path, geometry: Geometry) -> io::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
+fn read(storage: &Storage, path: &Path, geometry: Geometry) -> io::Result<Vec<u8>> {
     let len = region_count(geometry).div_ceil(SECTOR_BITS) * SECTOR as u64;
-    fs::File::open(path)?.take(len).read_to_end(&mut bytes)?;
-    Ok(bytes)
+    storage.read(path, || {
+        let mut bytes = Vec::new();
+        fs::File::open(path)?.take(len).read_to_end(&mut bytes)?;
+        Ok(bytes)
+    })
 }
 
 /// The regions in the bytes of a file; a bad, short or missing sector has all of its regions.
@@ -79,44 +82,39 @@ fn decode(bytes: &[u8], regions: u64) -> BlockSet {
 impl Intents {
     /// Makes the file, durably, in the place of one that may be there: with no region set, or with
     /// all of them, where an older manifest may still be about the disk.
-    pub(crate) fn create(path: &Path, geometry: Geometry, all_regions: bool) -> Result<(), Error> {
+    pub(crate) fn create(
+        storage: &Storage,
+        path: &Path,
+        geometry: Geometry,
+        all_regions: bool,
+    ) -> Result<(), Error> {
         let regions = BlockSet::new(region_count(geometry));
         if all_regions {
             regions.insert(Extent::new(0, regions.bound()));
         }
-        let (bytes, new) = (regions.to_bytes(), path.with_extension("new"));
-        let write = || -> io::Result<()> {
-            let file =
-                fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
-            for index in 0..region_count(geometry).div_ceil(SECTOR_BITS) {
-                file.write_all_at(&encode_sector(&bytes, index as usize), index * SECTOR as u64)?;
-            }
-            file.sync_all()?;
-            fs::rename(&new, path)
-        };
-        write().map_err(|error| {
-            let _ = fs::remove_file(&new);
-            Error::state("create", path, error)
-        })?;
-        path.parent().map_or(Ok(()), sync_dir)
+        let bits = regions.to_bytes();
+        let sectors = region_count(geometry).div_ceil(SECTOR_BITS) as usize;
+        let bytes: Vec<u8> = (0..sectors).flat_map(|index| encode_sector(&bits, index)).collect();
+        storage.replace(path, &bytes).map_err(|error| Error::state("create", path, error))?;
+        path.parent().map_or(Ok(()), |dir| storage.sync_dir(dir))
     }
 
     /// Opens the file for serving; every write to it is durable when it returns.
-    pub(crate) fn open(path: &Path, geometry: Geometry) -> Result<Self, Error> {
+    pub(crate) fn open(storage: &Storage, path: &Path, geometry: Geometry) -> Result<Self, Error> {
         let file = fs::OpenOptions::new()
             .read(true)
             .write(true)
             .custom_flags(OFlags::DSYNC.bits() as i32)
             .open(path)
             .map_err(|error| Error::state("open", path, error))?;
-        let bytes = read(path, geometry).map_err(|error| Error::state("read", path, error))?;
+        let bytes = read(storage, path, geometry).map_err(|error| Error::state("read", path, error))?;
         let durable = decode(&bytes, region_count(geometry));
-        Ok(Self { durable, file: Mutex::new(file), path: path.to_owned() })
+        Ok(Self { durable, file: Mutex::new(file), path: path.to_owned(), storage: storage.clone() })
     }
 
     /// The blocks of all regions of the file at `path`; a missing file has all of them.
-    pub(crate) fn read_blocks(path: &Path, geometry: Geometry) -> Result<BlockSet, Error> {
-        let bytes = match read(path, geometry) {
+    pub(crate) fn read_blocks(storage: &Storage, path: &Path, geometry: Geometry) -> Result<BlockSet, Error> {
+        let bytes = match read(storage, path, geometry) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
             result => result.map_err(|error| Error::state("read", path, error))?,
         };
@@ -157,7 +155,9 @@ impl Intents {
     fn write(&self, file: &fs::File, set: &BlockSet, regions: Extent) -> Result<(), Error> {
         let bytes = set.to_bytes();
         for index in regions.first() / SECTOR_BITS..regions.end().div_ceil(SECTOR_BITS) {
-            file.write_all_at(&encode_sector(&bytes, index as usize), index * SECTOR as u64)
+            let sector = encode_sector(&bytes, index as usize);
+            self.storage
+                .write_durably(file, &self.path, &sector, index * SECTOR as u64)
                 .map_err(|error| Error::state("write", &self.path, error))?;
         }
         Ok(())
@@ -176,20 +176,20 @@ mod tests {
     fn ensured_regions_are_read_again_and_cleared_ones_are_not() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("intents");
-        Intents::create(&path, disk(), false).unwrap();
-        assert!(Intents::read_blocks(&path, disk()).unwrap().is_empty());
-        let intents = Intents::open(&path, disk()).unwrap();
+        Intents::create(&Storage::default(), &path, disk(), false).unwrap();
+        assert!(Intents::read_blocks(&Storage::default(), &path, disk()).unwrap().is_empty());
+        let intents = Intents::open(&Storage::default(), &path, disk()).unwrap();
         intents.ensure(Extent::new(5, 1)).unwrap();
         intents.ensure(Extent::new(4100 * REGION_BLOCKS - 1, 2)).unwrap();
-        let blocks = Intents::read_blocks(&path, disk()).unwrap();
+        let blocks = Intents::read_blocks(&Storage::default(), &path, disk()).unwrap();
         assert_eq!(
             blocks.runs().collect::<Vec<_>>(),
             [Extent::new(0, REGION_BLOCKS), Extent::new(4099 * REGION_BLOCKS, 2 * REGION_BLOCKS)]
         );
         intents.clear().unwrap();
-        assert!(Intents::read_blocks(&path, disk()).unwrap().is_empty());
+        assert!(Intents::read_blocks(&Storage::default(), &path, disk()).unwrap().is_empty());
         intents.ensure(Extent::new(5, 1)).unwrap();
-        assert_eq!(Intents::read_blocks(&path, disk()).unwrap().count(), REGION_BLOCKS);
+        assert_eq!(Intents::read_blocks(&Storage::default(), &path, disk()).unwrap().count(), REGION_BLOCKS);
     }
 
     /// Invariant 6: what can't be read counts as written to.
@@ -197,14 +197,23 @@ mod tests {
     fn damaged_sector_counts_as_all_regions() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("intents");
-        Intents::create(&path, disk(), false).unwrap();
+        Intents::create(&Storage::default(), &path, disk(), false).unwrap();
         let mut bytes = fs::read(&path).unwrap();
         bytes[17] ^= 4;
         fs::write(&path, &bytes).unwrap();
-        assert_eq!(Intents::read_blocks(&path, disk()).unwrap().count(), SECTOR_BITS * REGION_BLOCKS);
+        assert_eq!(
+            Intents::read_blocks(&Storage::default(), &path, disk()).unwrap().count(),
+            SECTOR_BITS * REGION_BLOCKS
+        );
         fs::write(&path, &bytes[..600]).unwrap();
-        assert_eq!(Intents::read_blocks(&path, disk()).unwrap().count(), disk().blocks());
+        assert_eq!(
+            Intents::read_blocks(&Storage::default(), &path, disk()).unwrap().count(),
+            disk().blocks()
+        );
         fs::remove_file(&path).unwrap();
-        assert_eq!(Intents::read_blocks(&path, disk()).unwrap().count(), disk().blocks());
+        assert_eq!(
+            Intents::read_blocks(&Storage::default(), &path, disk()).unwrap().count(),
+            disk().blocks()
+        );
     }
 }

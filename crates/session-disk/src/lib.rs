@@ -32,6 +32,7 @@ mod recover;
 mod request;
 mod shared;
 mod status;
+mod storage;
 mod verify;
 
 pub use disk::SessionDisk;

@@ -5,7 +5,6 @@
 
 use std::fs;
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use base_image::BaseIdentity;
@@ -14,8 +13,9 @@ use uuid::Uuid;
 use write_log::{LogId, LogKind};
 
 use crate::Error;
-use crate::paths::{Paths, sync_dir};
+use crate::paths::Paths;
 use crate::recover::Basis;
+use crate::storage::Storage;
 
 /// The newest format version that this program reads, and the one that it writes.
 pub const MANIFEST_VERSION: u32 = 1;
@@ -121,6 +121,10 @@ struct VersionOnly {
 impl Manifest {
     /// Reads the manifest of a disk.
     pub fn load(paths: &Paths) -> Result<Self, Error> {
+        Self::load_from(&Storage::default(), paths)
+    }
+
+    pub(crate) fn load_from(storage: &Storage, paths: &Paths) -> Result<Self, Error> {
         let path = paths.manifest();
         let missing = || Error::NotProvisioned { disk: paths.disk().to_owned(), manifest: path.clone() };
         let metadata = match fs::metadata(&path) {
@@ -130,7 +134,8 @@ impl Manifest {
         if metadata.len() > MANIFEST_SIZE_MAX {
             return Err(Error::DamagedManifest { path, what: format!("it has {} bytes", metadata.len()) });
         }
-        let bytes = fs::read(&path).map_err(|error| Error::state("read", &path, error))?;
+        let bytes =
+            storage.read(&path, || fs::read(&path)).map_err(|error| Error::state("read", &path, error))?;
         Self::parse(&path, &bytes)
     }
 
@@ -177,23 +182,13 @@ impl Manifest {
         Ok(bytes)
     }
 
-    /// Makes this the disk's manifest, durably. After an error the old one still holds.
-    pub(crate) fn store(&self, paths: &Paths) -> Result<(), Error> {
+    /// Makes this the disk's manifest, durably. After an error the old one still holds, or this one does.
+    pub(crate) fn store(&self, storage: &Storage, paths: &Paths) -> Result<(), Error> {
         let path = paths.manifest();
-        let new = paths.state_dir().join("manifest.new");
-        let write = || -> io::Result<()> {
-            let bytes = self.to_bytes()?;
-            let mut file =
-                fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
-            file.write_all(&bytes)?;
-            file.sync_all()?;
-            fs::rename(&new, &path)
-        };
-        write().map_err(|error| {
-            let _ = fs::remove_file(&new);
-            Error::state("replace", &path, error)
-        })?;
-        sync_dir(paths.state_dir())
+        self.to_bytes()
+            .and_then(|bytes| storage.replace(&path, &bytes))
+            .map_err(|error| Error::state("replace", &path, error))?;
+        storage.sync_dir(paths.state_dir())
     }
 }
 
@@ -219,7 +214,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let paths = Paths::new(&dir.path().join("disk"), Some(dir.path()), None);
         assert!(matches!(Manifest::load(&paths), Err(Error::NotProvisioned { .. })));
-        manifest().store(&paths).unwrap();
+        manifest().store(&Storage::default(), &paths).unwrap();
         assert_eq!(Manifest::load(&paths).unwrap(), manifest());
     }
 

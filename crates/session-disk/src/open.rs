@@ -18,6 +18,7 @@ use crate::live::{Before, LivePage};
 use crate::manifest::Manifest;
 use crate::paths::Paths;
 use crate::recover::{Evidence, FoundLog, Verdict, conclude};
+use crate::storage::Storage;
 
 /// How long to wait for the I/O of a server that died: its lock is held until the last of it has landed.
 const DEAD_SERVER_WAIT_MAX: Duration = Duration::from_secs(30);
@@ -139,6 +140,7 @@ pub(crate) fn open_for_sync(disk: &File) -> Result<File, Error> {
 /// Reads all that speaks for the disk, and concludes. Changes nothing. `resume`: a session that is
 /// open may go on.
 pub(crate) fn judge(
+    storage: &Storage,
     paths: &Paths,
     manifest: &Manifest,
     geometry: Geometry,
@@ -146,7 +148,7 @@ pub(crate) fn judge(
     live: Before,
     resume: bool,
 ) -> Result<Verdict, Error> {
-    let read = |path: &Path| -> FoundLog { write_log::read(path).map_err(|error| describe(&error)) };
+    let read = |path: &Path| -> FoundLog { storage.read_log(path).map_err(|error| describe(&error)) };
     let logs = manifest.logs.iter().map(|e| (*e, read(&paths.sessions().join(e.id().file_name())))).collect();
     let witness = disk_witness(disk)?;
     let evidence = Evidence {
@@ -155,7 +157,7 @@ pub(crate) fn judge(
         live: live.mark,
         same_boot: live.same_boot,
         session_open: live.session_open && resume,
-        intents: Intents::read_blocks(&paths.intents(), geometry)?,
+        intents: Intents::read_blocks(storage, &paths.intents(), geometry)?,
     };
     Ok(conclude(manifest, geometry, evidence))
 }
@@ -173,7 +175,7 @@ pub(crate) fn describe(error: &dyn std::error::Error) -> String {
 }
 
 /// Removes retired logs but the youngest `keep`, and anything half-made.
-pub(crate) fn prune_logs(paths: &Paths, manifest: &Manifest, keep: usize) {
+pub(crate) fn prune_logs(storage: &Storage, paths: &Paths, manifest: &Manifest, keep: usize) {
     let dir = paths.sessions();
     let Ok(entries) = fs::read_dir(&dir) else { return };
     let mut retired: Vec<write_log::LogId> = entries
@@ -184,7 +186,7 @@ pub(crate) fn prune_logs(paths: &Paths, manifest: &Manifest, keep: usize) {
     retired.sort_by_key(|id| std::cmp::Reverse(id.seq));
     for id in retired.into_iter().skip(keep) {
         let path = dir.join(id.file_name());
-        match fs::remove_file(&path) {
+        match storage.remove(&path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 log::warn!("cannot remove retired log {}: {error}", path.display());
             }

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use blockio::EngineKind;
 use blockio::fault::FaultPlan;
+use blockio::tape::Tape;
 
 use crate::Paths;
 use crate::shared::FlushPolicy;
@@ -33,6 +34,8 @@ pub struct DiskOptions {
     pub resume: bool,
     /// For tests: every I/O of queues and drain meets this plan.
     pub faults: Option<Arc<FaultPlan>>,
+    /// For tests: every I/O on the disk and its state passes this tape.
+    pub tape: Option<Arc<dyn Tape>>,
 }
 
 impl DiskOptions {
@@ -48,6 +51,7 @@ impl DiskOptions {
             keep_logs: 8,
             resume: false,
             faults: None,
+            tape: None,
         }
     }
 

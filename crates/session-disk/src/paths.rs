@@ -1,13 +1,13 @@
 //! Where the state of a disk lives.
 
 use std::ffi::OsString;
-use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
 
 use crate::Error;
+use crate::storage::Storage;
 
 /// Environment variable that systemd sets for a service with `RuntimeDirectory=`.
 const RUNTIME_DIRECTORY: &str = "RUNTIME_DIRECTORY";
@@ -64,20 +64,22 @@ impl Paths {
     }
 
     /// Makes the directories that are missing, for the owner only.
-    pub(crate) fn create_state_dirs(&self) -> Result<(), Error> {
-        create_private(&self.state)?;
-        create_private(&self.sessions())
+    pub(crate) fn create_state_dirs(&self, storage: &Storage) -> Result<(), Error> {
+        create_private(storage, &self.state)?;
+        create_private(storage, &self.sessions())
     }
 
     /// Makes the runtime directory if it is missing.
     pub(crate) fn create_runtime_dir(&self) -> Result<(), Error> {
-        create_private(&self.runtime)
+        create_private(&Storage::default(), &self.runtime)
     }
 }
 
-fn create_private(dir: &Path) -> Result<(), Error> {
-    use std::os::unix::fs::DirBuilderExt;
-    match fs::DirBuilder::new().mode(0o700).create(dir) {
+fn create_private(storage: &Storage, dir: &Path) -> Result<(), Error> {
+    if dir.is_dir() {
+        return Ok(());
+    }
+    match storage.create_dir(dir) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists && dir.is_dir() => Ok(()),
         result => result.map_err(|error| Error::state("create directory", dir, error)),
     }
@@ -91,11 +93,4 @@ fn default_runtime_dir() -> PathBuf {
         Some(dir) if !rustix::process::geteuid().is_root() => Path::new(&dir).join("pristine"),
         _ => PathBuf::from("/run/pristine"),
     }
-}
-
-/// Makes the entries of a directory durable.
-pub(crate) fn sync_dir(dir: &Path) -> Result<(), Error> {
-    fs::File::open(dir)
-        .and_then(|dir| dir.sync_all())
-        .map_err(|error| Error::state("sync directory", dir, error))
 }

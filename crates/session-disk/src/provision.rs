@@ -15,7 +15,7 @@ use crate::intents::Intents;
 use crate::live::LivePage;
 use crate::manifest::{BaseEntry, DiskFile, EntryKind, MANIFEST_VERSION, Manifest};
 use crate::open::{disk_witness, file_number, lock_state_dir, open_disk, refuse_same_file};
-use crate::paths::sync_dir;
+use crate::storage::Storage;
 use crate::{DiskOptions, Error, Paths};
 
 /// What is to be made.
@@ -82,7 +82,7 @@ pub fn provision(options: &ProvisionOptions) -> Result<Provisioned, Error> {
 
 fn make(options: &ProvisionOptions, made: &mut Made) -> Result<(u64, u64), Error> {
     let path = &options.disk.disk;
-    let paths = options.disk.paths();
+    let (paths, storage) = (options.disk.paths(), Storage::new(options.disk.tape.clone()));
     let base_path =
         fs::canonicalize(&options.base).map_err(|e| Error::state("open base image", &options.base, e))?;
     let base = BaseImage::open(&base_path)?;
@@ -102,7 +102,8 @@ fn make(options: &ProvisionOptions, made: &mut Made) -> Result<(u64, u64), Error
     } else {
         let size = wanted_size(options, &base, None)?;
         Geometry::new(size).map_err(|source| Error::Geometry { path: path.clone(), source })?;
-        let file = File::create_new(path, size, OpenOptions { write: true, direct: false, exclusive: true })?;
+        let open = OpenOptions { write: true, direct: false, exclusive: true };
+        let file = storage.create_disk(path, size, open)?;
         made.files.push(path.clone());
         file.lock_exclusive()?;
         (std::sync::Arc::new(file), true)
@@ -121,10 +122,11 @@ fn make(options: &ProvisionOptions, made: &mut Made) -> Result<(u64, u64), Error
             made.dirs.push(dir);
         }
     }
-    paths.create_state_dirs()?;
+    paths.create_state_dirs(&storage)?;
     let _state_lock = lock_state_dir(&paths)?;
     // While the old manifest holds, nothing that it rests on is taken away.
-    Intents::create(&paths.intents(), geometry, before.is_some() || paths.manifest().exists())?;
+    let may_be_older = before.is_some() || paths.manifest().exists();
+    Intents::create(&storage, &paths.intents(), geometry, may_be_older)?;
     let mut manifest = Manifest {
         version: MANIFEST_VERSION,
         disk: Uuid::new_v4(),
@@ -136,7 +138,7 @@ fn make(options: &ProvisionOptions, made: &mut Made) -> Result<(u64, u64), Error
         pristine_since: None,
     };
     if pending.is_empty() {
-        disk.sync_all()?;
+        storage.sync_disk(path, || disk.sync_all())?;
         manifest.pristine_since = disk_witness(&disk)?;
     } else {
         let entry = next_entry(&mut manifest, EntryKind::Pending);
@@ -147,18 +149,18 @@ fn make(options: &ProvisionOptions, made: &mut Made) -> Result<(u64, u64), Error
             geometry,
             created_unix_ns: unix_ns(),
         };
-        LogWriter::write_pending(&paths.sessions(), &header, &pending)?;
+        LogWriter::write_pending_in(&*storage.logs(&paths.sessions()), &header, &pending)?;
     }
     if fresh {
-        disk.sync_all()?;
+        storage.sync_disk(path, || disk.sync_all())?;
     }
-    manifest.store(&paths)?;
+    manifest.store(&storage, &paths)?;
     if !fresh {
         // A file or device that was there before is taken now, and stays so: what failed goes on later.
         *made = Made::default();
     }
-    sync_dir(parent(path))?;
-    sync_dir(parent(paths.state_dir()))?;
+    storage.sync_dir(parent(path))?;
+    storage.sync_dir(parent(paths.state_dir()))?;
     Ok((size, pending.count()))
 }
 

@@ -14,6 +14,7 @@ use crate::Error;
 use crate::claims::Claims;
 use crate::intents::Intents;
 use crate::live::{LiveMark, LivePage};
+use crate::storage::Storage;
 
 /// The session disk, in every engine of a disk.
 pub(crate) const DISK: FileIndex = FileIndex(0);
@@ -45,6 +46,7 @@ pub(crate) struct Shared {
     pub(crate) base_identity: BaseIdentity,
     engine: EngineKind,
     faults: Option<Arc<FaultPlan>>,
+    pub(crate) storage: Storage,
     pub(crate) flush: FlushPolicy,
     /// P: blocks that may not hold the base's content and are not this session's.
     pub(crate) pending: BlockSet,
@@ -81,6 +83,7 @@ pub(crate) struct Parts {
     pub(crate) base_identity: BaseIdentity,
     pub(crate) engine: EngineKind,
     pub(crate) faults: Option<Arc<FaultPlan>>,
+    pub(crate) storage: Storage,
     pub(crate) flush: FlushPolicy,
     pub(crate) pending: BlockSet,
     pub(crate) intents: Intents,
@@ -97,6 +100,7 @@ impl Shared {
             base_identity: parts.base_identity,
             engine: parts.engine,
             faults: parts.faults,
+            storage: parts.storage,
             flush: parts.flush,
             owned: BlockSet::new(parts.pending.bound()),
             claims: Claims::new(parts.pending.bound()),
@@ -115,6 +119,7 @@ impl Shared {
     pub(crate) fn new_engine(&self, depth: u32) -> Result<Box<dyn Engine>, Error> {
         let files = vec![Arc::clone(&self.disk), Arc::clone(self.base.file())];
         let engine = blockio::new_engine(self.engine, depth, files)?;
+        let engine = self.storage.engine(engine, &[self.disk.path(), self.base.path()]);
         match &self.faults {
             None => Ok(engine),
             Some(plan) => FaultEngine::new(engine, Arc::clone(plan))
@@ -166,11 +171,9 @@ impl Shared {
         if self.is_poisoned() {
             return Err(Error::Poisoned(self.disk.path().to_owned()));
         }
-        sync(&self.disk_sync).map_err(|error| {
-            self.poison();
-            // Its path is that of a descriptor.
-            Error::state("sync", self.disk.path(), io::Error::new(error.io_error().kind(), error))
-        })
+        // The path of `disk_sync` is that of a descriptor.
+        let result = self.storage.sync_disk(self.disk.path(), || sync(&self.disk_sync));
+        result.inspect_err(|_| self.poison())
     }
 
     pub(crate) fn is_poisoned(&self) -> bool {

@@ -11,6 +11,7 @@ use crate::manifest::Manifest;
 use crate::open::{check_size, file_number, judge, open_base};
 use crate::process::ProcessId;
 use crate::recover::Basis;
+use crate::storage::Storage;
 use crate::{DiskOptions, Error};
 
 /// The state of a disk, one word.
@@ -98,7 +99,7 @@ pub fn status(options: &DiskOptions) -> Result<Status, Error> {
         return Ok(status);
     }
     let before = Before::of(live.as_ref());
-    let verdict = judge(&paths, &manifest, geometry, &disk, before, false)?;
+    let verdict = judge(&Storage::default(), &paths, &manifest, geometry, &disk, before, false)?;
     // Its VM runs, and the next server takes the session up again.
     let owner = live.as_ref().filter(|live| live.session_is_open()).and_then(LivePage::owner);
     status.session_owner_pid = owner.filter(|owner| owner.is_alive()).map(|owner| owner.pid);

@@ -1,6 +1,13 @@
-//! The file below a log: a trait, so that tests can put failing and crashing files there.
+//! The file below a log and the directory that it is in: traits, so that tests can put failing and
+//! crashing ones there.
 
-use std::{fmt, fs::File, io, os::unix::fs::FileExt, path::Path};
+use std::{
+    fmt,
+    fs::{self, File},
+    io,
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+};
 
 use rustix::{
     fs::{FallocateFlags, IFlags, Mode, OFlags},
@@ -30,6 +37,52 @@ pub trait LogFile: fmt::Debug + Send {
     /// Whether the file has no bytes.
     fn is_empty(&self) -> io::Result<bool> {
         Ok(self.len()? == 0)
+    }
+}
+
+/// What making a log needs of its directory.
+pub trait LogDir: fmt::Debug {
+    /// Where it is.
+    fn path(&self) -> &Path;
+
+    /// Creates the file `path` in it; fails if it exists.
+    fn create_new(&self, path: &Path) -> io::Result<Box<dyn LogFile>>;
+
+    /// Removes the file `path` in it.
+    fn remove(&self, path: &Path) -> io::Result<()>;
+
+    /// Returns once the names in it survive a power cut.
+    fn sync(&self) -> io::Result<()>;
+}
+
+/// A directory of the host.
+#[derive(Clone, Debug)]
+pub struct DiskDir {
+    path: PathBuf,
+}
+
+impl DiskDir {
+    /// The directory at `path`.
+    pub fn new(path: &Path) -> Self {
+        Self { path: path.to_owned() }
+    }
+}
+
+impl LogDir for DiskDir {
+    fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn create_new(&self, path: &Path) -> io::Result<Box<dyn LogFile>> {
+        Ok(Box::new(DiskFile::create_new(path)?))
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        fs::remove_file(path)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        File::open(&self.path)?.sync_all()
     }
 }
 
@@ -135,9 +188,4 @@ pub(crate) fn zero(file: &mut dyn LogFile, mut offset: u64, len: u64) -> io::Res
         offset += count;
     }
     Ok(())
-}
-
-/// Makes the names of the files in `dir` survive a power cut.
-pub(crate) fn sync_dir(dir: &Path) -> io::Result<()> {
-    File::open(dir)?.sync_all()
 }

@@ -24,7 +24,7 @@ mod writer;
 
 pub use contents::{AreaContents, LogContents};
 pub use error::LogError;
-pub use file::{DiskFile, LogFile};
+pub use file::{DiskDir, DiskFile, LogDir, LogFile};
 pub use frame::Mark;
 pub use header::{FORMAT_VERSION, LogHeader, LogKind, area_size, area_size_min};
 pub use id::LogId;

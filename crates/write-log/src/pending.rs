@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use blocks::{BlockSet, Extent};
 
 use crate::{
-    LogError, LogFile, LogHeader, LogKind, LogWriter,
+    DiskDir, LogDir, LogError, LogFile, LogHeader, LogKind, LogWriter,
     frame::{self, HEAD_BYTES, Kind, PAYLOAD_BYTES_MAX, SEAL_BYTES},
     header::{HEADER_BYTES, Layout, bitmap_frames_bytes},
     writer::{create_log, new_layout},
@@ -22,7 +22,12 @@ impl LogWriter {
     /// The log is as large as it needs to be: 8 bytes per run of blocks or one bit per block of the
     /// disk, whichever is less.
     pub fn write_pending(dir: &Path, header: &LogHeader, set: &BlockSet) -> Result<(), LogError> {
-        let plan = Plan::new(dir.join(header.id.file_name()), header, set)?;
+        Self::write_pending_in(&DiskDir::new(dir), header, set)
+    }
+
+    /// [`write_pending`](Self::write_pending) in any kind of directory.
+    pub fn write_pending_in(dir: &dyn LogDir, header: &LogHeader, set: &BlockSet) -> Result<(), LogError> {
+        let plan = Plan::new(dir.path().join(header.id.file_name()), header, set)?;
         create_log(dir, header, plan.layout, |log| plan.run(log, set)).map(drop)
     }
 

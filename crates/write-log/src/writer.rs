@@ -11,18 +11,18 @@
 //!    cut can bring back a seal that does not know of a later append.
 
 use std::{
-    fs, io,
+    io,
     path::{Path, PathBuf},
 };
 
 use blocks::{BlockSet, Extent};
 
 use crate::{
-    DiskFile, LogError, LogFile, LogHeader, LogKind, Mark,
+    DiskDir, DiskFile, LogDir, LogError, LogFile, LogHeader, LogKind, Mark,
     area::{Content, Walk},
     bitmap::{self, ChunkFiller},
     bytes::u64s,
-    file::{sync_dir, write_all, zero},
+    file::{write_all, zero},
     frame::{self, HEAD_BYTES, Kind, PAYLOAD_BYTES_MAX, SEAL_BYTES},
     header::{self, Layout, area_size, area_size_min},
     reader::{load_header, read_from, walk_area},
@@ -54,7 +54,12 @@ impl LogWriter {
     ///
     /// Fails if the file exists; on any error nothing is left behind.
     pub fn create(dir: &Path, header: &LogHeader) -> Result<Self, LogError> {
-        let path = dir.join(header.id.file_name());
+        Self::create_in(&DiskDir::new(dir), header)
+    }
+
+    /// [`create`](Self::create) in any kind of directory.
+    pub fn create_in(dir: &dyn LogDir, header: &LogHeader) -> Result<Self, LogError> {
+        let path = dir.path().join(header.id.file_name());
         check_session(header, &path)?;
         let layout = new_layout(header, area_size(header.geometry), &path)?;
         create_log(dir, header, layout, |_| Ok(()))
@@ -398,25 +403,25 @@ fn check_session(header: &LogHeader, path: &Path) -> Result<(), LogError> {
 /// Creates a log's file in `dir`, lets `fill` write to it, and makes its name durable. On an error
 /// the file is removed, if it was made here.
 pub(crate) fn create_log(
-    dir: &Path,
+    dir: &dyn LogDir,
     header: &LogHeader,
     layout: Layout,
     fill: impl FnOnce(&mut LogWriter) -> Result<(), LogError>,
 ) -> Result<LogWriter, LogError> {
-    let path = dir.join(header.id.file_name());
-    let file = DiskFile::create_new(&path).map_err(|source| match source.kind() {
+    let path = dir.path().join(header.id.file_name());
+    let file = dir.create_new(&path).map_err(|source| match source.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
             LogError::NoSpace { path: path.clone(), needed: layout.file_len(), source }
         }
         _ => LogError::Io { operation: "create", path: path.clone(), source },
     })?;
-    let written = LogWriter::start(Box::new(file), path.clone(), header, layout).and_then(|mut log| {
+    let written = LogWriter::start(file, path.clone(), header, layout).and_then(|mut log| {
         fill(&mut log)?;
-        sync_dir(dir).map_err(LogError::io("sync the directory of", &path))?;
+        dir.sync().map_err(LogError::io("sync the directory of", &path))?;
         Ok(log)
     });
     written.inspect_err(|_| {
-        if let Err(error) = fs::remove_file(&path) {
+        if let Err(error) = dir.remove(&path) {
             log::warn!("cannot remove the unfinished write log {}: {error}", path.display());
         }
     })

@@ -1,0 +1,213 @@
+//! All I/O on a disk's state: plain system calls, each of which passes a tape if there is one.
+//!
+//! Nothing else in this crate reads, makes, changes, syncs, renames or removes a file of the state or
+//! syncs the disk, so that a test can stop the world at any of them. (Not among them: the live page,
+//! which is memory and not meant to survive the host, and the clean-up of a provision that failed.)
+
+use std::fs;
+use std::io::{self, Write};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use blockio::tape::{Io, Tape, TapeEngine, pass};
+use blockio::{Engine, File, OpenOptions};
+use write_log::{DiskDir, DiskFile, LogContents, LogDir, LogError, LogFile};
+
+use crate::Error;
+
+/// Makes the I/O of one disk.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Storage {
+    tape: Option<Arc<dyn Tape>>,
+}
+
+impl Storage {
+    /// I/O that passes `tape`.
+    pub(crate) fn new(tape: Option<Arc<dyn Tape>>) -> Self {
+        Self { tape }
+    }
+
+    fn pass<T>(&self, io: Io<'_>, make: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        pass(self.tape.as_deref(), io, make)
+    }
+
+    /// Reads from a file of the state with `read`.
+    pub(crate) fn read(
+        &self,
+        path: &Path,
+        read: impl FnOnce() -> io::Result<Vec<u8>>,
+    ) -> io::Result<Vec<u8>> {
+        self.pass(Io::Read { path, offset: 0, len: 0 }, read)
+    }
+
+    /// Reads a log.
+    pub(crate) fn read_log(&self, path: &Path) -> Result<LogContents, LogError> {
+        match &self.tape {
+            None => write_log::read(path),
+            Some(_) => write_log::read_from(self.log_file(path, false)?.as_ref(), path),
+        }
+    }
+
+    /// Opens a log to go on writing it.
+    pub(crate) fn open_log(&self, path: &Path) -> Result<Box<dyn LogFile>, LogError> {
+        self.log_file(path, true)
+    }
+
+    fn log_file(&self, path: &Path, write: bool) -> Result<Box<dyn LogFile>, LogError> {
+        let file = DiskFile::open(path, write);
+        let file = file.map_err(|source| LogError::Io { operation: "open", path: path.into(), source })?;
+        Ok(match &self.tape {
+            None => Box::new(file),
+            Some(_) => Box::new(TapedLog { file, path: path.to_owned(), storage: self.clone() }),
+        })
+    }
+
+    /// Makes a directory for its owner only.
+    pub(crate) fn create_dir(&self, path: &Path) -> io::Result<()> {
+        use std::os::unix::fs::DirBuilderExt;
+        self.pass(Io::CreateDir { path }, || fs::DirBuilder::new().mode(0o700).create(path))
+    }
+
+    /// Makes a disk's file; see [`File::create_new`].
+    pub(crate) fn create_disk(&self, path: &Path, size: u64, options: OpenOptions) -> Result<File, Error> {
+        let mut failure = None;
+        let made = self.pass(Io::Create { path, len: size }, || {
+            File::create_new(path, size, options).map_err(|error| {
+                failure = Some(error);
+                io::ErrorKind::Other.into()
+            })
+        });
+        made.map_err(|error| failure.map_or_else(|| Error::state("create", path, error), Error::from))
+    }
+
+    /// Puts a file of `bytes` at `path`, in the place of what may be there: written under another
+    /// name, synced, renamed. After an error that is not of the rename's the old one still holds. The caller syncs the
+    /// directory.
+    pub(crate) fn replace(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
+        let new = path.with_extension("new");
+        let write = || -> io::Result<()> {
+            let mut file = self.pass(Io::Create { path: &new, len: 0 }, || {
+                fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)
+            })?;
+            let io = Io::Write { path: &new, offset: 0, bytes, durable: false };
+            self.pass(io, || file.write_all(bytes))?;
+            self.pass(Io::Sync { path: &new }, || file.sync_all())?;
+            self.pass(Io::Rename { from: &new, to: path }, || fs::rename(&new, path))
+        };
+        write().inspect_err(|_| {
+            let _ = self.remove(&new);
+        })
+    }
+
+    /// Writes to a file that was opened with `O_DSYNC`.
+    pub(crate) fn write_durably(
+        &self,
+        file: &fs::File,
+        path: &Path,
+        bytes: &[u8],
+        offset: u64,
+    ) -> io::Result<()> {
+        let io = Io::Write { path, offset, bytes, durable: true };
+        self.pass(io, || file.write_all_at(bytes, offset))
+    }
+
+    /// Removes a file.
+    pub(crate) fn remove(&self, path: &Path) -> io::Result<()> {
+        self.pass(Io::Remove { path }, || fs::remove_file(path))
+    }
+
+    /// Makes the entries of a directory durable.
+    pub(crate) fn sync_dir(&self, path: &Path) -> Result<(), Error> {
+        self.pass(Io::SyncDir { path }, || fs::File::open(path)?.sync_all())
+            .map_err(|error| Error::state("sync directory", path, error))
+    }
+
+    /// Syncs the disk at `path` with `sync`.
+    pub(crate) fn sync_disk(
+        &self,
+        path: &Path,
+        sync: impl FnOnce() -> Result<(), blockio::Error>,
+    ) -> Result<(), Error> {
+        self.pass(Io::Sync { path }, || sync().map_err(|e| io::Error::new(e.io_error().kind(), e)))
+            .map_err(|error| Error::state("sync", path, error))
+    }
+
+    /// The directory at `path` as a place for logs.
+    pub(crate) fn logs(&self, path: &Path) -> Box<dyn LogDir> {
+        let dir = DiskDir::new(path);
+        match &self.tape {
+            None => Box::new(dir),
+            Some(_) => Box::new(TapedDir { dir, storage: self.clone() }),
+        }
+    }
+
+    /// An engine for the files at `paths`, under the tape.
+    pub(crate) fn engine(&self, engine: Box<dyn Engine>, paths: &[&Path]) -> Box<dyn Engine> {
+        match &self.tape {
+            None => engine,
+            Some(tape) => {
+                let paths = paths.iter().map(|path| path.to_path_buf()).collect();
+                Box::new(TapeEngine::new(engine, Arc::clone(tape), paths))
+            }
+        }
+    }
+}
+
+/// A directory for logs, all of whose I/O passes a tape.
+#[derive(Debug)]
+struct TapedDir {
+    dir: DiskDir,
+    storage: Storage,
+}
+
+impl LogDir for TapedDir {
+    fn path(&self) -> &Path {
+        self.dir.path()
+    }
+
+    fn create_new(&self, path: &Path) -> io::Result<Box<dyn LogFile>> {
+        let file = self.storage.pass(Io::Create { path, len: 0 }, || DiskFile::create_new(path))?;
+        Ok(Box::new(TapedLog { file, path: path.to_owned(), storage: self.storage.clone() }))
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        self.storage.remove(path)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.storage.pass(Io::SyncDir { path: self.dir.path() }, || self.dir.sync())
+    }
+}
+
+/// A log's file, all of whose I/O passes a tape.
+#[derive(Debug)]
+struct TapedLog {
+    file: DiskFile,
+    path: PathBuf,
+    storage: Storage,
+}
+
+impl LogFile for TapedLog {
+    fn write_at(&mut self, bytes: &[u8], offset: u64) -> io::Result<usize> {
+        let io = Io::Write { path: &self.path, offset, bytes, durable: false };
+        self.storage.pass(io, || self.file.write_at(bytes, offset))
+    }
+
+    fn read_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<usize> {
+        let io = Io::Read { path: &self.path, offset, len: bytes.len() as u64 };
+        self.storage.pass(io, || self.file.read_at(bytes, offset))
+    }
+
+    fn sync_data(&mut self) -> io::Result<()> {
+        self.storage.pass(Io::Sync { path: &self.path }, || self.file.sync_data())
+    }
+
+    fn reserve(&mut self, len: u64) -> io::Result<()> {
+        self.storage.pass(Io::Reserve { path: &self.path, len }, || self.file.reserve(len))
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        self.file.len()
+    }
+}
