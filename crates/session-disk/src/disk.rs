@@ -88,7 +88,8 @@ impl SessionDisk {
         refuse_same_file(&options.disk, &manifest.base.path)?;
         paths.create_state_dirs(&storage)?;
         let (live, before) = LivePage::open(&paths, manifest.disk, number)?;
-        let verdict = judge(&storage, &paths, &manifest, geometry, &disk, before, options.resume)?;
+        let before = if options.resume { before } else { before.session_over() };
+        let verdict = judge(&storage, &paths, &manifest, geometry, &disk, before)?;
         if let Basis::Everything(why) = &verdict.basis {
             log::warn!("{}: {why}; all of its blocks will be restored", options.disk.display());
         }

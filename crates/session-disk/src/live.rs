@@ -76,6 +76,11 @@ impl Before {
             session_open: live.is_some_and(|live| live.session_is_open() && !live.is_poisoned()),
         }
     }
+
+    /// The same for whoever takes up no session.
+    pub(crate) fn session_over(self) -> Self {
+        Self { session_open: false, ..self }
+    }
 }
 
 /// A disk's live page.

@@ -11,11 +11,12 @@ use std::time::{Duration, Instant};
 use base_image::{BaseIdentity, BaseImage};
 use blockio::{File, FileKind, ImageAccess, OpenOptions};
 use blocks::Geometry;
+use write_log::{LogContents, LogError};
 
 use crate::Error;
 use crate::intents::Intents;
 use crate::live::{Before, LivePage};
-use crate::manifest::Manifest;
+use crate::manifest::{LogEntry, Manifest};
 use crate::paths::Paths;
 use crate::recover::{Evidence, FoundLog, Verdict, conclude};
 use crate::storage::Storage;
@@ -137,8 +138,7 @@ pub(crate) fn open_for_sync(disk: &File) -> Result<File, Error> {
     Ok(File::open(Path::new(&path), OpenOptions { write: false, direct: false, exclusive: false })?)
 }
 
-/// Reads all that speaks for the disk, and concludes. Changes nothing. `resume`: a session that is
-/// open may go on.
+/// Reads all that speaks for the disk, and concludes. Changes nothing.
 pub(crate) fn judge(
     storage: &Storage,
     paths: &Paths,
@@ -146,17 +146,31 @@ pub(crate) fn judge(
     geometry: Geometry,
     disk: &File,
     live: Before,
-    resume: bool,
 ) -> Result<Verdict, Error> {
-    let read = |path: &Path| -> FoundLog { storage.read_log(path).map_err(|error| describe(&error)) };
-    let logs = manifest.logs.iter().map(|e| (*e, read(&paths.sessions().join(e.id().file_name())))).collect();
+    judge_logs(storage, paths, manifest, geometry, disk, live, &|path| storage.read_log(path))
+}
+
+/// [`judge`] of the logs that `read` finds.
+fn judge_logs(
+    storage: &Storage,
+    paths: &Paths,
+    manifest: &Manifest,
+    geometry: Geometry,
+    disk: &File,
+    live: Before,
+    read: &dyn Fn(&Path) -> Result<LogContents, LogError>,
+) -> Result<Verdict, Error> {
+    let found = |entry: &LogEntry| -> FoundLog {
+        read(&paths.sessions().join(entry.id().file_name())).map_err(|error| describe(&error))
+    };
+    let logs = manifest.logs.iter().map(|entry| (*entry, found(entry))).collect();
     let witness = disk_witness(disk)?;
     let evidence = Evidence {
         disk_now: witness.as_ref(),
         logs,
         live: live.mark,
         same_boot: live.same_boot,
-        session_open: live.session_open && resume,
+        session_open: live.session_open,
         intents: Intents::read_blocks(storage, &paths.intents(), geometry)?,
     };
     Ok(conclude(manifest, geometry, evidence))
@@ -194,3 +208,6 @@ pub(crate) fn prune_logs(storage: &Storage, paths: &Paths, manifest: &Manifest, 
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -10,7 +10,7 @@ use crate::live::{Before, LivePage};
 use crate::manifest::Manifest;
 use crate::open::{check_size, file_number, judge, open_base};
 use crate::process::ProcessId;
-use crate::recover::Basis;
+use crate::recover::{Basis, Verdict};
 use crate::storage::Storage;
 use crate::{DiskOptions, Error};
 
@@ -26,6 +26,13 @@ pub enum DiskState {
     Restoring,
     /// No server runs and blocks are pending: `restore` or the next `serve` goes on.
     Interrupted,
+}
+
+impl DiskState {
+    /// Of a disk that nobody serves.
+    pub(crate) fn of(verdict: &Verdict) -> Self {
+        if verdict.pending.is_empty() { Self::Pristine } else { Self::Interrupted }
+    }
 }
 
 /// What is known of a disk.
@@ -98,15 +105,13 @@ pub fn status(options: &DiskOptions) -> Result<Status, Error> {
         };
         return Ok(status);
     }
-    let before = Before::of(live.as_ref());
-    let verdict = judge(&Storage::default(), &paths, &manifest, geometry, &disk, before, false)?;
+    let before = Before::of(live.as_ref()).session_over();
+    let verdict = judge(&Storage::default(), &paths, &manifest, geometry, &disk, before)?;
     // Its VM runs, and the next server takes the session up again.
     let owner = live.as_ref().filter(|live| live.session_is_open()).and_then(LivePage::owner);
     status.session_owner_pid = owner.filter(|owner| owner.is_alive()).map(|owner| owner.pid);
     status.pending_blocks = verdict.pending.count();
-    if status.pending_blocks > 0 {
-        status.state = DiskState::Interrupted;
-    }
+    status.state = DiskState::of(&verdict);
     if let Basis::Everything(why) = verdict.basis {
         status.distrust = Some(why.to_string());
     }
