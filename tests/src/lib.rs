@@ -9,6 +9,7 @@ pub mod guest;
 pub mod images;
 pub mod initramfs;
 pub mod lab;
+pub mod mounts;
 pub mod outer;
 pub mod peer;
 pub mod process;

@@ -1,6 +1,7 @@
 //! A session disk and its life: open, session, session end, checkpoint, stop.
 
 use std::fs;
+use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
@@ -9,15 +10,15 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use blockio::{EngineKind, File};
 use blocks::{BlockSet, Geometry};
 use uuid::Uuid;
-use write_log::{LogHeader, LogId, LogWriter};
+use write_log::{LogError, LogHeader, LogId, LogWriter};
 
 use crate::drain::Drain;
 use crate::intents::Intents;
 use crate::live::{LiveMark, LivePage};
 use crate::manifest::{DiskFile, EntryKind, LogEntry, Manifest};
 use crate::open::{
-    check_size, describe, disk_witness, file_number, judge, lock_state_dir, open_base, open_disk,
-    open_for_sync, prune_logs, refuse_same_file,
+    check_size, describe, disk_witness, drop_oldest_retired, file_number, judge, lock_state_dir, open_base,
+    open_disk, open_for_sync, prune_logs, refuse_same_file, remove_log,
 };
 use crate::process::ProcessId;
 use crate::recover::{Basis, GoesOn};
@@ -247,14 +248,14 @@ impl SessionDisk {
         self.shared.check_base()?;
         let mut manifest = lifecycle.manifest.clone();
         let entry = next_entry(&mut manifest, EntryKind::Session);
+        let header = self.log_header(&manifest, entry);
         let logs = self.shared.storage.logs(&self.paths.sessions());
-        let writer = LogWriter::create_in(&*logs, &self.log_header(&manifest, entry))?;
+        let writer = self.with_room(&lifecycle, || LogWriter::create_in(&*logs, &header))?;
         // The mark comes first: were we killed between the two, the earlier logs are sealed and speak
         // for themselves.
         self.shared.live.set_mark(LiveMark { sequence: entry.sequence, mark: writer.mark() });
         manifest.pristine_since = None;
-        // Should this fail after the rename, the new manifest holds and names the log: it stays.
-        manifest.store(&self.shared.storage, &self.paths)?;
+        self.replace_manifest(&manifest)?;
         lifecycle.manifest = manifest;
         self.shared.live.set_pristine(false);
         *self.shared.log() = Some(writer);
@@ -346,8 +347,9 @@ impl SessionDisk {
         manifest.logs.clear();
         if !snapshot.is_empty() {
             let entry = next_entry(&mut manifest, EntryKind::Pending);
+            let header = self.log_header(&manifest, entry);
             let logs = self.shared.storage.logs(&self.paths.sessions());
-            LogWriter::write_pending_in(&*logs, &self.log_header(&manifest, entry), &snapshot)?;
+            self.with_room(&lifecycle, || LogWriter::write_pending_in(&*logs, &header, &snapshot))?;
         }
         manifest.logs.extend(session);
         manifest.pristine_since = None;
@@ -355,7 +357,7 @@ impl SessionDisk {
             self.shared.sync_disk_and_times()?;
             manifest.pristine_since = disk_witness(&self.shared.disk)?;
         }
-        manifest.store(&self.shared.storage, &self.paths)?;
+        self.replace_manifest(&manifest)?;
         self.shared.live.set_pristine(manifest.logs.is_empty());
         lifecycle.manifest = manifest;
         prune_logs(&self.shared.storage, &self.paths, &lifecycle.manifest, self.keep_logs);
@@ -427,10 +429,14 @@ impl SessionDisk {
         self.shared.live.set_session_open(false);
         self.forget_intents(&lifecycle)?;
         self.shared.live.set_server(None);
-        // All that it said is in sealed logs now.
+        // All that it said is in sealed logs now. Somebody may have removed it already.
         let live_page = self.paths.live_page(lifecycle.manifest.disk);
-        fs::remove_file(&live_page).map_err(|error| Error::state("remove", &live_page, error))?;
-        Ok(None)
+        match fs::remove_file(&live_page) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(Error::state("remove", &live_page, error))
+            }
+            _ => Ok(None),
+        }
     }
 
     /// Clears the intents if the disk is pristine and synced, which is what no log means. While a
@@ -441,6 +447,33 @@ impl SessionDisk {
 
     pub(crate) fn shared(&self) -> &Arc<Shared> {
         &self.shared
+    }
+
+    /// Makes a log. What is only kept for audit gives way to it, the oldest first.
+    fn with_room<T>(
+        &self,
+        lifecycle: &Lifecycle,
+        mut make: impl FnMut() -> Result<T, LogError>,
+    ) -> Result<T, LogError> {
+        loop {
+            match make() {
+                Err(LogError::NoSpace { .. })
+                    if drop_oldest_retired(&self.shared.storage, &self.paths, &lifecycle.manifest) => {}
+                result => return result,
+            }
+        }
+    }
+
+    /// Makes `manifest` the disk's. If that fails, the logs that it would have added are removed: where
+    /// there is no room, what failed attempts leave must not take up the last of it.
+    fn replace_manifest(&self, manifest: &Manifest) -> Result<(), Error> {
+        manifest.store(&self.shared.storage, &self.paths).inspect_err(|_| {
+            // Should it have failed after the rename, the new manifest holds and names its logs.
+            if let Ok(holds) = Manifest::load(&self.paths) {
+                let unnamed = manifest.logs.iter().filter(|entry| !holds.logs.contains(entry));
+                unnamed.for_each(|entry| remove_log(&self.shared.storage, &self.paths, entry.id()));
+            }
+        })
     }
 
     fn log_header(&self, manifest: &Manifest, entry: LogEntry) -> LogHeader {

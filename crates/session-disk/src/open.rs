@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use base_image::{BaseIdentity, BaseImage};
 use blockio::{File, FileKind, ImageAccess, OpenOptions};
 use blocks::Geometry;
-use write_log::{LogContents, LogError};
+use write_log::{LogContents, LogError, LogId};
 
 use crate::Error;
 use crate::intents::Intents;
@@ -188,25 +188,41 @@ pub(crate) fn describe(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// Removes retired logs but the youngest `keep`, and anything half-made.
-pub(crate) fn prune_logs(storage: &Storage, paths: &Paths, manifest: &Manifest, keep: usize) {
-    let dir = paths.sessions();
-    let Ok(entries) = fs::read_dir(&dir) else { return };
-    let mut retired: Vec<write_log::LogId> = entries
+/// Logs that are there and not in the manifest, the youngest first.
+fn retired_logs(paths: &Paths, manifest: &Manifest) -> Vec<LogId> {
+    let Ok(entries) = fs::read_dir(paths.sessions()) else { return Vec::new() };
+    let mut retired: Vec<LogId> = entries
         .flatten()
-        .filter_map(|entry| write_log::LogId::parse(entry.file_name().to_str()?))
+        .filter_map(|entry| LogId::parse(entry.file_name().to_str()?))
         .filter(|id| !manifest.logs.iter().any(|entry| entry.id() == *id))
         .collect();
     retired.sort_by_key(|id| std::cmp::Reverse(id.seq));
-    for id in retired.into_iter().skip(keep) {
-        let path = dir.join(id.file_name());
-        match storage.remove(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                log::warn!("cannot remove retired log {}: {error}", path.display());
-            }
-            _ => {}
+    retired
+}
+
+/// Removes a log that speaks for nothing (any more).
+pub(crate) fn remove_log(storage: &Storage, paths: &Paths, id: LogId) {
+    let path = paths.sessions().join(id.file_name());
+    match storage.remove(&path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            log::warn!("cannot remove retired log {}: {error}", path.display());
         }
+        _ => {}
     }
+}
+
+/// Removes retired logs but the youngest `keep`, and anything half-made.
+pub(crate) fn prune_logs(storage: &Storage, paths: &Paths, manifest: &Manifest, keep: usize) {
+    retired_logs(paths, manifest).into_iter().skip(keep).for_each(|id| remove_log(storage, paths, id));
+}
+
+/// Removes the oldest retired log, to make room; whether there was one and it is gone.
+pub(crate) fn drop_oldest_retired(storage: &Storage, paths: &Paths, manifest: &Manifest) -> bool {
+    let Some(id) = retired_logs(paths, manifest).pop() else { return false };
+    let path = paths.sessions().join(id.file_name());
+    log::warn!("no room for a write log: the retired log {} is removed before its time", path.display());
+    remove_log(storage, paths, id);
+    !path.exists()
 }
 
 #[cfg(test)]

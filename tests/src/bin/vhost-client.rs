@@ -11,6 +11,7 @@
 //! zero OFFSET LEN              ok
 //! flush                        ok
 //! scatter COUNT SEED           ok                 one write of 4 KiB into each of COUNT blocks
+//! attempt COUNT SEED           ok WRITTEN FAILED  the same, but a write may fail; those that do not are read back
 //! storm SEED                   ok storming        then writes until it is killed
 //! load FILE                    ok                 the disk's contents for the next model
 //! model SEED OPERATIONS QUEUES DEPTH              ok SUMMARY
@@ -22,7 +23,7 @@ use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use pristine_tests::client::{Client, Pattern, Plan, Request, Shape, run_bench, run_model};
+use pristine_tests::client::{Client, Done, Pattern, Plan, Request, Shape, run_bench, run_model};
 use pristine_tests::random::{Random, contents, scattered};
 use sha2::{Digest, Sha256};
 
@@ -96,6 +97,7 @@ impl Session {
                 let blocks = scattered(seed, count, self.client()?.capacity() / BLOCK);
                 self.write_blocks(seed, &mut blocks.into_iter(), || {}).map(|()| String::new())
             }
+            ("attempt", [count, seed]) => self.attempt(number(count)?, number(seed)?),
             ("storm", [seed]) => self.storm(number(seed)?),
             ("load", [file]) => {
                 self.loaded = std::fs::read(file).map_err(|error| error.to_string())?;
@@ -131,6 +133,40 @@ impl Session {
         let file = std::fs::File::open(file).map_err(|error| error.to_string())?;
         file.read_exact_at(&mut expected, offset).map_err(|error| error.to_string())?;
         Ok(if read == expected { "same" } else { "different" }.into())
+    }
+
+    /// Writes to `count` blocks, each once; then reads those whose writes succeeded.
+    fn attempt(&mut self, count: u64, seed: u64) -> Result<String, String> {
+        let client = self.client()?;
+        let blocks = scattered(seed, count, client.capacity() / BLOCK);
+        let (mut begun, mut written, mut failed) = (0, Vec::new(), 0);
+        let mut of_slot = [0; DEPTH];
+        let mut done: Vec<_> = (0..DEPTH).map(|slot| Done { slot, result: 1 }).collect();
+        loop {
+            for Done { slot, result } in done.drain(..) {
+                match result {
+                    0 => written.push(of_slot[slot]),
+                    1 => {} // its first turn
+                    _ => failed += 1,
+                }
+                if let Some(block) = blocks.get(begun) {
+                    begun += 1;
+                    of_slot[slot] = *block;
+                    client.submit_contents(slot % client.queues(), slot, seed, block * BLOCK, BLOCK as usize);
+                }
+            }
+            if written.len() + failed == blocks.len() {
+                break;
+            }
+            client.wait_any(&mut done)?;
+        }
+        for block in &written {
+            if client.read(0, block * BLOCK, BLOCK as usize)? != contents(seed, block * BLOCK, BLOCK as usize)
+            {
+                return Err(format!("block {block} does not hold what was written to it"));
+            }
+        }
+        Ok(format!("{} {failed}", written.len()))
     }
 
     /// Writes until the process is killed. The answer comes as soon as writes have completed.
