@@ -34,4 +34,5 @@ mod worker;
 pub use boundary::EndReason;
 pub use config::{DeviceConfig, QUEUE_SIZE_MAX, QUEUES_MAX};
 pub use server::{Exit, Observer, Server, ServerConfig, ServerError, StopHandle};
-pub use socket::{Socket, SocketError, SocketPermissions};
+pub use socket::{Socket, SocketError};
+pub use unix_socket::SocketPermissions;

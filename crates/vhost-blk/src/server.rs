@@ -162,7 +162,7 @@ impl Server {
     fn wait(&self) -> Result<(), ServerError> {
         let mut fds = vec![PollFd::new(&self.control.event, PollFlags::IN)];
         let now = Instant::now();
-        if let SocketKind::Listening(listener) = &self.socket.kind
+        if let Some(listener) = self.socket.listener()
             && self.accept_after.is_none_or(|after| now >= after)
         {
             fds.push(PollFd::new(listener, PollFlags::IN));
@@ -198,7 +198,7 @@ impl Server {
         }
         self.accept_after = None;
         for _ in 0..ACCEPTS_PER_TURN {
-            let SocketKind::Listening(listener) = &self.socket.kind else { return Ok(()) };
+            let Some(listener) = self.socket.listener() else { return Ok(()) };
             match listener.accept() {
                 Ok((stream, _)) => {
                     // One that has hung up and connected again did so in this order.

@@ -1,80 +1,25 @@
 //! The socket that frontends connect to: made by us at a path, or inherited.
 
 use std::{
-    fs, io,
     os::{
-        fd::{AsFd, OwnedFd},
-        unix::{
-            ffi::OsStrExt,
-            fs::{FileTypeExt, MetadataExt, PermissionsExt},
-            net::{UnixListener, UnixStream},
-        },
+        fd::OwnedFd,
+        unix::net::{UnixListener, UnixStream},
     },
-    path::{Path, PathBuf},
-    time::{Duration, Instant},
+    path::Path,
 };
 
-use rustix::{
-    fs::{AtFlags, CWD, FlockOperation, Gid, Mode, OFlags, Uid},
-    io::Errno,
-    net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType},
-};
+use rustix::net::{AddressFamily, SocketType};
 use thiserror::Error;
+use unix_socket::{PlacedListener, SocketPermissions};
 
 use crate::connection::set_nonblocking;
-
-/// Longest path of a Unix socket in bytes: `sun_path` with its terminating NUL.
-const PATH_MAX: usize = 107;
-/// Connections that may wait for being accepted.
-const BACKLOG: i32 = 16;
-/// How long to wait for another server that is just making its socket in the same directory.
-const DIRECTORY_WAIT_MAX: Duration = Duration::from_secs(5);
-
-/// Who may connect. What is not given stays as the process's umask and identity make it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct SocketPermissions {
-    /// Permission bits, as of `chmod`.
-    pub mode: Option<u32>,
-    /// Numeric user ID of the owner.
-    pub owner: Option<u32>,
-    /// Numeric group ID.
-    pub group: Option<u32>,
-}
 
 /// Why a socket can't be used.
 #[derive(Debug, Error)]
 pub enum SocketError {
-    /// The path does not fit into a socket address.
-    #[error(
-        "socket path {path} is {len} bytes long, at most {PATH_MAX} are possible: use a shorter one",
-        path = .path.display(), len = .path.as_os_str().len()
-    )]
-    TooLong {
-        /// The path asked for.
-        path: PathBuf,
-    },
-    /// Another server answers there.
-    #[error("socket {path} is taken by a living server", path = .path.display())]
-    Taken {
-        /// The path asked for.
-        path: PathBuf,
-    },
-    /// There is something else, which is left alone.
-    #[error("{path} exists and is not a socket: remove it, or use another path", path = .path.display())]
-    NotASocket {
-        /// The path asked for.
-        path: PathBuf,
-    },
-    /// A system call failed.
-    #[error("cannot {operation} socket {path}", path = .path.display())]
-    Io {
-        /// What was tried.
-        operation: &'static str,
-        /// The path asked for.
-        path: PathBuf,
-        /// How it failed.
-        source: io::Error,
-    },
+    /// There is none at the path.
+    #[error(transparent)]
+    Place(#[from] unix_socket::SocketError),
     /// The inherited descriptor is of no use.
     #[error("the inherited file descriptor is not a Unix stream socket that listens or is connected")]
     BadDescriptor,
@@ -85,61 +30,31 @@ pub enum SocketError {
 #[derive(Debug)]
 pub struct Socket {
     pub(crate) kind: SocketKind,
-    _placed: Option<Placed>,
 }
 
 #[derive(Debug)]
 pub(crate) enum SocketKind {
     /// Takes one frontend after another.
-    Listening(UnixListener),
+    Placed(PlacedListener),
+    /// The same, but it was inherited.
+    Inherited(UnixListener),
     /// Is a frontend's connection already, and the only one. Taken out when it is served.
     Connected(Option<UnixStream>),
 }
 
-/// Where our socket is in the file system, and which file it is.
-#[derive(Debug)]
-struct Placed {
-    path: PathBuf,
-    device: u64,
-    inode: u64,
-}
-
 impl Socket {
-    /// Makes a listening socket at `path`. One that nobody listens on any more is replaced; a
-    /// living server's, and anything that is not a socket, is left as it is. Nobody can connect
-    /// before the permissions are set.
+    /// Makes a listening socket at `path`; see [`PlacedListener::bind`].
     pub fn bind(path: &Path, permissions: SocketPermissions) -> Result<Self, SocketError> {
-        if path.as_os_str().as_bytes().len() > PATH_MAX {
-            return Err(SocketError::TooLong { path: path.to_owned() });
+        Ok(Self { kind: SocketKind::Placed(PlacedListener::bind(path, permissions)?) })
+    }
+
+    /// The socket that takes one frontend after another, if it is one.
+    pub(crate) fn listener(&self) -> Option<&UnixListener> {
+        match &self.kind {
+            SocketKind::Placed(placed) => Some(placed.listener()),
+            SocketKind::Inherited(listener) => Some(listener),
+            SocketKind::Connected(_) => None,
         }
-        let fail = |operation| {
-            let path = path.to_owned();
-            move |error: Errno| SocketError::Io { operation, path, source: error.into() }
-        };
-        // Two servers must not both find the same leftover, and the second replace the first's.
-        let _guard = lock_directory(path).map_err(fail("lock the directory of"))?;
-        remove_leftover(path)?;
-        let listener = unix_socket().map_err(fail("create"))?;
-        let address = SocketAddrUnix::new(path).map_err(fail("name"))?;
-        rustix::net::bind(&listener, &address).map_err(fail("bind"))?;
-        // From here on, dropping removes it.
-        let placed = Placed::at(path)?;
-        let socket =
-            Socket { kind: SocketKind::Listening(UnixListener::from(listener)), _placed: Some(placed) };
-        if permissions.owner.is_some() || permissions.group.is_some() {
-            let (owner, group) = (permissions.owner.map(Uid::from_raw), permissions.group.map(Gid::from_raw));
-            rustix::fs::chownat(CWD, path, owner, group, AtFlags::SYMLINK_NOFOLLOW)
-                .map_err(fail("change the owner of"))?;
-        }
-        if let Some(mode) = permissions.mode {
-            fs::set_permissions(path, fs::Permissions::from_mode(mode & 0o7777)).map_err(|source| {
-                SocketError::Io { operation: "change the mode of", path: path.to_owned(), source }
-            })?;
-        }
-        if let SocketKind::Listening(listener) = &socket.kind {
-            rustix::net::listen(listener, BACKLOG).map_err(fail("listen on"))?;
-        }
-        Ok(socket)
     }
 
     /// Uses descriptor number `fd`, which this process inherited for nothing else (QEMU's convention
@@ -171,11 +86,11 @@ impl Socket {
         let _ = rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC);
         set_nonblocking(&fd).map_err(|_| SocketError::BadDescriptor)?;
         let kind = if listens {
-            SocketKind::Listening(UnixListener::from(fd))
+            SocketKind::Inherited(UnixListener::from(fd))
         } else {
             SocketKind::Connected(Some(UnixStream::from(fd)))
         };
-        Ok(Self { kind, _placed: None })
+        Ok(Self { kind })
     }
 
     /// Whether there is only ever one connection.
@@ -184,186 +99,9 @@ impl Socket {
     }
 }
 
-impl Placed {
-    fn at(path: &Path) -> Result<Self, SocketError> {
-        let metadata = fs::symlink_metadata(path).map_err(|source| SocketError::Io {
-            operation: "look at",
-            path: path.to_owned(),
-            source,
-        })?;
-        // Absolute, because the working directory may change before it is removed.
-        let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-        Ok(Self { path, device: metadata.dev(), inode: metadata.ino() })
-    }
-}
-
-impl Drop for Placed {
-    fn drop(&mut self) {
-        let ours = fs::symlink_metadata(&self.path)
-            .is_ok_and(|found| found.dev() == self.device && found.ino() == self.inode);
-        if ours {
-            let _ = fs::remove_file(&self.path);
-        }
-    }
-}
-
-fn unix_socket() -> rustix::io::Result<OwnedFd> {
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
-}
-
-/// Keeps other servers from making a socket in the same directory for as long as it lives.
-fn lock_directory(path: &Path) -> rustix::io::Result<OwnedFd> {
-    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let directory = rustix::fs::open(parent.unwrap_or(Path::new(".")), flags, Mode::empty())?;
-    let start = Instant::now();
-    loop {
-        match rustix::fs::flock(&directory, FlockOperation::NonBlockingLockExclusive) {
-            Err(Errno::AGAIN) if start.elapsed() < DIRECTORY_WAIT_MAX => {
-                std::thread::sleep(Duration::from_millis(5));
-            }
-            // A file system without locks can't be guarded; the race is only a narrow one.
-            Err(Errno::NOLCK | Errno::OPNOTSUPP | Errno::NOSYS) => return Ok(directory),
-            result => return result.map(|()| directory),
-        }
-    }
-}
-
-/// Makes room at `path`, if what is there is a socket without a server.
-fn remove_leftover(path: &Path) -> Result<(), SocketError> {
-    let fail = |operation, source: io::Error| SocketError::Io { operation, path: path.to_owned(), source };
-    match fs::symlink_metadata(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(fail("look at", error)),
-        Ok(found) if !found.file_type().is_socket() => {
-            return Err(SocketError::NotASocket { path: path.to_owned() });
-        }
-        Ok(_) => {}
-    }
-    let address = SocketAddrUnix::new(path).map_err(|error| fail("name", error.into()))?;
-    let probe = unix_socket().map_err(|error| fail("create", error.into()))?;
-    match rustix::net::connect(probe.as_fd(), &address) {
-        Err(Errno::CONNREFUSED) => fs::remove_file(path).map_err(|error| fail("replace", error)),
-        // A server whose queue is full, or that speaks in another way, lives too.
-        Ok(()) | Err(Errno::AGAIN | Errno::PROTOTYPE) => Err(SocketError::Taken { path: path.to_owned() }),
-        Err(error) => Err(fail("find out whether a server lives on", error.into())),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn bind(path: &Path) -> Result<Socket, SocketError> {
-        Socket::bind(path, SocketPermissions::default())
-    }
-
-    #[test]
-    fn socket_at_a_path_that_is_too_long_is_refused_with_its_length() {
-        let path = PathBuf::from("/".to_owned() + &"x".repeat(PATH_MAX));
-        let error = bind(&path).unwrap_err();
-        assert!(matches!(error, SocketError::TooLong { .. }));
-        assert!(error.to_string().contains("108 bytes"));
-    }
-
-    #[test]
-    fn socket_at_a_path_of_the_greatest_length_works() {
-        let directory = tempfile::tempdir().unwrap();
-        let room = PATH_MAX - directory.path().as_os_str().len() - 1;
-        let path = directory.path().join("x".repeat(room));
-        let _socket = bind(&path).unwrap();
-        UnixStream::connect(&path).unwrap();
-    }
-
-    #[test]
-    fn socket_of_a_living_server_is_refused_and_untouched() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("s");
-        let _living = bind(&path).unwrap();
-        assert!(matches!(bind(&path), Err(SocketError::Taken { .. })));
-        UnixStream::connect(&path).unwrap();
-    }
-
-    #[test]
-    fn socket_that_nobody_listens_on_is_replaced() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("s");
-        drop(UnixListener::bind(&path).unwrap());
-        assert!(path.exists());
-        let _socket = bind(&path).unwrap();
-        UnixStream::connect(&path).unwrap();
-    }
-
-    #[test]
-    fn socket_where_something_else_is_leaves_it_alone() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("s");
-        fs::write(&path, "precious").unwrap();
-        assert!(matches!(bind(&path), Err(SocketError::NotASocket { .. })));
-        assert_eq!(fs::read(&path).unwrap(), b"precious");
-        let link = directory.path().join("l");
-        std::os::unix::fs::symlink(&path, &link).unwrap();
-        assert!(matches!(bind(&link), Err(SocketError::NotASocket { .. })));
-    }
-
-    #[test]
-    fn socket_in_a_missing_directory_is_an_error() {
-        let directory = tempfile::tempdir().unwrap();
-        let error = bind(&directory.path().join("missing/s")).unwrap_err();
-        assert!(matches!(error, SocketError::Io { .. }));
-    }
-
-    #[test]
-    fn socket_dropped_removes_its_file_but_no_other() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("s");
-        drop(bind(&path).unwrap());
-        assert!(!path.exists());
-        let socket = bind(&path).unwrap();
-        fs::remove_file(&path).unwrap();
-        let _other = UnixListener::bind(&path).unwrap();
-        drop(socket);
-        assert!(path.exists());
-    }
-
-    #[test]
-    fn socket_gets_the_permissions_asked_for() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("s");
-        let group = rustix::process::getgid().as_raw();
-        let permissions = SocketPermissions { mode: Some(0o620), owner: None, group: Some(group) };
-        let _socket = Socket::bind(&path, permissions).unwrap();
-        let found = fs::metadata(&path).unwrap();
-        assert_eq!((found.mode() & 0o7777, found.gid()), (0o620, group));
-    }
-
-    #[test]
-    fn socket_whose_owner_cannot_be_set_leaves_nothing_behind() {
-        if rustix::process::geteuid().is_root() {
-            return; // root may give it to anybody
-        }
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("s");
-        let permissions = SocketPermissions { owner: Some(0), ..Default::default() };
-        assert!(Socket::bind(&path, permissions).is_err());
-        assert!(!path.exists());
-    }
-
-    #[test]
-    fn two_servers_racing_for_a_leftover_one_wins() {
-        let directory = tempfile::tempdir().unwrap();
-        for round in 0..20 {
-            let path = directory.path().join(format!("s{round}"));
-            drop(UnixListener::bind(&path).unwrap());
-            let results: Vec<_> = std::thread::scope(|scope| {
-                let threads: Vec<_> = (0..2).map(|_| scope.spawn(|| bind(&path))).collect();
-                threads.into_iter().map(|thread| thread.join().unwrap()).collect()
-            });
-            assert_eq!(results.iter().filter(|result| result.is_ok()).count(), 1);
-            UnixStream::connect(&path).unwrap();
-        }
-    }
 
     #[test]
     fn inherited_descriptor_is_told_by_what_it_is() {
@@ -374,7 +112,7 @@ mod tests {
         assert!(Socket::from_fd(one.into()).unwrap().is_single());
         let file = tempfile::tempfile().unwrap();
         assert!(matches!(Socket::from_fd(file.into()), Err(SocketError::BadDescriptor)));
-        let neither = unix_socket().unwrap();
+        let neither = rustix::net::socket(AddressFamily::UNIX, SocketType::STREAM, None).unwrap();
         assert!(matches!(Socket::from_fd(neither), Err(SocketError::BadDescriptor)));
     }
 }

@@ -24,7 +24,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 use crate::{
-    socket::SocketPermissions,
+    SocketPermissions,
     testing::{DATA_AT, Driver, MemoryDisk},
 };
 
