@@ -5,6 +5,7 @@
 //! and says, when it is reached, what it waited for and what the processes have printed.
 
 pub mod client;
+pub mod cloud;
 pub mod guest;
 pub mod images;
 pub mod initramfs;
