@@ -7,7 +7,8 @@ use std::time::Duration;
 use tempfile::TempDir;
 
 use crate::PATIENCE;
-use crate::initramfs;
+use crate::initramfs::{self, Archive};
+use crate::outer::add_program;
 use crate::process::Process;
 use crate::program::{scratch_dir, scratch_root};
 
@@ -27,11 +28,13 @@ pub struct Options {
     pub queues: u32,
     /// Whether a reboot boots it again; otherwise QEMU exits.
     pub reboots: bool,
+    /// Whether QEMU connects again, after a second, when the server goes away.
+    pub reconnects: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { queues: 2, reboots: false }
+        Self { queues: 2, reboots: false, reconnects: false }
     }
 }
 
@@ -39,9 +42,20 @@ impl Guest {
     /// Boots a guest whose `/dev/vda` is served at `socket`. It runs `script` with `sh -e` and then
     /// powers off; `say WORDS` in the script prints a line for [`said`](Self::said).
     pub fn boot(socket: &Path, options: Options, script: &str) -> Self {
+        Self::boot_with(socket, options, script, &[])
+    }
+
+    /// The same, with programs of the host (name in the guest, path).
+    pub fn boot_with(socket: &Path, options: Options, script: &str, programs: &[(&str, &Path)]) -> Self {
         let dir = scratch_dir(&scratch_root());
         let initrd = dir.path().join("initramfs");
-        initramfs::write_with(&initrd, &[("job", script)]).unwrap();
+        let mut archive = Archive::prepared().unwrap();
+        archive.add("job", script.as_bytes());
+        for (name, path) in programs {
+            add_program(&mut archive, name, path, dir.path());
+        }
+        archive.write(&initrd).unwrap();
+        let reconnect = if options.reconnects { ",reconnect=1" } else { "" };
         let accel = std::env::var("PRISTINE_TEST_ACCEL").unwrap_or_else(|_| "tcg".into());
         let mut qemu = Command::new("qemu-system-x86_64");
         qemu.args(["-nodefaults", "-display", "none", "-serial", "stdio", "-m", "256"])
@@ -54,7 +68,7 @@ impl Guest {
             .arg(initramfs::guest_dir().join("vmlinuz"))
             .arg("-initrd")
             .arg(&initrd)
-            .args(["-chardev", &format!("socket,id=c0,path={}", socket.display())])
+            .args(["-chardev", &format!("socket,id=c0,path={}{reconnect}", socket.display())])
             .args(["-device", &format!("vhost-user-blk-pci,chardev=c0,num-queues={}", options.queues)]);
         if !options.reboots {
             qemu.arg("-no-reboot");

@@ -33,6 +33,19 @@ pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
+/// How often to do something: the number in the environment variable `name`, or `default`.
+pub fn count_from_env(name: &str, default: u64) -> u64 {
+    std::env::var(name).map_or(default, |text| text.parse().unwrap_or_else(|_| panic!("{name}={text}")))
+}
+
+/// Where random choices begin: `PRISTINE_SEED`, or a fresh one. Print it where a failure needs it.
+pub fn seed_from_env() -> u64 {
+    let fresh = std::time::UNIX_EPOCH.elapsed().map_or(0, |time| time.as_nanos() as u64 % 1_000_000_007);
+    let seed = count_from_env("PRISTINE_SEED", fresh);
+    println!("PRISTINE_SEED={seed}");
+    seed
+}
+
 /// Held by a test that needs the machine for itself: it measures, or it moves gigabytes. Other such
 /// tests, of other processes as well, wait.
 #[derive(Debug)]

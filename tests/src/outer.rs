@@ -111,7 +111,7 @@ pub fn make_file_system(kind: &str, file: &Path, size: u64) {
 }
 
 /// Adds a program, without what only a debugger reads, and the shared libraries it names.
-fn add_program(archive: &mut Archive, name: &str, path: &Path, scratch: &Path) {
+pub(crate) fn add_program(archive: &mut Archive, name: &str, path: &Path, scratch: &Path) {
     let small = scratch.join("stripped");
     run(Command::new("strip").arg("-o").arg(&small).arg(path)).ok();
     archive.add(name, &fs::read(&small).unwrap());

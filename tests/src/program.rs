@@ -48,6 +48,11 @@ pub fn client_binary() -> PathBuf {
     profile_dir().join("vhost-client")
 }
 
+/// The `guest-storm` program, which runs in guests.
+pub fn storm_binary() -> PathBuf {
+    profile_dir().join("guest-storm")
+}
+
 /// Builds `program` as this test was built.
 fn built(program: &str) -> PathBuf {
     let dir = profile_dir();

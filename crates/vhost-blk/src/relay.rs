@@ -222,7 +222,9 @@ impl Relay {
             let fd = table.as_fd().try_clone_to_owned().map_err(refuse)?;
             self.made = Some(table.token());
             let (size, offset) = (table.bytes().to_ne_bytes(), 0u64.to_ne_bytes());
-            let payload = [&size[..], &offset[..], &numbers.to_ne_bytes()[..]].concat();
+            let mut payload = [&size[..], &offset[..], &numbers.to_ne_bytes()[..]].concat();
+            // QEMU's structure ends with padding, others' does not.
+            payload.resize(message.payload_len().clamp(payload.len(), payload.len() + 4), 0);
             return Ok(Some(Message::reply(request, &payload, vec![fd])));
         }
         let fd = message.fds.pop().filter(|_| message.fds.is_empty());

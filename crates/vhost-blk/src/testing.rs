@@ -4,4 +4,4 @@ mod disk;
 mod driver;
 
 pub(crate) use disk::MemoryDisk;
-pub(crate) use driver::{DATA_AT, Driver};
+pub(crate) use driver::{DATA_AT, Driver, Part};

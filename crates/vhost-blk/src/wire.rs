@@ -57,6 +57,11 @@ impl Message {
         word(&self.bytes, 0)
     }
 
+    /// Length of the payload in bytes.
+    pub(crate) fn payload_len(&self) -> usize {
+        self.bytes.len().saturating_sub(HEADER_LEN)
+    }
+
     /// The `index`-th 32-bit number of the payload, 0 if it is not that long.
     pub(crate) fn payload_word(&self, index: usize) -> u32 {
         word(&self.bytes, HEADER_LEN / 4 + index)

@@ -1,4 +1,5 @@
 mod device;
+mod resume;
 
 use std::{
     path::PathBuf,
@@ -91,7 +92,16 @@ impl Running {
         path: PathBuf,
         change: impl FnOnce(&mut ServerConfig),
     ) -> Self {
-        let disk = MemoryDisk::new(DISK_LEN);
+        Self::of(MemoryDisk::new(DISK_LEN), socket, directory, path, change)
+    }
+
+    fn of(
+        disk: Arc<MemoryDisk>,
+        socket: Socket,
+        directory: tempfile::TempDir,
+        path: PathBuf,
+        change: impl FnOnce(&mut ServerConfig),
+    ) -> Self {
         let events = Arc::new(Events::default());
         let mut config = ServerConfig { reconnect_grace: GRACE, ..ServerConfig::default() };
         config.device.num_queues = 2;

@@ -56,6 +56,15 @@ impl MemoryDisk {
         self.state().bytes.clone()
     }
 
+    /// A disk with a session that a server before has left open.
+    pub(crate) fn in_session(size: usize, token: Uuid) -> Arc<Self> {
+        let disk = Self::new(size);
+        let mut state = disk.state();
+        (state.session, state.sessions, state.token) = (Some(1), 1, Some(token));
+        drop(state);
+        disk
+    }
+
     pub(crate) fn refuse_sessions(&self) {
         self.state().refuse_sessions = true;
     }

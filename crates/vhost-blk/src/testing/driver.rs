@@ -4,19 +4,20 @@ use std::{
     fs::File,
     os::{
         fd::{AsRawFd, BorrowedFd},
-        unix::net::UnixStream,
+        unix::{fs::FileExt, net::UnixStream},
     },
     path::Path,
     sync::atomic::Ordering,
     time::{Duration, Instant},
 };
 
-use rustix::fs::MemfdFlags;
+use rustix::fs::{MemfdFlags, SealFlags};
+use uuid::Uuid;
 use vhost::{
     VhostBackend, VhostUserMemoryRegionInfo, VringConfigData,
     vhost_user::{
         Frontend, VhostUserFrontend,
-        message::{VhostUserHeaderFlag, VhostUserProtocolFeatures},
+        message::{VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures},
     },
 };
 use virtio_bindings::{
@@ -58,6 +59,8 @@ pub(crate) struct Driver {
     memfd: File,
     queues: Vec<Queue>,
     pub(crate) features: u64,
+    /// What the server has given for in-flight requests.
+    inflight: Option<(VhostUserInflight, File)>,
 }
 
 impl Driver {
@@ -89,7 +92,59 @@ impl Driver {
             memfd,
             queues: (0..queues).map(queue).collect(),
             features: 0,
+            inflight: None,
         }
+    }
+
+    /// Asks for an in-flight table and sets it, as frontends do before they start rings.
+    pub(crate) fn set_up_inflight(&mut self) -> vhost::Result<()> {
+        let wanted = VhostUserInflight::new(0, 0, self.queues.len() as u16, SIZE);
+        let (inflight, file) = self.frontend.get_inflight_fd(&wanted)?;
+        self.frontend.set_inflight_fd(&inflight, file.as_raw_fd())?;
+        self.inflight = Some((inflight, file));
+        Ok(())
+    }
+
+    /// The same guest, if the server dies now: connected to the server at `path`, whose handshake
+    /// comes to where rings are started. Memory and table are copies, so that the server that did not
+    /// really die can't touch them.
+    pub(crate) fn survive(&self, path: &Path) -> Self {
+        let mut next = Self::connect(path, self.queues.len());
+        let mut bytes = vec![0; MEMORY_LEN];
+        self.memory.read_slice(&mut bytes, GuestAddress(0)).unwrap();
+        next.memory.write_slice(&bytes, GuestAddress(0)).unwrap();
+        for (new, old) in next.queues.iter_mut().zip(&self.queues) {
+            (new.avail, new.used, new.next_descriptor) = (old.avail, old.used, old.next_descriptor);
+        }
+        next.negotiate(|offered| offered).unwrap();
+        let (inflight, file) = self.inflight.as_ref().unwrap();
+        let mut table = vec![0; inflight.mmap_size as usize];
+        file.read_exact_at(&mut table, 0).unwrap();
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let copy = File::from(rustix::fs::memfd_create("inflight", flags).unwrap());
+        copy.write_all_at(&table, 0).unwrap();
+        rustix::fs::fcntl_add_seals(&copy, SealFlags::SHRINK | SealFlags::GROW).unwrap();
+        next.frontend.set_inflight_fd(inflight, copy.as_raw_fd()).unwrap();
+        next.inflight = Some((*inflight, copy));
+        next
+    }
+
+    /// The token in the in-flight table.
+    pub(crate) fn token(&self) -> Uuid {
+        let (_, file) = self.inflight.as_ref().unwrap();
+        let mut words = [0; 16];
+        file.read_exact_at(&mut words, 8).unwrap();
+        let (high, low) = words.split_at(8);
+        let word = |bytes: &[u8]| u64::from_ne_bytes(bytes.try_into().unwrap());
+        Uuid::from_u64_pair(word(high), word(low))
+    }
+
+    /// Says that the queue goes on at `base`, whatever the truth.
+    pub(crate) fn start_queue_at(&mut self, queue: usize, base: u16) -> vhost::Result<()> {
+        let avail = std::mem::replace(&mut self.queues[queue].avail, base);
+        let result = self.start_queue(queue);
+        self.queues[queue].avail = avail;
+        result
     }
 
     /// Negotiates the features that `choose` takes from those offered.

@@ -1,0 +1,107 @@
+//! A server that dies or is restarted under a living VM.
+
+use super::*;
+use crate::testing::Part;
+
+/// A server of a disk whose session was left open by a server before.
+fn successor(token: uuid::Uuid) -> Running {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("s");
+    let socket = Socket::bind(&path, SocketPermissions::default()).unwrap();
+    Running::of(MemoryDisk::in_session(DISK_LEN, token), socket, directory, path, |_| {})
+}
+
+/// Makes a write of `byte` to `sector` available, and waits for nothing.
+fn offer_write(driver: &mut Driver, number: u64, sector: u64, byte: u8) {
+    let (data, header) = (DATA_AT + number * 0x1000, DATA_AT + 0x20_0000 + number * 0x100);
+    driver.memory.write_slice(&[byte; 512], GuestAddress(data)).unwrap();
+    driver.header(header, VIRTIO_BLK_T_OUT, sector);
+    let parts: [Part; 3] = [(header, 16, false), (data, 512, false), (header + 64, 1, true)];
+    driver.offer(0, &parts);
+}
+
+fn start_with_inflight(server: &Running) -> Driver {
+    let mut driver = Driver::connect(&server.path, 2);
+    driver.negotiate(|offered| offered).unwrap();
+    driver.set_up_inflight().unwrap();
+    driver.start_queues().unwrap();
+    driver
+}
+
+/// Invariant 3: what was taken and not answered is done again, in its order and before anything else,
+/// whatever the frontend says of the ring: QEMU names the used index, Cloud Hypervisor the available one.
+#[test]
+fn requests_that_a_dead_server_had_taken_are_done_again_in_order() {
+    for base in [1, 4] {
+        let server = Running::new(|_| {});
+        let mut driver = start_with_inflight(&server);
+        assert_eq!(driver.write(0, 0, &[1; 512]), 0);
+        server.disk.hold(true);
+        offer_write(&mut driver, 1, 8, 2);
+        offer_write(&mut driver, 2, 8, 3);
+        driver.kick(0);
+        wait_until("both writes are in flight", || server.disk.in_flight() == 2);
+        let next = successor(driver.token());
+        let mut driver = driver.survive(&next.path);
+        // Not seen by the server that died.
+        offer_write(&mut driver, 3, 8, 4);
+        driver.start_queue_at(0, base).unwrap();
+        (0..3).for_each(|_| assert_eq!(driver.wait_used(0), 1));
+        assert_eq!(next.disk.bytes()[8 * 512..9 * 512], [4; 512]);
+        // The one that was answered is not done again.
+        assert_eq!(next.disk.bytes()[..512], [0; 512]);
+        assert_eq!(driver.read(0, 8, 512), Ok(vec![4; 512]));
+        assert_eq!(next.events.all(), Vec::<String>::new());
+        server.disk.hold(false);
+    }
+}
+
+/// Invariant 3: a ring that was stopped and started over one connection goes on where it was.
+#[test]
+fn ring_with_an_inflight_table_goes_on_after_a_stop() {
+    let server = Running::new(|_| {});
+    let mut driver = start_with_inflight(&server);
+    for round in 1..40 {
+        assert_eq!(driver.write(0, round, &[round as u8; 512]), 0);
+        if round % 10 == 0 {
+            let base = driver.frontend.get_vring_base(0).unwrap();
+            assert_eq!(base, u32::from(driver.avail(0)));
+            driver.start_queue_at(0, base as u16).unwrap();
+        }
+    }
+    assert_eq!(server.events.all(), ["start 1"]);
+}
+
+/// Invariant 2: a guest whose session has ended is not served in another one.
+#[test]
+fn frontend_with_the_table_of_a_session_that_is_over_is_refused() {
+    let server = Running::new(|_| {});
+    let driver = start_with_inflight(&server);
+    let mut late = {
+        let other = Running::new(|_| {});
+        let late = driver.survive(&other.path);
+        assert_eq!(late.used_index(0), 0);
+        (other, late)
+    };
+    // Its rings look fresh, as they do once in 65,536 requests.
+    let _ = late.1.start_queue_at(0, 0);
+    late.0.wait_for("refused: its rings are not fresh");
+    assert!(!late.0.disk.bytes().iter().any(|byte| *byte != 0));
+}
+
+/// Invariant 8: what is no table of ours closes the connection, with a reason.
+#[test]
+fn frontend_with_an_impossible_inflight_table_is_refused() {
+    let server = Running::new(|_| {});
+    let mut driver = Driver::connect(&server.path, 2);
+    driver.negotiate(|offered| offered).unwrap();
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(1 << 20).unwrap();
+    let claim = vhost::vhost_user::message::VhostUserInflight::new(1 << 20, 0, 2, 16);
+    let _ = driver.frontend.set_inflight_fd(&claim, std::os::fd::AsRawFd::as_raw_fd(&file));
+    server.wait_for("refused: its in-flight buffer");
+    let mut driver = Driver::connect(&server.path, 2);
+    driver.negotiate(|offered| offered).unwrap();
+    let claim = vhost::vhost_user::message::VhostUserInflight::new(0, 0, 400, 16);
+    assert!(driver.frontend.get_inflight_fd(&claim).is_err());
+}
