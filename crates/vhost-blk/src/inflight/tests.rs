@@ -24,14 +24,14 @@ fn used(head: u16) -> Used {
 fn table_that_comes_back_has_its_token_and_requests_in_the_order_they_were_taken() {
     let table = table();
     let mut queue = table.queue(1).unwrap();
-    [3, 0, 2, 1].into_iter().for_each(|head| queue.popped(head));
+    [1, 0, 3, 2].into_iter().for_each(|head| queue.popped(head));
     queue.published(&[used(0)], 1);
     let table = survived(&table);
     assert_eq!(table.token(), survived(&table).token());
     let mut queue = table.queue(1).unwrap();
-    assert_eq!(queue.resume(4, 1, |_| None), [3, 2, 1]);
+    assert_eq!(queue.resume(4, 1, |_| None), [1, 3, 2]);
     queue.popped(0);
-    assert_eq!(survived(&table).queue(1).unwrap().resume(4, 1, |_| None), [3, 2, 1, 0]);
+    assert_eq!(survived(&table).queue(1).unwrap().resume(4, 1, |_| None), [1, 3, 2, 0]);
     assert!(table.queue(0).unwrap().resume(4, 0, |_| None).is_empty());
     assert!(table.queue(2).is_none());
 }
