@@ -35,6 +35,8 @@ struct State {
     sessions: u64,
     refuse_sessions: bool,
     held: bool,
+    /// Writes that begin here are held back, others are not.
+    held_at: Option<u64>,
     fail_io: bool,
     wakers: Vec<Arc<OwnedFd>>,
 }
@@ -85,10 +87,16 @@ impl MemoryDisk {
         self.durable_writes.load(Ordering::SeqCst)
     }
 
+    /// Holds writes back that begin at `offset`, until all I/O is let go.
+    pub(crate) fn hold_at(&self, offset: u64) {
+        self.state().held_at = Some(offset);
+    }
+
     /// Holds all I/O back from now on, or lets it go.
     pub(crate) fn hold(&self, hold: bool) {
         let mut state = self.state();
         state.held = hold;
+        state.held_at = None;
         if !hold {
             for waker in &state.wakers {
                 rustix::io::write(waker, &1u64.to_ne_bytes()).unwrap();
@@ -204,8 +212,13 @@ impl DiskIo for MemoryIo {
         if state.held {
             return;
         }
+        let held_at = state.held_at;
         let (fail, bytes) = (state.fail_io, &mut state.bytes);
         for (token, request) in std::mem::take(&mut self.submitted) {
+            if matches!(&request, Request::Write { range, .. } if Some(range.offset()) == held_at) {
+                self.submitted.push((token, request));
+                continue;
+            }
             let ok = self.perform(bytes, request) && !fail;
             done.push(Finished { token, ok });
             self.disk.in_flight.fetch_sub(1, Ordering::SeqCst);
@@ -220,7 +233,8 @@ impl DiskIo for MemoryIo {
         self.submit();
         {
             let state = self.disk.state();
-            let _state = self.disk.changed.wait_while(state, |state| state.held).unwrap();
+            let _state =
+                self.disk.changed.wait_while(state, |state| state.held || state.held_at.is_some()).unwrap();
         }
         self.reap(done);
     }

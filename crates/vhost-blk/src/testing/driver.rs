@@ -139,6 +139,14 @@ impl Driver {
         Uuid::from_u64_pair(word(high), word(low))
     }
 
+    /// The next chain does not begin among the first `count` descriptors.
+    pub(crate) fn skip_descriptors(&mut self, queue: usize, count: u16) {
+        let state = &mut self.queues[queue];
+        if state.next_descriptor < count || state.next_descriptor + 3 > SIZE {
+            state.next_descriptor = count;
+        }
+    }
+
     /// Says that the queue goes on at `base`, whatever the truth.
     pub(crate) fn start_queue_at(&mut self, queue: usize, base: u16) -> vhost::Result<()> {
         let avail = std::mem::replace(&mut self.queues[queue].avail, base);

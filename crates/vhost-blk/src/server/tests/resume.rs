@@ -73,6 +73,30 @@ fn ring_with_an_inflight_table_goes_on_after_a_stop() {
     assert_eq!(server.events.all(), ["start 1"]);
 }
 
+/// Invariant 3: one slow request among many that are taken later and answered before it.
+#[test]
+fn request_that_was_overtaken_by_more_than_a_ringful_is_done_again_alone() {
+    let server = Running::new(|_| {});
+    let mut driver = start_with_inflight(&server);
+    server.disk.hold_at(8 * 512);
+    offer_write(&mut driver, 1, 8, 2);
+    driver.kick(0);
+    wait_until("the write is in flight", || server.disk.in_flight() == 1);
+    // Descriptors of the one in flight stay its own: these go round in the others.
+    for round in 0..40u8 {
+        driver.skip_descriptors(0, 3);
+        assert_eq!(driver.write(0, 100, &[round; 512]), 0);
+    }
+    let next = successor(driver.token());
+    let mut driver = driver.survive(&next.path);
+    driver.start_queue_at(0, 40).unwrap();
+    assert_eq!(driver.wait_used(0), 1);
+    let bytes = next.disk.bytes();
+    assert_eq!((bytes[8 * 512], bytes[100 * 512]), (2, 0));
+    assert_eq!(driver.read(0, 8, 512), Ok(vec![2; 512]));
+    server.disk.hold(false);
+}
+
 /// Invariant 3: answers that the guest was not told of, because the server died in between, are told.
 #[test]
 fn guest_of_a_server_that_died_is_interrupted_once_in_any_case() {
