@@ -120,6 +120,28 @@ impl Guest {
         assert!(status.success(), "QEMU: {status}\n{}", self.qemu.output());
     }
 
+    /// Gives a step to a script that answers each with `say "done $?"`; returns what it said meanwhile. Panics
+    /// if the step fails.
+    #[track_caller]
+    pub fn step(&mut self, step: &str) -> Vec<String> {
+        self.type_line(step);
+        let mut said = Vec::new();
+        loop {
+            match self.next_said(PATIENCE) {
+                Ok(words) if words == "done 0" => return said,
+                Ok(words) if words.starts_with("done ") => panic!("{step}: {words}\n{}", self.output()),
+                Ok(words) => said.push(words),
+                Err(why) => panic!("{step}: {why}\n{}", self.output()),
+            }
+        }
+    }
+
+    /// `kill -9` of QEMU; returns what the guest has said that nobody has waited for.
+    pub fn cut(mut self) -> Vec<String> {
+        self.qemu.kill();
+        std::iter::from_fn(|| self.next_said(PATIENCE).ok()).collect()
+    }
+
     /// `kill -9` of QEMU.
     pub fn kill(mut self) {
         self.qemu.kill();

@@ -66,6 +66,8 @@ impl SessionDisk {
     /// With [`DiskOptions::resume`], a session that is open and whose log is exact goes on: see
     /// [`session_is_open`](Self::session_is_open).
     pub fn open(options: &DiskOptions) -> Result<Arc<Self>, Error> {
+        #[cfg(feature = "test-no-intents")]
+        log::error!("{}: this build keeps no intents and leaks in a power cut", options.disk.display());
         let (paths, storage) = (options.paths(), Storage::new(options.tape.clone()));
         // A first look, to know the live page's name; it is read again under the lock.
         let disk_id = Manifest::load_from(&storage, &paths)?.disk;

@@ -23,6 +23,14 @@ const REGION_BLOCKS: u64 = REGION_SIZE / BLOCK_SIZE;
 const SECTOR: usize = 512;
 const SECTOR_BITS: u64 = (SECTOR as u64 - 4) * 8;
 
+/// Whoever builds with that feature is told so.
+#[cfg(feature = "test-no-intents")]
+const _: () = {
+    #[deprecated(note = "this build LEAKS the data of sessions in a power cut; it is for one test only")]
+    const TEST_NO_INTENTS: () = ();
+    TEST_NO_INTENTS
+};
+
 /// The intents of an open disk.
 #[derive(Debug)]
 pub(crate) struct Intents {
@@ -127,6 +135,9 @@ impl Intents {
 
     /// Returns when the regions of `blocks` are durable: at once, but for a region's first time.
     pub(crate) fn ensure(&self, blocks: Extent) -> Result<(), Error> {
+        if cfg!(feature = "test-no-intents") {
+            return Ok(());
+        }
         let regions = regions_of(blocks);
         if self.durable.contains_all(regions) {
             return Ok(());

@@ -12,7 +12,7 @@
 //! flush                        ok
 //! scatter COUNT SEED           ok                 one write of 4 KiB into each of COUNT blocks
 //! attempt COUNT SEED           ok WRITTEN FAILED  the same, but a write may fail; those that do not are read back
-//! storm SEED                   ok storming        then writes until it is killed
+//! storm SEED [OFFSET LEN]      ok storming        then writes, into that part, until it is killed
 //! load FILE                    ok                 the disk's contents for the next model
 //! model SEED OPERATIONS QUEUES DEPTH              ok SUMMARY
 //! bench PATTERN DEPTH SECONDS  ok REQUESTS-PER-SECOND
@@ -98,7 +98,11 @@ impl Session {
                 self.write_blocks(seed, &mut blocks.into_iter(), || {}).map(|()| String::new())
             }
             ("attempt", [count, seed]) => self.attempt(number(count)?, number(seed)?),
-            ("storm", [seed]) => self.storm(number(seed)?),
+            ("storm", [seed]) => {
+                let disk = self.client()?.capacity();
+                self.storm(number(seed)?, 0, disk)
+            }
+            ("storm", [seed, offset, len]) => self.storm(number(seed)?, number(offset)?, number(len)?),
             ("load", [file]) => {
                 self.loaded = std::fs::read(file).map_err(|error| error.to_string())?;
                 Ok(String::new())
@@ -170,11 +174,11 @@ impl Session {
     }
 
     /// Writes until the process is killed. The answer comes as soon as writes have completed.
-    fn storm(&mut self, seed: u64) -> Result<String, String> {
-        let blocks = self.client()?.capacity() / BLOCK;
+    fn storm(&mut self, seed: u64, offset: u64, len: u64) -> Result<String, String> {
+        let (first, blocks) = (offset / BLOCK, len / BLOCK);
         let mut random = Random::new(seed);
         let mut told = false;
-        let mut endless = std::iter::from_fn(|| Some(random.below(blocks)));
+        let mut endless = std::iter::from_fn(|| Some(first + random.below(blocks)));
         self.write_blocks(seed, &mut endless, || {
             if !told {
                 say("ok storming");
