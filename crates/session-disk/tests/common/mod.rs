@@ -1,6 +1,9 @@
 //! A small disk with a base, and a client that checks what it reads against a model in memory.
 #![allow(dead_code, reason = "each test uses its part")]
 
+pub(crate) mod image;
+pub(crate) mod schedule;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -15,6 +18,11 @@ pub(crate) struct Bench {
     pub(crate) dir: tempfile::TempDir,
     pub(crate) base: Vec<u8>,
     pub(crate) options: DiskOptions,
+}
+
+/// A directory in memory, where there is such a file system: these tests do many thousand syncs.
+pub(crate) fn fast_dir() -> tempfile::TempDir {
+    tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
 }
 
 /// A base of `size` bytes with data in every other 64 KiB, each block marked with its number.
