@@ -1,5 +1,5 @@
 //! Small file systems for one test, in a mount name space of their own: nothing is left of them when
-//! the test is over, however it ends.
+//! the test is over, however it ends. And loop devices.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -90,5 +90,37 @@ impl Mounts {
 
     fn filler(&self, dir: &Path) -> PathBuf {
         self.outside(dir).join("filler")
+    }
+}
+
+/// A loop device, detached with its owner.
+#[derive(Debug)]
+pub struct LoopDevice(PathBuf);
+
+impl LoopDevice {
+    /// `None`, with a message, where loop devices can't be had.
+    pub fn of(file: &Path) -> Option<Self> {
+        let finished = run(Command::new("losetup").args(["--find", "--show"]).arg(file));
+        if finished.code != Some(0) {
+            eprintln!("not tested, there is no loop device to be had: {}", finished.stderr);
+            return None;
+        }
+        Some(Self(finished.stdout.trim().into()))
+    }
+
+    /// The device.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// Makes the kernel forget what it has read.
+    pub fn forget(&self) {
+        run(Command::new("blockdev").arg("--flushbufs").arg(&self.0)).ok();
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        run(Command::new("losetup").arg("--detach").arg(&self.0));
     }
 }

@@ -1,11 +1,10 @@
 //! How a session disk is made, and what is left to do afterwards.
 
 use std::fs;
-use std::path::PathBuf;
-use std::process::Command;
 
 use pristine_tests::images;
 use pristine_tests::lab::Lab;
+use pristine_tests::mounts::LoopDevice;
 use pristine_tests::program::{pristine, run};
 use pristine_tests::remote::Remote;
 
@@ -97,27 +96,6 @@ fn retired_logs_are_kept_as_many_as_asked_for() {
     assert!((3..=4).contains(&shown.len()), "{} logs are there", shown.len());
 }
 
-/// A loop device, detached with its owner.
-struct LoopDevice(PathBuf);
-
-impl LoopDevice {
-    /// `None`, with a message, where loop devices can't be had.
-    fn of(file: &PathBuf) -> Option<Self> {
-        let finished = run(Command::new("losetup").args(["--find", "--show"]).arg(file));
-        if finished.code != Some(0) {
-            eprintln!("not tested, there is no loop device to be had: {}", finished.stderr);
-            return None;
-        }
-        Some(Self(finished.stdout.trim().into()))
-    }
-}
-
-impl Drop for LoopDevice {
-    fn drop(&mut self) {
-        run(Command::new("losetup").arg("--detach").arg(&self.0));
-    }
-}
-
 /// Invariants 2 and 4 with a block device as the session disk.
 #[test]
 fn block_device_as_session_disk_is_restored() {
@@ -129,7 +107,7 @@ fn block_device_as_session_disk_is_restored() {
     let state = lab.path("state");
     let command = |words: &[&str]| {
         let mut command = pristine(words);
-        command.arg("--disk").arg(&device.0).arg("--state-dir").arg(&state);
+        command.arg("--disk").arg(device.path()).arg("--state-dir").arg(&state);
         command.arg("--runtime-dir").arg(lab.runtime());
         command
     };

@@ -199,3 +199,30 @@ fn restore_without_room_is_refused_and_exact_once_there_is_some() {
     full.run("restore", NONE).ok();
     full.assert_pristine();
 }
+
+/// Invariant 6: without room for the page that survives the process nothing is served or restored, and
+/// nothing is changed.
+#[test]
+fn runtime_directory_without_room_is_refused() {
+    let Some(full) = Full::new("0") else { return };
+    let before = full.files();
+    let runtime = full.state.join("run");
+    full.mounts.fill(&full.state, 0);
+    let disk = full.lab.disk();
+    let command = |name: &str| {
+        let mut command = pristine_tests::program::pristine([name]);
+        command.arg("--disk").arg(&disk).arg("--state-dir").arg(&full.state);
+        command.arg("--runtime-dir").arg(&runtime);
+        command
+    };
+    let words = ["No space left", "state/run"];
+    run(&mut full.mounts.inside(&command("restore"))).refused(1, &words);
+    let mut serve = command("serve");
+    serve.arg("--socket-path").arg(full.lab.socket());
+    run(&mut full.mounts.inside(&serve)).refused(1, &words);
+    full.mounts.make_room(&full.state);
+    let manifest = |files: &BTreeSet<(String, u64)>| files.iter().filter(|(n, _)| n != "run").count();
+    assert_eq!(manifest(&full.files()), manifest(&before));
+    run(&mut full.mounts.inside(&command("restore"))).ok();
+    full.assert_pristine();
+}

@@ -176,6 +176,17 @@ impl Intents {
 }
 
 #[cfg(test)]
+impl Intents {
+    /// Makes every write to the file fail, or work again.
+    pub(crate) fn set_broken(&self, broken: bool) {
+        let mut options = fs::OpenOptions::new();
+        options.read(true).write(!broken);
+        *self.file.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) =
+            options.open(&self.path).unwrap();
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 
@@ -201,6 +212,23 @@ mod tests {
         assert!(Intents::read_blocks(&Storage::default(), &path, disk()).unwrap().is_empty());
         intents.ensure(Extent::new(5, 1)).unwrap();
         assert_eq!(Intents::read_blocks(&Storage::default(), &path, disk()).unwrap().count(), REGION_BLOCKS);
+    }
+
+    /// Invariant 6: a region whose bit could not be written is not taken for durable.
+    #[test]
+    fn region_that_could_not_be_written_is_tried_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("intents");
+        Intents::create(&path, disk(), false).unwrap();
+        let intents = Intents::open(&path, disk()).unwrap();
+        intents.set_broken(true);
+        for _ in 0..2 {
+            intents.ensure(Extent::new(5, 1)).unwrap_err();
+        }
+        assert!(Intents::read_blocks(&path, disk()).unwrap().is_empty());
+        intents.set_broken(false);
+        intents.ensure(Extent::new(5, 1)).unwrap();
+        assert_eq!(Intents::read_blocks(&path, disk()).unwrap().count(), REGION_BLOCKS);
     }
 
     /// Invariant 6: what can't be read counts as written to.

@@ -380,3 +380,6 @@ impl Drop for DiskQueue {
         self.shared.bytes_of_gone_queues.fetch_add(self.bytes_written, Ordering::Relaxed);
     }
 }
+
+#[cfg(test)]
+mod tests;

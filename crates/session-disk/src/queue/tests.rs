@@ -1,0 +1,232 @@
+//! What can't be noted down is not done: logs and intents whose writes fail.
+#![allow(clippy::unwrap_used, clippy::indexing_slicing)]
+
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+
+use write_log::{DiskFile, LogFile, LogWriter};
+
+use super::*;
+use crate::{DiskOptions, ProvisionOptions, SessionDisk, provision};
+
+const SIZE: usize = 1 << 20;
+
+/// A log's file that fails while it is told to.
+#[derive(Debug)]
+struct Faulty {
+    file: DiskFile,
+    fails: Arc<AtomicBool>,
+}
+
+impl Faulty {
+    fn check(&self) -> io::Result<()> {
+        match self.fails.load(Ordering::SeqCst) {
+            true => Err(io::Error::from_raw_os_error(5)),
+            false => Ok(()),
+        }
+    }
+}
+
+impl LogFile for Faulty {
+    fn write_at(&mut self, bytes: &[u8], offset: u64) -> io::Result<usize> {
+        self.check()?;
+        self.file.write_at(bytes, offset)
+    }
+
+    fn read_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.file.read_at(bytes, offset)
+    }
+
+    fn sync_data(&mut self) -> io::Result<()> {
+        self.check()?;
+        self.file.sync_data()
+    }
+
+    fn reserve(&mut self, len: u64) -> io::Result<()> {
+        self.file.reserve(len)
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        self.file.len()
+    }
+}
+
+/// A disk with an open session, and its base's content; `lazy`: all of it is pending.
+struct Bench {
+    dir: tempfile::TempDir,
+    options: DiskOptions,
+    disk: Arc<SessionDisk>,
+    queue: DiskQueue,
+    base: Vec<u8>,
+    /// Whether the log's writes fail.
+    log_fails: Arc<AtomicBool>,
+}
+
+impl Bench {
+    fn new(lazy: bool) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("base.raw");
+        let base: Vec<u8> = (0..SIZE).map(|at| (at / 512) as u8 | 1).collect();
+        std::fs::write(&path, &base).unwrap();
+        let options = DiskOptions {
+            runtime_dir: Some(dir.path().join("run")),
+            ..DiskOptions::new(dir.path().join("disk.raw"))
+        };
+        provision(&ProvisionOptions { base: path, disk: options.clone(), size: None, adopt: false }).unwrap();
+        let disk = SessionDisk::open(&options).unwrap();
+        if !lazy {
+            disk.drain(&AtomicBool::new(false), &mut |_| ()).unwrap();
+        }
+        disk.begin_session(None).unwrap();
+        let log_fails = Arc::new(AtomicBool::new(false));
+        {
+            let mut log = disk.shared().log();
+            let writer = log.take().unwrap();
+            let (path, mark) = (writer.path().to_owned(), writer.mark());
+            let file = Faulty { file: DiskFile::open(&path, true).unwrap(), fails: Arc::clone(&log_fails) };
+            *log = Some(LogWriter::resume_on(Box::new(file), path, mark).unwrap().0);
+        }
+        let queue = disk.queue(8).unwrap();
+        Self { dir, options, disk, queue, base, log_fails }
+    }
+
+    fn run(&mut self, request: Request) -> io::Result<()> {
+        self.queue.push(1, request);
+        let mut done = Vec::new();
+        self.queue.quiesce(&mut done);
+        done.pop().unwrap().result
+    }
+
+    fn write(&mut self, sector: u64, bytes: &[u8]) -> io::Result<()> {
+        let buf = GuestBuf::zeroed(bytes.len());
+        buf.copy_in(0, bytes);
+        let range = self.disk.geometry().sectors_at(sector, bytes.len() as u64).unwrap();
+        self.run(Request::Write { range, buf, durable: false })
+    }
+
+    fn zero(&mut self, sector: u64, len: u64) -> io::Result<()> {
+        let range = self.disk.geometry().sectors_at(sector, len).unwrap();
+        self.run(Request::WriteZeroes { range, may_unmap: true, durable: false })
+    }
+
+    fn read_all(&mut self) -> Vec<u8> {
+        let buf = GuestBuf::zeroed(SIZE);
+        let range = self.disk.geometry().sectors_at(0, SIZE as u64).unwrap();
+        self.run(Request::Read { range, buf: buf.clone() }).unwrap();
+        let mut bytes = vec![0; SIZE];
+        buf.copy_out(0, &mut bytes);
+        bytes
+    }
+
+    fn content(path: &Path) -> Vec<u8> {
+        std::fs::read(path).unwrap()
+    }
+}
+
+/// Invariants 1 and 6: while the log can't be written, first touches fail with I/O errors and change
+/// nothing, what the session owns is written as ever; once it can be, all goes on, and a kill then
+/// finds an exact log.
+#[test]
+fn write_whose_record_can_not_be_appended_fails_and_changes_nothing() {
+    let mut bench = Bench::new(false);
+    bench.write(8, &[0x11; 4096]).unwrap();
+    bench.log_fails.store(true, Ordering::SeqCst);
+    let disk_before = Bench::content(&bench.options.disk);
+    for _ in 0..3 {
+        bench.write(16, &[0x22; 4096]).unwrap_err();
+        bench.write(33, &[0x22; 512]).unwrap_err();
+        bench.zero(64, 8192).unwrap_err();
+        // One block is the session's, the other is not.
+        bench.write(8, &[0x22; 8192]).unwrap_err();
+    }
+    assert!(Bench::content(&bench.options.disk) == disk_before, "a write was not logged and done");
+    assert_eq!(bench.disk.dirty_blocks(), 1);
+    bench.write(8, &[0x33; 4096]).unwrap();
+    bench.log_fails.store(false, Ordering::SeqCst);
+    bench.write(16, &[0x44; 4096]).unwrap();
+    let mut expected = bench.base.clone();
+    expected[4096..8192].fill(0x33);
+    expected[8192..12288].fill(0x44);
+    assert!(bench.read_all() == expected);
+    killed_is_restored(bench, Some(2));
+}
+
+/// Invariants 2 and 6: blocks that are pending, and whose record can't be appended after their data was
+/// written, stay pending: they are read from the base, and restored.
+#[test]
+fn pending_block_whose_record_can_not_be_appended_stays_pending() {
+    let mut bench = Bench::new(true);
+    let pending = bench.disk.pending_blocks();
+    bench.log_fails.store(true, Ordering::SeqCst);
+    bench.write(16, &[0x22; 4096]).unwrap_err();
+    bench.write(33, &[0x22; 512]).unwrap_err();
+    bench.zero(64, 8192).unwrap_err();
+    assert_eq!((bench.disk.pending_blocks(), bench.disk.dirty_blocks()), (pending, 0));
+    let base = bench.base.clone();
+    assert!(bench.read_all() == base);
+    bench.log_fails.store(false, Ordering::SeqCst);
+    bench.write(33, &[0x55; 512]).unwrap();
+    let mut expected = base;
+    expected[33 * 512..34 * 512].fill(0x55);
+    assert!(bench.read_all() == expected);
+    killed_is_restored(bench, None);
+}
+
+/// Invariants 1 and 6: the same where it is the intent that can't be made durable.
+#[test]
+fn write_whose_intent_can_not_be_written_fails_and_changes_nothing() {
+    for lazy in [false, true] {
+        let mut bench = Bench::new(lazy);
+        // A drain or a provision sets none.
+        let shared = Arc::clone(bench.disk.shared());
+        shared.intents.clear().unwrap();
+        shared.intents.set_broken(true);
+        let disk_before = Bench::content(&bench.options.disk);
+        for _ in 0..2 {
+            bench.write(16, &[0x22; 4096]).unwrap_err();
+            bench.write(33, &[0x22; 512]).unwrap_err();
+            bench.zero(64, 8192).unwrap_err();
+        }
+        assert!(Bench::content(&bench.options.disk) == disk_before, "a write without an intent was done");
+        let base = bench.base.clone();
+        assert!(bench.read_all() == base);
+        shared.intents.set_broken(false);
+        bench.write(16, &[0x44; 4096]).unwrap();
+        drop(shared);
+        killed_is_restored(bench, (!lazy).then_some(1));
+    }
+}
+
+/// Invariant 6: a seal that fails leaves a session's log without an end. Were we killed in the next
+/// session, the log would not be exact and no mark would speak for it: all is pending then.
+#[test]
+fn session_whose_seal_failed_is_pending_and_all_is_after_a_kill() {
+    let mut bench = Bench::new(false);
+    bench.write(16, &[0x22; 4096]).unwrap();
+    bench.log_fails.store(true, Ordering::SeqCst);
+    let Bench { dir, options, disk, queue, base, .. } = bench;
+    drop(queue);
+    disk.end_session().unwrap();
+    assert_eq!(disk.pending_blocks(), 1);
+    disk.begin_session(None).unwrap();
+    drop(disk);
+    let disk = SessionDisk::open(&options).unwrap();
+    assert_eq!(disk.pending_blocks(), disk.geometry().blocks(), "{:?}", disk.basis());
+    disk.drain(&AtomicBool::new(false), &mut |_| ()).unwrap();
+    assert!(Bench::content(&options.disk) == base);
+    drop(dir);
+}
+
+/// A kill now: the next one finds `pending` blocks by exact logs, and restores them.
+fn killed_is_restored(bench: Bench, pending: Option<u64>) {
+    let Bench { dir, options, disk, queue, base, .. } = bench;
+    drop((queue, disk));
+    let disk = SessionDisk::open(&options).unwrap();
+    assert_eq!(*disk.basis(), crate::Basis::ExactLogs);
+    if let Some(pending) = pending {
+        assert_eq!(disk.pending_blocks(), pending);
+    }
+    disk.drain(&AtomicBool::new(false), &mut |_| ()).unwrap();
+    assert!(Bench::content(&options.disk) == base);
+    drop(dir);
+}

@@ -1,0 +1,252 @@
+//! The session disk's file system is full; the base's storage goes away, and comes back.
+
+use std::collections::BTreeSet;
+use std::ffi::OsStr;
+use std::fs;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use pristine_tests::PATIENCE;
+use pristine_tests::images;
+use pristine_tests::lab::{Lab, Server};
+use pristine_tests::mounts::{LoopDevice, Mounts};
+use pristine_tests::program::{Finished, run};
+use pristine_tests::remote::Remote;
+use pristine_tests::wait_until;
+use serde_json::Value;
+
+const SIZE: u64 = 64 << 20;
+const MIB: u64 = 1 << 20;
+/// An answer of the guest's disk takes no longer, whatever fails.
+const BOUND: Duration = Duration::from_secs(30);
+const NONE: &[&str] = &[];
+
+/// A session disk on a small file system of its own; its state is elsewhere.
+struct Small {
+    lab: Lab,
+    mounts: Mounts,
+    dir: PathBuf,
+    disk: PathBuf,
+}
+
+impl Small {
+    /// On a tmpfs or an ext4; the disk, pristine, has `data` bytes and a hole.
+    fn new(ext4: bool, data: u64) -> Option<Self> {
+        let (lab, mounts) = (Lab::new(), Mounts::new()?);
+        let dir = lab.path("small");
+        if ext4 {
+            mounts.ext4(&dir, &lab.path("ext4.img"), 96 * MIB).then_some(())?;
+        } else {
+            mounts.tmpfs(&dir, 96 * MIB);
+        }
+        images::sparse(&lab.base(), SIZE, 43, &[(0, data)]);
+        let small = Self { disk: dir.join("disk.img"), lab, mounts, dir };
+        small.run("provision", &[OsStr::new("--base"), small.lab.base().as_os_str()]).ok();
+        Some(small)
+    }
+
+    fn command<S: AsRef<OsStr>>(&self, command: &str, more: &[S]) -> std::process::Command {
+        let mut program = pristine_tests::program::pristine([command]);
+        program.arg("--disk").arg(&self.disk).arg("--runtime-dir").arg(self.lab.runtime());
+        program.arg("--state-dir").arg(self.lab.state()).args(more);
+        self.mounts.inside(&program)
+    }
+
+    fn run<S: AsRef<OsStr>>(&self, command: &str, more: &[S]) -> Finished {
+        run(&mut self.command(command, more))
+    }
+
+    fn serve(&self) -> Server {
+        let socket = self.lab.socket();
+        Server::start(&self.command("serve", &[OsStr::new("--socket-path"), socket.as_os_str()]))
+    }
+
+    fn status(&self) -> Value {
+        serde_json::from_str(&self.run("status", &["--json"]).ok().stdout).unwrap()
+    }
+
+    fn wait_pristine(&self) {
+        wait_until("the disk is pristine", || self.status()["state"] == "pristine");
+    }
+
+    /// Blocks that differ from the base.
+    fn differing(&self) -> BTreeSet<u64> {
+        let blocks = images::differing_blocks(&self.mounts.outside(&self.disk), &self.lab.base());
+        blocks.into_iter().collect()
+    }
+
+    fn assert_pristine(&self) {
+        assert_eq!(self.differing(), BTreeSet::new());
+        self.run("verify", NONE).ok();
+        assert_eq!(self.status()["state"], "pristine");
+    }
+}
+
+/// Written and failed writes of an `attempt`, which must be answered in time.
+fn attempt(client: &mut Remote, count: u64, seed: u64) -> (u64, u64) {
+    let answer = ask(client, &format!("attempt {count} {seed}")).unwrap();
+    let (written, failed) = answer.split_once(' ').unwrap();
+    (written.parse().unwrap(), failed.parse().unwrap())
+}
+
+fn ask(client: &mut Remote, command: &str) -> Result<String, String> {
+    client.send(command);
+    client.answer_within(BOUND).expect("the guest hangs")
+}
+
+/// Invariants 1, 3 and 6: a sparse disk whose file system is full fails the writes that need room, with
+/// I/O errors; what was written before can be read and written again; once there is room all go on.
+fn sparse_disk_on_a_full_file_system(ext4: bool) {
+    let Some(small) = Small::new(ext4, MIB) else { return };
+    let server = small.serve();
+    let mut client = Remote::connected(&small.lab.socket(), 1);
+    small.mounts.fill(&small.dir, 4 * MIB);
+    let (written, failed) = attempt(&mut client, 4000, 1);
+    assert!(written > 100 && failed > 100, "{written} writes succeeded, {failed} failed");
+    // Of the same blocks those that have their room are written again.
+    let (again, _) = attempt(&mut client, 4000, 1);
+    assert!(again >= written, "{again} of {written} blocks could be written again");
+    for at in [0, SIZE / 2, SIZE - MIB] {
+        ask(&mut client, &format!("read {at} {MIB}")).unwrap();
+    }
+    let unlogged: Vec<_> = small.differing().difference(&small.lab.logged_blocks()).copied().collect();
+    assert!(unlogged.is_empty(), "{} blocks were changed and not logged", unlogged.len());
+    small.mounts.make_room(&small.dir);
+    assert_eq!(attempt(&mut client, 4000, 2), (4000, 0));
+    client.leave();
+    small.wait_pristine();
+    server.stop();
+    small.assert_pristine();
+}
+
+#[test]
+fn sparse_disk_on_a_full_tmpfs_fails_writes_and_goes_on_with_room() {
+    sparse_disk_on_a_full_file_system(false);
+}
+
+#[test]
+fn sparse_disk_on_a_full_ext4_fails_writes_and_goes_on_with_room() {
+    sparse_disk_on_a_full_file_system(true);
+}
+
+/// Invariants 2, 4 and 6: a session gave up blocks of the disk, and their room is taken when they are to
+/// be restored: they stay pending, and are the base's for the next session; the drain says that it
+/// fails, tries again, and finishes once there is room.
+fn drain_into_a_full_file_system(ext4: bool) {
+    let data = 16 * MIB;
+    let Some(small) = Small::new(ext4, data) else { return };
+    let mut server = small.serve();
+    let mut client = Remote::connected(&small.lab.socket(), 1);
+    for at in (0..data).step_by(MIB as usize) {
+        client.ask(&format!("write {at} {MIB} 3"));
+    }
+    client.ask(&format!("discard 0 {data}"));
+    // An ext4 keeps some room back that its user may not have.
+    wait_until("the room is free", || small.mounts.free(&small.dir) > data);
+    small.mounts.fill(&small.dir, 0);
+    client.leave();
+    let line = server.0.wait_line("a failed drain", PATIENCE, |line| line.contains("restoring failed"));
+    assert!(line.contains("next attempt in 1 s") && line.contains("disk.img"), "{line}");
+    wait_until("the failure shows", || small.status()["drain_failing"] == true);
+    let status = small.status();
+    assert_eq!(status["state"], "restoring");
+    assert!(status["pending_blocks"].as_u64() > Some(100), "{status}");
+    let text = small.run("status", NONE).ok().stdout;
+    assert!(text.contains("restoring fails"), "{text}");
+
+    let mut next = Remote::connected(&small.lab.socket(), 1);
+    attempt(&mut next, 200, 4);
+    let whole = format!("compare {MIB} 4096 {}", small.lab.base().display());
+    ask(&mut next, &whole).unwrap();
+    next.leave();
+    server.0.wait_line("a longer pause", PATIENCE, |line| line.contains("next attempt in 2 s"));
+    small.mounts.make_room(&small.dir);
+    small.wait_pristine();
+    server.stop();
+    small.assert_pristine();
+}
+
+#[test]
+fn drain_into_a_full_tmpfs_goes_on_with_room() {
+    drain_into_a_full_file_system(false);
+}
+
+#[test]
+fn drain_into_a_full_ext4_goes_on_with_room() {
+    drain_into_a_full_file_system(true);
+}
+
+/// Invariants 2 and 6: the base's storage goes away under a server. Reads of pending blocks fail in
+/// bounded time, those of the session's own blocks do not; the disk stays pending; the drain says that
+/// it fails and tries again. The storage comes back: all goes on.
+#[test]
+fn base_whose_storage_goes_away_and_comes_back_is_waited_for() {
+    let lab = Lab::new();
+    images::dense(&lab.base(), SIZE, 44);
+    let Some(device) = LoopDevice::of(&lab.base()) else { return };
+    lab.run("provision", &[OsStr::new("--lazy"), OsStr::new("--base"), device.path().as_os_str()]).ok();
+    let kept = lab.path("kept");
+    fs::copy(lab.base(), &kept).unwrap();
+    fs::File::options().write(true).open(lab.base()).unwrap().set_len(0).unwrap();
+    device.forget();
+
+    let mut server = lab.serve(NONE);
+    let mut client = Remote::connected(&lab.socket(), 1);
+    let error = ask(&mut client, &format!("read 0 {MIB}")).unwrap_err();
+    assert!(error.contains("error 5"), "{error}");
+    // Whole blocks need nothing of the base, parts do.
+    assert_eq!(attempt(&mut client, 500, 5), (500, 0));
+    assert!(ask(&mut client, &format!("write {} 512 6", SIZE / 2 + 4096 * 3)).is_err());
+    server.0.wait_line("a failed drain", PATIENCE, |line| line.contains("restoring failed"));
+    wait_until("the failure shows", || lab.status()["drain_failing"] == true);
+    assert!(lab.status()["pending_blocks"].as_u64() > Some(10_000), "{}", lab.status());
+
+    let back = fs::read(&kept).unwrap();
+    fs::File::options()
+        .write(true)
+        .open(lab.base())
+        .and_then(|mut file| std::io::Write::write_all(&mut file, &back))
+        .unwrap();
+    device.forget();
+    wait_until("the base is read again", || {
+        let part = SIZE / 2 + 4096 * 3;
+        ask(&mut client, &format!("compare {part} 512 {}", kept.display())).as_deref() == Ok("same")
+    });
+    client.leave();
+    lab.wait_pristine();
+    server.stop();
+    images::assert_equal(&lab.disk(), &kept);
+    lab.run("verify", NONE).ok();
+}
+
+/// Invariants 2 and 5: a base that is cut short under a server is not the base any more, also when its
+/// bytes are put back: nothing is restored from it, no session begins, the messages say what to do, and
+/// what they say makes the disk exact.
+#[test]
+fn base_that_changed_under_a_server_is_refused_until_the_disk_is_adopted() {
+    let lab = Lab::new();
+    images::dense(&lab.base(), SIZE, 45);
+    lab.provision(NONE);
+    let mut server = lab.serve(NONE);
+    let mut client = Remote::connected(&lab.socket(), 1);
+    client.ask("scatter 2000 7");
+    let kept = fs::read(lab.base()).unwrap();
+    fs::File::options().write(true).open(lab.base()).unwrap().set_len(SIZE / 2).unwrap();
+    client.leave();
+    server.0.wait_line("a failed drain", PATIENCE, |line| {
+        line.contains("restoring failed") && line.contains("base.img")
+    });
+    assert_eq!(lab.status()["pending_blocks"], 2000);
+    assert!(lab.status()["base_trouble"].as_str().unwrap().contains("has changed"), "{}", lab.status());
+    let mut next = Remote::start(&lab.socket());
+    ask(&mut next, "connect 1").unwrap_err();
+    server.0.wait_line("the refusal", PATIENCE, |line| {
+        line.contains("turned away") && line.contains("base.img") && line.contains("has changed")
+    });
+    fs::write(lab.base(), &kept).unwrap();
+    server.stop();
+    assert_eq!(lab.status()["state"], "interrupted");
+    lab.run("restore", NONE).refused(1, &["base.img", "provision --adopt --base"]);
+    lab.provision(&["--adopt"]);
+    lab.assert_pristine();
+}
