@@ -66,6 +66,21 @@ States: pristine, in-session, restoring (a server is at it), interrupted (restor
     Log(LogArgs),
 }
 
+impl Command {
+    /// How the disk was named, if it was, to be said again in a message.
+    pub(crate) fn disk_arguments(&self) -> Option<String> {
+        let (disk, dirs) = match self {
+            Self::Provision(args) => (&args.disk.disk, &args.disk.dirs),
+            Self::Serve(args) => (args.disk.as_ref()?, &args.dirs),
+            Self::Restore(args) => (&args.disk, &args.dirs),
+            Self::Verify(args) | Self::Status(args) => (&args.disk.disk, &args.disk.dirs),
+            Self::Log(_) => return None,
+        };
+        let state = dirs.state_dir.as_ref().map(|dir| format!(" --state-dir {}", dir.display()));
+        Some(format!("--disk {}{}", disk.display(), state.unwrap_or_default()))
+    }
+}
+
 /// Which disk, and where its state is.
 #[derive(Debug, Args)]
 pub(crate) struct DiskArgs {

@@ -12,6 +12,9 @@ pub(crate) struct Failure {
     code: u8,
 }
 
+/// Stands in hints for how the disk was named on the command line.
+const DISK: &str = "--disk DISK";
+
 impl Failure {
     /// Something that went wrong.
     pub(crate) fn new(message: impl Into<String>) -> Self {
@@ -39,6 +42,12 @@ impl Failure {
         Self::new(message)
     }
 
+    /// Names the disk in what can be done about it, as it was named on the command line.
+    pub(crate) fn about(self, disk: Option<&str>) -> Self {
+        let hint = self.hint.map(|hint| hint.replace(DISK, disk.unwrap_or(DISK)));
+        Self { hint, ..self }
+    }
+
     pub(crate) fn exit_code(&self) -> ExitCode {
         ExitCode::from(self.code)
     }
@@ -56,6 +65,6 @@ impl fmt::Display for Failure {
 
 impl From<session_disk::Error> for Failure {
     fn from(error: session_disk::Error) -> Self {
-        Self { hint: error.hint(), ..Self::of(&error) }
+        Self { hint: error.hint(DISK), ..Self::of(&error) }
     }
 }

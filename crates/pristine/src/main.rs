@@ -32,17 +32,18 @@ use crate::args::{Cli, Command};
 fn main() -> ExitCode {
     let cli = Cli::parse_from(args::with_default_command(std::env::args_os()));
     start_logger(cli.verbose);
-    let result = match cli.command {
-        Command::Provision(args) => commands::provision(&args),
-        Command::Serve(args) => serve::serve(&args),
-        Command::Restore(args) => commands::restore(&args),
-        Command::Verify(args) => commands::verify(&args),
-        Command::Status(args) => commands::status(&args),
-        Command::Log(args) => log_show::run(&args),
+    let result = match &cli.command {
+        Command::Provision(args) => commands::provision(args),
+        Command::Serve(args) => serve::serve(args),
+        Command::Restore(args) => commands::restore(args),
+        Command::Verify(args) => commands::verify(args),
+        Command::Status(args) => commands::status(args),
+        Command::Log(args) => log_show::run(args),
     };
     match result {
         Ok(code) => code,
         Err(failure) => {
+            let failure = failure.about(cli.command.disk_arguments().as_deref());
             let _ = writeln!(std::io::stderr(), "{failure}");
             failure.exit_code()
         }

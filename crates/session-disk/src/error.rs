@@ -100,25 +100,25 @@ impl Error {
         Self::State { operation, path: path.to_owned(), source }
     }
 
-    /// What the operator can do about it, as a sentence, where there is something.
-    pub fn hint(&self) -> Option<String> {
+    /// What the operator can do about it, as a sentence, where there is something. `disk` is how the disk
+    /// was named, as arguments of a command: `--disk DISK`, `--state-dir DIR` if one was given.
+    pub fn hint(&self, disk: &str) -> Option<String> {
         match self {
-            Self::NotProvisioned { disk, .. } => Some(format!(
-                "make the disk with `pristine provision --base BASE --disk {d}`, name the state directory with \
-                 --state-dir, or take over an existing file with `pristine provision --adopt --base BASE --disk {d}`",
-                d = disk.display()
+            Self::NotProvisioned { .. } => Some(format!(
+                "make the disk with `pristine provision --base BASE {disk}`, name the state directory with \
+                 --state-dir, or, if the disk is there and its state is lost, restore all of it with \
+                 `pristine provision --adopt --base BASE {disk}`",
             )),
-            Self::DamagedManifest { .. } => Some(
-                "no block of the disk can be trusted: `pristine provision --adopt --base BASE --disk DISK` \
+            Self::DamagedManifest { .. } => Some(format!(
+                "no block of the disk can be trusted: `pristine provision --adopt --base BASE {disk}` \
                  restores all of it"
-                    .into(),
-            ),
+            )),
             Self::NewerManifest { .. } => Some("use the version of pristine that wrote it".into()),
-            Self::Base(BaseError::Changed { .. }) => Some(
-                "put the old contents back under the same name, or move the disk to the new contents with \
-                 `pristine provision --adopt --base BASE --disk DISK` (restores all of it)"
-                    .into(),
-            ),
+            Self::Base(BaseError::Changed { path, .. }) => Some(format!(
+                "if it is right as it is now, `pristine provision --adopt --base {} {disk}` restores all of the \
+                 disk from it",
+                path.display()
+            )),
             Self::InUse { .. } => Some("stop the other program first".into()),
             Self::Log(write_log::LogError::NoSpace { .. }) => Some(
                 "make room on the file system of the state directory, or choose another with --state-dir"

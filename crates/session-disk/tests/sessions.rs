@@ -203,7 +203,7 @@ fn disk_whose_base_changed_is_refused() {
     }
     let error = session_disk::SessionDisk::open(&bench.options).unwrap_err();
     assert!(matches!(error, Error::Base(base_image::BaseError::Changed { .. })), "{error}");
-    assert!(error.hint().is_some());
+    assert!(error.hint("--disk d").unwrap().contains("--disk d"));
 }
 
 /// A stop in mid-session leaves exact logs, also when the host goes down after it.

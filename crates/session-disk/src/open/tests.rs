@@ -289,3 +289,44 @@ fn log_of_a_pending_set_with_any_damage_never_hides_a_block() {
         scene.check_all(&Basis::ExactLogs);
     }
 }
+
+/// Invariants 2 and 6: two logs are open after a crash, for the end of the first one could not be
+/// written. The mark speaks for one of them alone, so all is pending; after a power cut both are read,
+/// and the intents cover them.
+#[test]
+fn two_open_logs_hide_no_block() {
+    for power_cut in [false, true] {
+        let (dir, options) = pristine_disk();
+        let (disk, owned) = open_session(&options, 500);
+        drop(disk);
+        let paths = options.paths();
+        let mut manifest = Manifest::load(&paths).unwrap();
+        let entry = crate::disk::next_entry(&mut manifest, crate::EntryKind::Session);
+        let header = write_log::LogHeader {
+            kind: entry.kind(),
+            id: entry.id(),
+            disk: manifest.disk,
+            geometry: Geometry::new(SIZE).unwrap(),
+            created_unix_ns: 0,
+        };
+        let mut second = write_log::LogWriter::create(&paths.sessions(), &header).unwrap();
+        let none = BlockSet::new(header.geometry.blocks());
+        let mark = second.append(&[Extent::new(9, 2)], &none).unwrap();
+        owned.insert(Extent::new(9, 2));
+        manifest.store(&paths).unwrap();
+        let number = file_number(&options.disk).unwrap();
+        let live = LivePage::inspect(&paths.live_page(manifest.disk), manifest.disk, number).unwrap();
+        live.set_mark(crate::live::LiveMark { sequence: entry.sequence, mark });
+        drop(live);
+        if power_cut {
+            fs::remove_dir_all(dir.path().join("run")).unwrap();
+        }
+        let scene = Scene::of(dir, options, owned, 0);
+        assert_eq!(scene.manifest.logs.len(), 2);
+        let basis = scene.check(&MemLog(scene.bytes.clone()), || "two open logs".into());
+        match power_cut {
+            true => assert_eq!(basis, Basis::Intents),
+            false => assert!(matches!(basis, Basis::Everything(_)), "{basis:?}"),
+        }
+    }
+}
