@@ -88,6 +88,20 @@ impl Lab {
         run(&mut self.pristine(command, more))
     }
 
+    /// `pristine session WHAT` of this disk.
+    pub fn session(&self, what: &str) -> Command {
+        let mut program = pristine(["session", what]);
+        program.arg("--disk").arg(self.disk()).arg("--runtime-dir").arg(self.runtime());
+        program
+    }
+
+    /// The server's control socket, which is named by the disk's ID.
+    pub fn control_socket(&self) -> Option<PathBuf> {
+        let entries = std::fs::read_dir(self.runtime()).unwrap();
+        let mut sockets = entries.map(|entry| entry.unwrap().path());
+        sockets.find(|path| path.extension() == Some(OsStr::new("control")))
+    }
+
     /// Provisions the disk from the base.
     pub fn provision(&self, more: &[&str]) {
         let base = self.base();

@@ -27,7 +27,7 @@ fn file_written_before_a_reboot_is_there_after_it_and_gone_in_the_next_session()
     lab.provision(&[]);
     let server = lab.serve(&[]);
     for _session in 0..2 {
-        let mut guest = Guest::boot(&lab.socket(), Options { reboots: true, queues: 2 }, SCRIPT);
+        let mut guest = Guest::boot(&lab.socket(), Options { reboots: true, ..Options::default() }, SCRIPT);
         guest.said("no-mark");
         assert_eq!(guest.said("after-reboot"), "from-the-first-boot");
         guest.finish();

@@ -60,8 +60,11 @@ Also understood without the word serve, as QEMU's conventions for backend progra
   pristine status --disk vm1.raw
   pristine status --disk vm1.raw --json
 
-States: pristine, in-session, restoring (a server is at it), interrupted (restore or serve goes on).")]
+States: pristine, in-session, restoring (a server is at it), interrupted (restore or serve goes on), held (kept as the
+session left it until `pristine session release`).")]
     Status(ReportArgs),
+    /// End a session, or keep what it leaves
+    Session(SessionArgs),
     /// Look into write logs
     Log(LogArgs),
 }
@@ -74,6 +77,11 @@ impl Command {
             Self::Serve(args) => (args.disk.as_ref()?, &args.dirs),
             Self::Restore(args) => (&args.disk, &args.dirs),
             Self::Verify(args) | Self::Status(args) => (&args.disk.disk, &args.disk.dirs),
+            Self::Session(args) => match &args.command {
+                SessionCommand::End(args) | SessionCommand::Hold(args) | SessionCommand::Release(args) => {
+                    (&args.disk, &args.dirs)
+                }
+            },
             Self::Log(_) => return None,
         };
         let state = dirs.state_dir.as_ref().map(|dir| format!(" --state-dir {}", dir.display()));
@@ -253,6 +261,35 @@ impl ServeArgs {
             ..disk_options(disk, &self.dirs)
         }
     }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct SessionArgs {
+    #[command(subcommand)]
+    pub(crate) command: SessionCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum SessionCommand {
+    /// End the session that is open: its VM is disconnected, what it wrote is restored
+    ///
+    /// Where no server runs, the session that a dead one left open is ended; `pristine restore` or the next
+    /// `pristine serve` then goes on.
+    #[command(after_help = "Example:
+  pristine session end --disk vm1.raw")]
+    End(DiskArgs),
+    /// Keep the disk as its session leaves it: nothing is restored, no session begins
+    ///
+    /// The hold begins when the open session ends; without one, at once, as long as nothing of the last session was
+    /// restored. It is durable: it outlasts servers and hosts until `pristine session release`.
+    #[command(after_help = "Examples:
+  pristine session hold --disk vm1.raw
+  pristine session hold --disk vm1.raw && pristine session end --disk vm1.raw")]
+    Hold(DiskArgs),
+    /// End a hold: what was kept is restored, sessions may begin
+    #[command(after_help = "Example:
+  pristine session release --disk vm1.raw")]
+    Release(DiskArgs),
 }
 
 #[derive(Debug, Args)]

@@ -3,15 +3,16 @@
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use blocks::BLOCK_SIZE;
 use indicatif::BinaryBytes;
-use session_disk::{Basis, DiskOptions, DiskState, Error, ProvisionOptions, SessionDisk, Status};
+use session_disk::{Basis, DiskOptions, DiskState, Error, Manifest, ProvisionOptions, SessionDisk, Status};
 
 use crate::args::{DiskArgs, ProvisionArgs, ReportArgs};
 use crate::failure::Failure;
 use crate::progress::Progress;
+use crate::session;
 use crate::signals::StopOnSignal;
 
 /// How many differing runs `verify` prints.
@@ -80,7 +81,12 @@ pub(crate) fn restore(args: &DiskArgs) -> Result<ExitCode, Failure> {
     let stop = Arc::new(AtomicBool::new(false));
     let _signals = StopOnSignal::start(Arc::clone(&stop), || ())?;
     let started = Instant::now();
-    let disk = SessionDisk::open(&args.options())?;
+    let options = args.options();
+    // A held disk is left alone; that the drain refuses it is not enough, for opening settles logs.
+    if let Some(reason) = Manifest::load(&options.paths())?.held {
+        return Err(Error::Held { disk: options.disk, reason }.into());
+    }
+    let disk = SessionDisk::open(&options)?;
     let restored = drain(&disk, "restoring", &stop)?;
     say!(
         "{}: pristine; restored {} in {}",
@@ -139,7 +145,8 @@ pub(crate) fn verify(args: &ReportArgs) -> Result<ExitCode, Failure> {
 
 pub(crate) fn status(args: &ReportArgs) -> Result<ExitCode, Failure> {
     let options = args.disk.options();
-    let status = session_disk::status(&options)?;
+    let mut status = session_disk::status(&options)?;
+    session::ask_server(&options, &mut status);
     if args.json {
         let json = serde_json::to_string(&status)
             .map_err(|error| Failure::new(format!("cannot render the status: {error}")))?;
@@ -156,6 +163,7 @@ fn print_status(options: &DiskOptions, status: &Status) {
         DiskState::InSession => "in session",
         DiskState::Restoring => "restoring",
         DiskState::Interrupted => "interrupted: `pristine restore` or the next `pristine serve` goes on",
+        DiskState::Held => "held: kept as the session left it until `pristine session release`",
     };
     say!("disk     {}, {}", options.disk.display(), BinaryBytes(status.size));
     say!("base     {}", status.base.display());
@@ -168,8 +176,17 @@ fn print_status(options: &DiskOptions, status: &Status) {
     if let Some(pid) = status.session_owner_pid {
         say!("session  of process {pid}");
     }
+    if let Some(reason) = &status.held {
+        let begins = if status.state == DiskState::Held { "" } else { ", when the session ends" };
+        say!("held     {reason}{begins}");
+    }
     if status.drain_failing {
-        say!("warning  restoring fails and is tried again; see the server's log");
+        let when = status.drain_next_attempt_unix_ms.map_or_else(String::new, |at| {
+            let left = (UNIX_EPOCH + Duration::from_millis(at)).duration_since(SystemTime::now());
+            format!(" in {}", seconds(left.unwrap_or_default()))
+        });
+        let why = status.drain_error.as_deref().unwrap_or("see the server's log");
+        say!("warning  restoring fails and is tried again{when}: {why}");
     }
     if let Some(trouble) = &status.base_trouble {
         say!("warning  {trouble}");

@@ -26,6 +26,19 @@ impl Failure {
         Self { message: message.into(), hint: None, code: 2 }
     }
 
+    /// With what to do about it, as a sentence.
+    pub(crate) fn with_hint(self, hint: impl Into<String>) -> Self {
+        Self { hint: Some(hint.into()), ..self }
+    }
+
+    /// The message and what to do, in one line.
+    pub(crate) fn line(&self) -> String {
+        match &self.hint {
+            Some(hint) => format!("{}; {hint}", self.message),
+            None => self.message.clone(),
+        }
+    }
+
     /// An error with all its sources.
     pub(crate) fn of(error: &dyn StdError) -> Self {
         let mut message = error.to_string();
@@ -55,11 +68,13 @@ impl Failure {
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "pristine: error: {}", self.message)?;
-        match &self.hint {
-            Some(hint) => write!(f, "; {hint}"),
-            None => Ok(()),
-        }
+        write!(f, "pristine: error: {}", self.line())
+    }
+}
+
+impl From<control::ClientError> for Failure {
+    fn from(error: control::ClientError) -> Self {
+        Self::of(&error)
     }
 }
 

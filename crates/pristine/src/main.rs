@@ -15,11 +15,13 @@ macro_rules! say {
 
 mod args;
 mod commands;
+mod control_socket;
 mod failure;
 mod log_show;
 mod notify;
 mod progress;
 mod serve;
+mod session;
 mod signals;
 
 use std::io::Write;
@@ -38,6 +40,7 @@ fn main() -> ExitCode {
         Command::Restore(args) => commands::restore(args),
         Command::Verify(args) => commands::verify(args),
         Command::Status(args) => commands::status(args),
+        Command::Session(args) => session::run(args),
         Command::Log(args) => log_show::run(args),
     };
     match result {

@@ -3,15 +3,19 @@
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use control::ControlServer;
 use indicatif::BinaryBytes;
-use session_disk::{Basis, DrainObserver, Drainer, ProcessId, SessionDisk, SessionStart, SessionSummary};
+use session_disk::{
+    Basis, DrainObserver, DrainTrouble, Drainer, ProcessId, SessionDisk, SessionStart, SessionSummary,
+};
 use vhost_blk::{DeviceConfig, EndReason, Exit, Observer, Server, ServerConfig, Socket, SocketPermissions};
 
 use crate::args::ServeArgs;
 use crate::commands::{amount, seconds};
+use crate::control_socket::Operator;
 use crate::failure::Failure;
 use crate::notify::notify;
 use crate::progress::Progress;
@@ -33,33 +37,46 @@ pub(crate) fn serve(args: &ServeArgs) -> Result<ExitCode, Failure> {
         log::warn!("the host went down during a session: all regions that it may have touched are restored");
     }
     let stop = Arc::new(AtomicBool::new(false));
-    let reporter = Arc::new(Reporter { disk: Arc::clone(&disk), drainer: Mutex::new(None) });
+    let reporter = Arc::new(Reporter::new(Arc::clone(&disk)));
     let mut server =
         Server::new(Arc::clone(&disk), socket, config(args), Arc::clone(&reporter) as Arc<dyn Observer>)
             .map_err(|error| Failure::of(&error))?;
     let handle = server.stop_handle();
+    let operator = Operator::new(Arc::clone(&disk), Arc::clone(&reporter), handle.clone());
+    let control = ControlServer::start(&disk.paths().control(disk.id()), Arc::new(operator))
+        .map_err(|error| Failure::of(&error))?;
     let _signals = StopOnSignal::start(Arc::clone(&stop), move || handle.stop())?;
     reporter.set_drainer(Some(Drainer::start(Arc::clone(&disk), Arc::new(DrainReporter))?));
     say!("pristine: listening on {name}, disk {}, base {}", path.display(), disk.base_path().display());
     if disk.session_is_open() {
-        let of = disk.owner().map_or_else(String::new, |owner| format!(" of VM process {}", owner.pid));
+        let of =
+            disk.session_owner().map_or_else(String::new, |owner| format!(" of VM process {}", owner.pid));
         say!("pristine: an open session{of} goes on: {} are its own", amount(disk.dirty_blocks()));
     }
-    if disk.pending_blocks() > 0 {
+    if let Some(why) = disk.turns_away() {
+        say!("pristine: {why}");
+    } else if disk.pending_blocks() > 0 {
         say!("pristine: restoring {} in the background", amount(disk.pending_blocks()));
     }
     notify("READY=1");
     let result = server.run();
     notify("STOPPING=1");
     drop(server);
+    reporter.close();
+    drop(control);
     reporter.set_drainer(None);
     let exit = result.map_err(|error| Failure::of(&error))?;
-    if exit == Exit::SessionEnded {
+    let held = disk.turns_away();
+    if exit == Exit::SessionEnded && held.is_none() {
         drain_before_exit(&disk, &stop)?;
     }
     let left = disk.pending_blocks() + disk.dirty_blocks();
     if let Some(session) = disk.stop()? {
         say!("pristine: stopped; session {session} goes on when the disk is served again while its VM runs");
+    } else if let Some(why) = held {
+        say!("pristine: stopped; {why}");
+        // With --once the disk was to be pristine by now.
+        return Ok(if exit == Exit::SessionEnded { ExitCode::FAILURE } else { ExitCode::SUCCESS });
     } else if left > 0 {
         say!("pristine: stopped; {} left for the next start or `pristine restore`", amount(left));
     } else {
@@ -109,16 +126,90 @@ fn drain_before_exit(disk: &SessionDisk, stop: &AtomicBool) -> Result<(), Failur
     }
 }
 
-/// Prints sessions' starts and ends, and sends the drain to work.
-struct Reporter {
+/// Prints sessions' starts and ends, sends the drain to work, and lets others wait for a session's end.
+pub(crate) struct Reporter {
     disk: Arc<SessionDisk>,
     drainer: Mutex<Option<Drainer>>,
+    last: Mutex<Last>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Last {
+    ended: Option<Ended>,
+    /// No session will end any more.
+    closed: bool,
+}
+
+/// A session that has ended.
+#[derive(Clone)]
+pub(crate) struct Ended {
+    pub(crate) summary: SessionSummary,
+    pub(crate) reason: EndReason,
+    /// Blocks that were pending then.
+    pub(crate) pending: u64,
+}
+
+/// What came of waiting for a session's end.
+pub(crate) enum Waited {
+    Ended(Ended),
+    /// It is over that an end can be seen: the server stops, or a later session has ended too.
+    Missed,
+    TimedOut,
 }
 
 impl Reporter {
+    fn new(disk: Arc<SessionDisk>) -> Self {
+        Self { disk, drainer: Mutex::new(None), last: Mutex::default(), changed: Condvar::new() }
+    }
+
+    fn last(&self) -> MutexGuard<'_, Last> {
+        self.last.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn drainer(&self) -> MutexGuard<'_, Option<Drainer>> {
+        self.drainer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until session `sequence` has ended.
+    pub(crate) fn wait_for_end(&self, sequence: u64, limit: Duration) -> Waited {
+        let not_yet = |last: &mut Last| {
+            !last.closed && last.ended.as_ref().is_none_or(|ended| ended.summary.sequence < sequence)
+        };
+        let (last, waited) = self
+            .changed
+            .wait_timeout_while(self.last(), limit, not_yet)
+            .unwrap_or_else(PoisonError::into_inner);
+        match &last.ended {
+            Some(ended) if ended.summary.sequence == sequence => Waited::Ended(ended.clone()),
+            _ if waited.timed_out() => Waited::TimedOut,
+            _ => Waited::Missed,
+        }
+    }
+
+    /// Nobody needs to wait any more.
+    fn close(&self) {
+        self.last().closed = true;
+        self.changed.notify_all();
+    }
+
+    /// Sends the drain to work, or to rest.
+    pub(crate) fn wake_drainer(&self) {
+        if let Some(drainer) = self.drainer().as_ref() {
+            drainer.wake();
+        }
+    }
+
+    /// Why restoring fails, if it does.
+    pub(crate) fn drain_trouble(&self) -> Option<DrainTrouble> {
+        self.drainer().as_ref().and_then(Drainer::trouble)
+    }
+
     /// Replaces the drain; the one before is stopped.
     fn set_drainer(&self, drainer: Option<Drainer>) {
-        *self.drainer.lock().unwrap_or_else(PoisonError::into_inner) = drainer;
+        // Out of the lock: stopping a drain takes time.
+        let before = std::mem::replace(&mut *self.drainer(), drainer);
+        drop(before);
     }
 }
 
@@ -129,17 +220,21 @@ impl Observer for Reporter {
     }
 
     fn session_ended(&self, summary: &SessionSummary, reason: EndReason) {
+        let pending = self.disk.pending_blocks();
         say!(
             "pristine: session {} ended after {} ({reason}): {} written in {}; {} to restore",
             summary.sequence,
             seconds(summary.duration),
             BinaryBytes(summary.bytes_written),
             amount(summary.dirty_blocks),
-            amount(self.disk.pending_blocks()),
+            amount(pending),
         );
-        if let Some(drainer) = self.drainer.lock().unwrap_or_else(PoisonError::into_inner).as_ref() {
-            drainer.wake();
+        if let Some(why) = self.disk.turns_away() {
+            say!("pristine: {why}");
         }
+        self.last().ended = Some(Ended { summary: summary.clone(), reason, pending });
+        self.changed.notify_all();
+        self.wake_drainer();
     }
 
     fn frontend_refused(&self, why: &str) {

@@ -57,6 +57,10 @@ struct Inner {
     /// First block to end of each claimed run; they never overlap.
     held: BTreeMap<u64, u64>,
     waiting: Vec<Arc<Waker>>,
+    /// Whether the drain rests: the disk is held, and its session has ended.
+    drain_rests: bool,
+    /// Whether the drain has claimed anything since the last session's end.
+    drain_began: bool,
 }
 
 impl Inner {
@@ -82,7 +86,7 @@ pub(crate) enum DrainClaim {
     Claimed(Extent),
     /// Pending blocks are left, all claimed by others; the waker will be woken.
     Blocked,
-    /// No block at or after the cursor is pending.
+    /// No block at or after the cursor is pending, or the drain is to rest.
     Nothing,
 }
 
@@ -125,6 +129,9 @@ impl Claims {
         waker: &Arc<Waker>,
     ) -> DrainClaim {
         let mut inner = self.lock();
+        if inner.drain_rests {
+            return DrainClaim::Nothing;
+        }
         let (mut next, mut blocked) = (from, false);
         while let Some(run) = pending.next_run(next, limit) {
             let free = match inner.first_overlap(run) {
@@ -137,6 +144,7 @@ impl Claims {
                 }
             };
             inner.held.insert(free.first(), free.end());
+            inner.drain_began = true;
             return DrainClaim::Claimed(free);
         }
         if blocked {
@@ -200,11 +208,42 @@ impl Claims {
     }
 
     /// Ends a session: what was copied is forgotten, and `change` runs while no claim is given and
-    /// nothing is settled.
-    pub(crate) fn end_session(&self, change: impl FnOnce()) {
+    /// nothing is settled. `held`: the drain rests from now on.
+    pub(crate) fn end_session(&self, held: bool, change: impl FnOnce()) {
         let mut inner = self.lock();
         self.forget(&mut inner);
+        inner.drain_rests = held;
+        inner.drain_began = false;
         change();
+    }
+
+    /// Says at opening whether the drain rests, and whether it may have begun on the last session's blocks.
+    pub(crate) fn set_drain(&self, rests: bool, began: bool) {
+        let mut inner = self.lock();
+        inner.drain_rests = rests;
+        inner.drain_began = began;
+    }
+
+    /// Lets the drain rest, unless it has begun since the last session's end; whether it rests.
+    pub(crate) fn rest_if_not_begun(&self) -> bool {
+        let mut inner = self.lock();
+        inner.drain_rests |= !inner.drain_began;
+        inner.drain_rests
+    }
+
+    /// Lets the drain go on.
+    pub(crate) fn end_rest(&self) {
+        self.lock().drain_rests = false;
+    }
+
+    /// Whether the drain rests.
+    pub(crate) fn drain_rests(&self) -> bool {
+        self.lock().drain_rests
+    }
+
+    /// Whether the drain has claimed anything since the last session's end.
+    pub(crate) fn drain_began(&self) -> bool {
+        self.lock().drain_began
     }
 
     /// Runs `look` while no claim is given, released or settled.
@@ -268,6 +307,23 @@ mod tests {
         assert_eq!(claims.settle(&set, || true), 0);
     }
 
+    /// A held disk is kept as its session left it: from the end on the drain gets no block.
+    #[test]
+    fn drain_of_a_held_disk_gets_nothing_from_the_session_end_to_the_release() {
+        let (claims, waker) = (Claims::new(1000), Waker::new().unwrap());
+        let set = pending(&[Extent::new(10, 20)]);
+        let claim = || claims.claim_pending(&set, 0, 5, &waker);
+        claims.end_session(true, || ());
+        assert_eq!((claim(), claims.drain_began()), (DrainClaim::Nothing, false));
+        claims.end_rest();
+        assert_eq!((claim(), claims.drain_began()), (DrainClaim::Claimed(Extent::new(10, 5)), true));
+        assert!(!claims.rest_if_not_begun());
+        assert_eq!(claim(), DrainClaim::Claimed(Extent::new(15, 5)));
+        claims.end_session(false, || ());
+        assert!(claims.rest_if_not_begun());
+        assert_eq!(claim(), DrainClaim::Nothing);
+    }
+
     /// Invariant 2: what was copied before a session's end or in vain is not taken for restored.
     #[test]
     fn settle_after_a_session_end_or_a_failed_sync_leaves_everything() {
@@ -278,7 +334,7 @@ mod tests {
             claims.release_copied(run);
         };
         copy();
-        claims.end_session(|| ());
+        claims.end_session(false, || ());
         assert_eq!(claims.settle(&set, || true), 0);
         copy();
         assert_eq!(claims.settle(&set, || false), 0);

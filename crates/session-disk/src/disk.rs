@@ -1,4 +1,6 @@
-//! A session disk and its life: open, session, session end, checkpoint, stop.
+//! A session disk and its life: open, session, session end, checkpoint, stop; in `hold`, being held.
+
+mod hold;
 
 use std::fs;
 use std::io;
@@ -15,7 +17,7 @@ use write_log::{LogError, LogHeader, LogId, LogWriter};
 use crate::drain::Drain;
 use crate::intents::Intents;
 use crate::live::{LiveMark, LivePage};
-use crate::manifest::{DiskFile, EntryKind, LogEntry, Manifest};
+use crate::manifest::{DiskFile, EntryKind, Left, LogEntry, Manifest};
 use crate::open::{
     check_size, describe, disk_witness, drop_oldest_retired, file_number, judge, lock_state_dir, open_base,
     open_disk, open_for_sync, prune_logs, refuse_same_file, remove_log,
@@ -25,6 +27,8 @@ use crate::recover::{Basis, GoesOn};
 use crate::shared::{Parts, QueueCounters, Shared};
 use crate::storage::Storage;
 use crate::{DiskOptions, DiskQueue, Error, Paths, SessionStart, SessionSummary};
+
+pub use hold::{Held, HoldReason, Released, left_open};
 
 /// A session that is open.
 #[derive(Debug)]
@@ -91,6 +95,7 @@ impl SessionDisk {
         refuse_same_file(&options.disk, &manifest.base.path)?;
         paths.create_state_dirs(&storage)?;
         let (live, before) = LivePage::open(&paths, manifest.disk, number)?;
+        let was_open = before.session_open;
         let before = if options.resume { before } else { before.session_over() };
         let verdict = judge(&storage, &paths, &manifest, geometry, &disk, before)?;
         if let Basis::Everything(why) = &verdict.basis {
@@ -104,6 +109,8 @@ impl SessionDisk {
             None => best_engine(&disk),
         };
         manifest.file = disk_witness(&disk)?.as_ref().and_then(DiskFile::of);
+        let left = manifest.left.take();
+        let held = manifest.held.is_some();
         let shared = Arc::new(Shared::new(Parts {
             geometry,
             disk_sync: open_for_sync(&disk)?,
@@ -118,6 +125,9 @@ impl SessionDisk {
             intents: Intents::open(&storage, &paths.intents(), geometry)?,
             live,
         }));
+        // An open session that goes on is held from its end on.
+        let rests = held && verdict.session.is_none();
+        shared.claims.set_drain(rests, !(held || left.is_some() || was_open));
         let session = verdict.session.map(|session| take_up(&shared, &paths, session)).transpose()?;
         let resumed = session.is_some();
         let lifecycle = Lifecycle { manifest, session, queues: Vec::new() };
@@ -140,8 +150,12 @@ impl SessionDisk {
             return Ok(Arc::new(disk));
         }
         // Step 10: in memory alone the next kill would forget what was concluded.
-        if !disk.lifecycle().manifest.speaks_alone(&disk.basis) {
+        let speaks_alone = disk.lifecycle().manifest.speaks_alone(&disk.basis);
+        // The logs of a held disk are kept too, where they can be.
+        if !(speaks_alone || held && verdict.sealed) {
             disk.checkpoint()?;
+        } else if left.is_some() {
+            disk.lifecycle().manifest.store(&storage, &disk.paths)?;
         }
         // From here on no log needs the page to be exact; before, a failure must leave it as it was.
         live.take_over(disk_id, number)?;
@@ -152,6 +166,11 @@ impl SessionDisk {
 
     fn lifecycle(&self) -> MutexGuard<'_, Lifecycle> {
         self.lifecycle.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// The disk's own identity.
+    pub fn id(&self) -> Uuid {
+        self.lifecycle().manifest.disk
     }
 
     /// Size of the disk.
@@ -178,8 +197,7 @@ impl SessionDisk {
     pub fn serial(&self) -> [u8; 20] {
         let mut serial = [0; 20];
         let mut text = [0; 32];
-        let uuid = self.lifecycle().manifest.disk;
-        uuid.simple().encode_lower(&mut text);
+        self.id().simple().encode_lower(&mut text);
         serial.iter_mut().zip(text).for_each(|(to, from)| *to = from);
         serial
     }
@@ -212,6 +230,11 @@ impl SessionDisk {
     /// Whether a session is open.
     pub fn session_is_open(&self) -> bool {
         self.lifecycle().session.is_some()
+    }
+
+    /// The process that owns the open session, if its identity is known.
+    pub fn session_owner(&self) -> Option<ProcessId> {
+        self.shared.live.owner()
     }
 
     /// Makes the data path of a virtqueue, with an engine of its own for `depth` operations at once.
@@ -247,6 +270,9 @@ impl SessionDisk {
         if self.shared.is_poisoned() {
             return Err(Error::Poisoned(self.shared.disk.path().to_owned()));
         }
+        if let Some(reason) = &lifecycle.manifest.held {
+            return Err(Error::Held { disk: self.paths.disk().to_owned(), reason: reason.clone() });
+        }
         self.shared.check_base()?;
         let mut manifest = lifecycle.manifest.clone();
         let entry = next_entry(&mut manifest, EntryKind::Session);
@@ -276,11 +302,6 @@ impl SessionDisk {
         self.shared.live.set_owner(owner);
     }
 
-    /// Who owns the open session, as far as is known.
-    pub fn owner(&self) -> Option<ProcessId> {
-        self.shared.live.owner()
-    }
-
     /// Notes by which in-flight table the open session's frontend can be known again.
     pub fn set_token(&self, token: Option<Uuid>) {
         self.shared.live.set_token(token);
@@ -306,6 +327,7 @@ impl SessionDisk {
             self.shared.open.store(true, Ordering::SeqCst);
             return Err(Error::WrongState("a queue has requests in flight"));
         }
+        let held = lifecycle.manifest.held.is_some();
         let dirty_blocks = self.shared.owned.count();
         let summary = SessionSummary {
             sequence: session.entry.sequence,
@@ -318,9 +340,11 @@ impl SessionDisk {
             // fails and we are killed before the next checkpoint, it counts as damaged: all is pending.
             if let Err(error) = writer.seal(dirty_blocks) {
                 log::warn!("write log {}: {error}", writer.path().display());
+            } else if held && let Err(error) = writer.sync() {
+                log::warn!("write log {}: {error}", writer.path().display());
             }
         }
-        self.shared.claims.end_session(|| {
+        self.shared.claims.end_session(held, || {
             self.shared.pending.insert_set(&self.shared.owned);
             self.shared.owned.clear();
         });
@@ -386,7 +410,9 @@ impl SessionDisk {
     pub fn drain(&self, stop: &AtomicBool, progress: &mut dyn FnMut(u64)) -> Result<u64, Error> {
         let mut drain = Drain::new(Arc::clone(&self.shared))?;
         let mut restored = 0;
+        self.refuse_if_held()?;
         while !self.shared.pending.is_empty() {
+            self.refuse_if_held()?;
             let mut left = self.shared.pending.count();
             let batch = drain.batch(stop, &mut |copied| {
                 left = left.saturating_sub(copied);
@@ -415,7 +441,7 @@ impl SessionDisk {
         let mut log = self.shared.log();
         if let Some(session) = &lifecycle.session
             && self.resume
-            && self.owner().is_none_or(ProcessId::is_alive)
+            && self.session_owner().is_none_or(ProcessId::is_alive)
         {
             // The live page vouches for the log as long as the host runs.
             *log = None;
@@ -427,7 +453,15 @@ impl SessionDisk {
             writer.sync()?;
         }
         drop(log);
-        lifecycle.session = None;
+        let left = if lifecycle.session.take().is_some() {
+            Some(Left::Open)
+        } else {
+            (!self.shared.pending.is_empty() && !self.shared.claims.drain_began()).then_some(Left::Ended)
+        };
+        if left.is_some() {
+            lifecycle.manifest.left = left;
+            lifecycle.manifest.store(&self.shared.storage, &self.paths)?;
+        }
         self.shared.live.set_session_open(false);
         self.forget_intents(&lifecycle)?;
         self.shared.live.set_server(None);

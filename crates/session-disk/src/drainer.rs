@@ -1,9 +1,9 @@
 //! The drain in the background of a server: a thread that works whenever something is pending.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use crate::drain::Drain;
 use crate::open::describe;
@@ -32,9 +32,19 @@ pub struct Drainer {
     thread: Option<JoinHandle<()>>,
 }
 
+/// Why restoring failed, and when it is tried again.
+#[derive(Clone, Debug)]
+pub struct DrainTrouble {
+    /// The error and its sources, in one line.
+    pub error: String,
+    /// When the next attempt begins.
+    pub next_attempt: SystemTime,
+}
+
 #[derive(Debug, Default)]
 struct Control {
     stop: AtomicBool,
+    trouble: Mutex<Option<DrainTrouble>>,
     /// Whether there may be work.
     work: Mutex<bool>,
     changed: Condvar,
@@ -54,6 +64,10 @@ impl Control {
         *work = false;
         !self.stop.load(Ordering::Acquire)
     }
+
+    fn trouble(&self) -> MutexGuard<'_, Option<DrainTrouble>> {
+        self.trouble.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Drainer {
@@ -69,7 +83,12 @@ impl Drainer {
         Ok(Self { control, thread: Some(thread) })
     }
 
-    /// Says that something may be pending: call it after a session's end.
+    /// What made the last attempt fail, if it failed.
+    pub fn trouble(&self) -> Option<DrainTrouble> {
+        self.control.trouble().clone()
+    }
+
+    /// Says that something may be pending: call it after a session's end, a hold and a release.
     pub fn wake(&self) {
         *self.control.work.lock().unwrap_or_else(PoisonError::into_inner) = true;
         self.control.changed.notify_all();
@@ -99,18 +118,21 @@ fn run(disk: &SessionDisk, control: &Control, observer: &dyn DrainObserver) {
         match drain_all(disk, control, observer) {
             Ok(()) => {
                 back_off = None;
+                *control.trouble() = None;
                 disk.shared().live.set_drain_failing(false);
             }
             Err(Error::Stopped) => {}
             Err(error) => {
                 let pause = back_off.map_or(BACK_OFF_MIN, |last| (last * 2).min(BACK_OFF_MAX));
+                let error = describe(&error);
                 log::warn!(
                     "{}: restoring failed, {} blocks stay pending, next attempt in {} s: {}",
                     disk.paths().disk().display(),
                     disk.pending_blocks(),
                     pause.as_secs(),
-                    describe(&error)
+                    error
                 );
+                *control.trouble() = Some(DrainTrouble { error, next_attempt: SystemTime::now() + pause });
                 disk.shared().live.set_drain_failing(true);
                 // Sessions go on; their logs must not pile up.
                 if disk.old_logs() > OLD_LOGS_MAX
@@ -128,10 +150,17 @@ fn drain_all(disk: &SessionDisk, control: &Control, observer: &dyn DrainObserver
     let started = Instant::now();
     let (mut restored, mut since_checkpoint) = (0, 0);
     let shared = disk.shared();
+    if shared.claims.drain_rests() {
+        return shared.sync_disk();
+    }
     if !shared.pending.is_empty() {
         // Made anew each time: between sessions an idle disk keeps no ring and no buffers for it.
         let mut drain = Drain::new(Arc::clone(shared))?;
         while !shared.pending.is_empty() {
+            if shared.claims.drain_rests() {
+                // What is kept is to survive a power cut.
+                return shared.sync_disk();
+            }
             let batch = drain.batch(&control.stop, &mut |_| ())?;
             restored += batch.restored;
             since_checkpoint += batch.restored;

@@ -7,6 +7,8 @@ use base_image::BaseError;
 use thiserror::Error;
 use write_log::LogError;
 
+use crate::HoldReason;
+
 /// Why an operation on a session disk failed. `Display` never repeats the source.
 #[derive(Debug, Error)]
 pub enum Error {
@@ -84,6 +86,18 @@ pub enum Error {
     /// A request that makes no sense with these arguments; nothing was changed.
     #[error("{0}")]
     Refused(String),
+    /// What the last session left is kept as it is.
+    #[error(
+        "{disk} is held ({reason}): nothing is restored and no session begins before \
+         `pristine session release --disk {disk}`",
+        disk = .disk.display()
+    )]
+    Held {
+        /// The disk.
+        disk: PathBuf,
+        /// Why.
+        reason: HoldReason,
+    },
     /// An operation in the wrong state: a defect of the caller.
     #[error("{0}")]
     WrongState(&'static str),

@@ -219,16 +219,16 @@ mod tests {
     fn region_that_could_not_be_written_is_tried_again() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("intents");
-        Intents::create(&path, disk(), false).unwrap();
-        let intents = Intents::open(&path, disk()).unwrap();
+        Intents::create(&Storage::default(), &path, disk(), false).unwrap();
+        let intents = Intents::open(&Storage::default(), &path, disk()).unwrap();
         intents.set_broken(true);
         for _ in 0..2 {
             intents.ensure(Extent::new(5, 1)).unwrap_err();
         }
-        assert!(Intents::read_blocks(&path, disk()).unwrap().is_empty());
+        assert!(Intents::read_blocks(&Storage::default(), &path, disk()).unwrap().is_empty());
         intents.set_broken(false);
         intents.ensure(Extent::new(5, 1)).unwrap();
-        assert_eq!(Intents::read_blocks(&path, disk()).unwrap().count(), REGION_BLOCKS);
+        assert_eq!(Intents::read_blocks(&Storage::default(), &path, disk()).unwrap().count(), REGION_BLOCKS);
     }
 
     /// Invariant 6: what can't be read counts as written to.

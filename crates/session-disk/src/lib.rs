@@ -8,6 +8,7 @@
 //!
 //! - [`provision`] makes a disk, [`SessionDisk::open`] takes one over, [`verify`] and [`status`] look at one.
 //! - [`SessionDisk::begin_session`] and [`SessionDisk::end_session`] bound what a guest owns.
+//! - [`SessionDisk::hold`] keeps what a session left as it is, [`SessionDisk::release`] lets it go.
 //! - [`DiskQueue`] serves one virtqueue; [`Drainer`] restores in the background.
 //!
 //! The crash order is written above the code that keeps it: `queue` (steps 1 to 6), `drain` (7),
@@ -35,11 +36,11 @@ mod status;
 mod storage;
 mod verify;
 
-pub use disk::SessionDisk;
-pub use drainer::{DrainObserver, Drainer};
+pub use disk::{Held, HoldReason, Released, SessionDisk, left_open};
+pub use drainer::{DrainObserver, DrainTrouble, Drainer};
 pub use error::Error;
 pub use intents::REGION_SIZE;
-pub use manifest::{BaseEntry, DiskFile, EntryKind, LogEntry, MANIFEST_VERSION, Manifest};
+pub use manifest::{BaseEntry, DiskFile, EntryKind, Left, LogEntry, MANIFEST_VERSION, Manifest};
 pub use options::{DiskOptions, SessionStart, SessionSummary};
 pub use paths::Paths;
 pub use process::ProcessId;
@@ -48,5 +49,5 @@ pub use queue::DiskQueue;
 pub use recover::{Basis, Distrust};
 pub use request::{Done, Request};
 pub use shared::FlushPolicy;
-pub use status::{DiskState, Status, status};
+pub use status::{DiskState, Status, server_of, status};
 pub use verify::{Comparison, verify};

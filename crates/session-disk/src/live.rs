@@ -57,7 +57,7 @@ pub(crate) struct LiveMark {
 }
 
 /// What a server before left in the page.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Before {
     /// Whether the page is of this boot and this disk.
     pub(crate) same_boot: bool,
@@ -316,14 +316,15 @@ mod tests {
     #[test]
     fn opened_page_has_the_last_mark_of_the_same_disk_and_file_only() {
         let ((_dir, paths), disk) = (dir(), Uuid::from_u128(1));
-        let none = Before { same_boot: false, mark: None, session_open: false };
+        let none = Before::default();
         assert_eq!(LivePage::open(&paths, disk, FILE).unwrap().1, none);
         let page = taken_over(&paths, disk);
         page.set_mark(mark(1));
         page.set_mark(mark(2));
+        page.set_session_open(true);
         drop(page);
         let (page, before) = LivePage::open(&paths, disk, FILE).unwrap();
-        assert_eq!(before, Before { same_boot: true, mark: Some(mark(2)), session_open: false });
+        assert_eq!(before, Before { same_boot: true, mark: Some(mark(2)), session_open: true });
         drop(page);
         assert_eq!(LivePage::open(&paths, disk, FILE + 1).unwrap().1, none);
         std::fs::rename(paths.live_page(disk), paths.live_page(Uuid::from_u128(2))).unwrap();

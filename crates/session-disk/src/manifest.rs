@@ -13,7 +13,9 @@ use uuid::Uuid;
 use write_log::{LogId, LogKind};
 
 use crate::Error;
+use crate::disk::HoldReason;
 use crate::paths::Paths;
+
 use crate::recover::Basis;
 use crate::storage::Storage;
 
@@ -46,6 +48,23 @@ pub struct Manifest {
     /// When there is no log: what the disk looked like when it was last known pristine. `None` for a
     /// block device.
     pub pristine_since: Option<BaseIdentity>,
+    /// Why nothing is restored and no session begins, if that is so, or will be at the session's end.
+    #[serde(default)]
+    pub held: Option<HoldReason>,
+    /// How a server that stopped in order left the last session, if nothing of it was restored.
+    /// `None` while a server runs, so that a kill leaves it `None`.
+    #[serde(default)]
+    pub left: Option<Left>,
+}
+
+/// How a session was left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Left {
+    /// It was open; its log is the manifest's last.
+    Open,
+    /// It had ended.
+    Ended,
 }
 
 /// What tells a disk's file from a copy of it.
@@ -206,6 +225,8 @@ mod tests {
             next_sequence: 3,
             logs: vec![LogEntry { sequence: 2, uuid: Uuid::from_u128(2), kind: EntryKind::Session }],
             pristine_since: None,
+            held: Some(HoldReason::ByOperator),
+            left: Some(Left::Ended),
         }
     }
 
@@ -233,6 +254,15 @@ mod tests {
         for len in 0..bytes.len() - 1 {
             assert!(Manifest::parse(Path::new("m"), &bytes[..len]).is_err(), "cut at {len}");
         }
+    }
+
+    /// Manifests from before holds stay readable.
+    #[test]
+    fn manifest_without_a_hold_is_not_held() {
+        let mut value = serde_json::to_value(manifest()).unwrap();
+        value.as_object_mut().unwrap().retain(|name, _| name != "held" && name != "left");
+        let old: Manifest = serde_json::from_value(value).unwrap();
+        assert_eq!(old, Manifest { held: None, left: None, ..manifest() });
     }
 
     #[test]

@@ -63,6 +63,11 @@ impl Paths {
         self.runtime.join(format!("{disk}.live"))
     }
 
+    /// The socket over which a running server takes the operator's commands.
+    pub fn control(&self, disk: Uuid) -> PathBuf {
+        self.runtime.join(format!("{disk}.control"))
+    }
+
     /// Makes the directories that are missing, for the owner only.
     pub(crate) fn create_state_dirs(&self, storage: &Storage) -> Result<(), Error> {
         create_private(storage, &self.state)?;

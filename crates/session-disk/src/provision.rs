@@ -136,6 +136,8 @@ fn make(options: &ProvisionOptions, made: &mut Made) -> Result<(u64, u64), Error
         next_sequence: 1,
         logs: Vec::new(),
         pristine_since: None,
+        held: None,
+        left: None,
     };
     if pending.is_empty() {
         storage.sync_disk(path, || disk.sync_all())?;
@@ -173,6 +175,9 @@ fn existing_state(options: &ProvisionOptions, paths: &Paths) -> Result<Option<Uu
             options.disk.disk.display(),
             paths.manifest().display()
         ))),
+        Ok(Manifest { held: Some(reason), .. }) => {
+            Err(Error::Held { disk: options.disk.disk.clone(), reason })
+        }
         Ok(manifest) => Ok(Some(manifest.disk)),
         Err(Error::DamagedManifest { .. }) => Ok(None),
         Err(error) => Err(error),

@@ -28,6 +28,8 @@ pub(crate) struct Verdict {
     pub pending: BlockSet,
     /// How it was found.
     pub basis: Basis,
+    /// Whether each log says by itself, without the live page and the intents, all that it knows.
+    pub sealed: bool,
     /// The session that goes on.
     pub session: Option<GoesOn>,
 }
@@ -103,7 +105,7 @@ pub(crate) fn conclude(manifest: &Manifest, geometry: Geometry, evidence: Eviden
     let everything = |why| {
         let pending = BlockSet::new(geometry.blocks());
         pending.insert(geometry.all());
-        Verdict { pending, basis: Basis::Everything(why), session: None }
+        Verdict { pending, basis: Basis::Everything(why), sealed: false, session: None }
     };
     if manifest.file != evidence.disk_now.and_then(DiskFile::of) {
         return everything(Distrust::AnotherFile);
@@ -112,13 +114,13 @@ pub(crate) fn conclude(manifest: &Manifest, geometry: Geometry, evidence: Eviden
     if evidence.logs.is_empty() {
         return match (&manifest.pristine_since, evidence.disk_now) {
             (Some(then), Some(now)) if then.change_to(now).is_none() => {
-                Verdict { pending, basis: Basis::Pristine, session: None }
+                Verdict { pending, basis: Basis::Pristine, sealed: true, session: None }
             }
-            (None, None) => Verdict { pending, basis: Basis::Pristine, session: None },
+            (None, None) => Verdict { pending, basis: Basis::Pristine, sealed: true, session: None },
             _ => everything(Distrust::WrittenFromOutside),
         };
     }
-    let (mut exact, mut session) = (true, None);
+    let (mut exact, mut sealed, mut session) = (true, true, None);
     let youngest = evidence.logs.iter().map(|(entry, _)| entry.sequence).max();
     for (entry, found) in evidence.logs {
         let name = entry.id().file_name();
@@ -129,6 +131,7 @@ pub(crate) fn conclude(manifest: &Manifest, geometry: Geometry, evidence: Eviden
         if !is_the_log(&contents, &entry, manifest.disk, geometry) {
             return everything(Distrust::WrongLog(name));
         }
+        sealed &= contents.sealed_blocks().is_some();
         let blocks = match (entry.kind(), contents.sealed_blocks(), evidence.live) {
             (_, Some(blocks), _) => blocks,
             (LogKind::Session, None, Some(live)) if live.sequence == entry.sequence => {
@@ -160,7 +163,8 @@ pub(crate) fn conclude(manifest: &Manifest, geometry: Geometry, evidence: Eviden
         });
         session
     });
-    Verdict { pending, basis: if exact { Basis::ExactLogs } else { Basis::Intents }, session }
+    let basis = if exact { Basis::ExactLogs } else { Basis::Intents };
+    Verdict { pending, basis, sealed, session }
 }
 
 fn is_the_log(contents: &LogContents, entry: &LogEntry, disk: Uuid, geometry: Geometry) -> bool {

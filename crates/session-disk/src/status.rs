@@ -12,7 +12,7 @@ use crate::open::{check_size, file_number, judge, open_base};
 use crate::process::ProcessId;
 use crate::recover::{Basis, Verdict};
 use crate::storage::Storage;
-use crate::{DiskOptions, Error};
+use crate::{DiskOptions, Error, HoldReason};
 
 /// The state of a disk, one word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -26,6 +26,8 @@ pub enum DiskState {
     Restoring,
     /// No server runs and blocks are pending: `restore` or the next `serve` goes on.
     Interrupted,
+    /// What the last session left is kept as it is, until it is released.
+    Held,
 }
 
 impl DiskState {
@@ -58,12 +60,29 @@ pub struct Status {
     pub session_owner_pid: Option<u32>,
     /// Logs that are not retired.
     pub logs: usize,
+    /// Why the disk is held, or will be when the session ends.
+    pub held: Option<HoldReason>,
     /// Whether the drain's last attempt failed; it tries again.
     pub drain_failing: bool,
+    /// Why it failed. Only the server knows; it is asked over its control socket.
+    pub drain_error: Option<String>,
+    /// When it tries again, in milliseconds since 1970. As before.
+    pub drain_next_attempt_unix_ms: Option<u64>,
     /// What is wrong with the base, if something is: then nothing can be served or restored.
     pub base_trouble: Option<String>,
     /// Why all blocks are pending, if the state could not be trusted.
     pub distrust: Option<String>,
+}
+
+/// The process that has taken the disk over, to serve or to restore it.
+///
+/// # Errors
+/// If the disk was not provisioned or its state can't be read.
+pub fn server_of(options: &DiskOptions) -> Result<Option<ProcessId>, Error> {
+    let paths = options.paths();
+    let disk = Manifest::load(&paths)?.disk;
+    let live = LivePage::inspect(&paths.live_page(disk), disk, file_number(&options.disk)?);
+    Ok(live.and_then(|live| live.server()).filter(|server| server.is_alive()))
 }
 
 /// Looks at a disk.
@@ -86,7 +105,10 @@ pub fn status(options: &DiskOptions) -> Result<Status, Error> {
         server_pid: None,
         session_owner_pid: None,
         logs: manifest.logs.len(),
+        held: manifest.held.clone(),
         drain_failing: false,
+        drain_error: None,
+        drain_next_attempt_unix_ms: None,
         base_trouble: open_base(&manifest).err().map(|error| error.to_string()),
         distrust: None,
     };
@@ -100,6 +122,7 @@ pub fn status(options: &DiskOptions) -> Result<Status, Error> {
         status.drain_failing = live.drain_is_failing();
         status.state = match (live.session_is_open(), live.is_pristine()) {
             (true, _) => DiskState::InSession,
+            (false, _) if status.held.is_some() => DiskState::Held,
             (false, true) => DiskState::Pristine,
             (false, false) => DiskState::Restoring,
         };
@@ -111,7 +134,7 @@ pub fn status(options: &DiskOptions) -> Result<Status, Error> {
     let owner = live.as_ref().filter(|live| live.session_is_open()).and_then(LivePage::owner);
     status.session_owner_pid = owner.filter(|owner| owner.is_alive()).map(|owner| owner.pid);
     status.pending_blocks = verdict.pending.count();
-    status.state = DiskState::of(&verdict);
+    status.state = if status.held.is_some() { DiskState::Held } else { DiskState::of(&verdict) };
     if let Basis::Everything(why) = verdict.basis {
         status.distrust = Some(why.to_string());
     }

@@ -31,12 +31,18 @@ pub(crate) trait Disk: Send + Sync {
     fn begin_session(&self, owner: Option<ProcessId>) -> Result<SessionStart, AnyError>;
     fn end_session(&self) -> Result<SessionSummary, AnyError>;
     fn set_owner(&self, owner: Option<ProcessId>);
-    fn session_is_open(&self) -> bool;
     /// Who owns the open session, as far as is known.
     fn owner(&self) -> Option<ProcessId>;
     /// The token of the in-flight table of the open session's frontend.
     fn token(&self) -> Option<Uuid>;
     fn set_token(&self, token: Option<Uuid>);
+    /// Sequence number of the session that is open.
+    fn open_session(&self) -> Option<u64>;
+    fn session_is_open(&self) -> bool {
+        self.open_session().is_some()
+    }
+    /// Why no session can begin, if that is known before a frontend tries.
+    fn turns_away(&self) -> Option<String>;
 }
 
 /// A finished request.
@@ -90,12 +96,16 @@ impl Disk for Arc<SessionDisk> {
         SessionDisk::set_owner(self, owner);
     }
 
-    fn session_is_open(&self) -> bool {
-        SessionDisk::session_is_open(self)
+    fn open_session(&self) -> Option<u64> {
+        SessionDisk::open_session(self)
+    }
+
+    fn turns_away(&self) -> Option<String> {
+        SessionDisk::turns_away(self).map(|error| error.to_string())
     }
 
     fn owner(&self) -> Option<ProcessId> {
-        SessionDisk::owner(self)
+        SessionDisk::session_owner(self)
     }
 
     fn token(&self) -> Option<Uuid> {

@@ -138,7 +138,8 @@ impl Server {
             if self.control.take_stop() {
                 return Ok(Exit::Stopped);
             }
-            if self.control.take_end_session() {
+            // By its number: the next one is not what the operator meant.
+            if self.control.take_end_session().is_some_and(|it| self.disk.open_session() == Some(it)) {
                 self.operator_end()?;
             }
             self.forward()?;
@@ -225,6 +226,10 @@ impl Server {
     /// Serves, holds or refuses a frontend.
     fn admit(&mut self, stream: UnixStream, peer: Peer) -> Result<(), ServerError> {
         let continues = self.boundary.session_is_open();
+        if !continues && let Some(why) = self.disk.turns_away() {
+            self.refuse(&why);
+            return Ok(());
+        }
         match self.boundary.connected(self.identity(&peer), Instant::now()) {
             Admission::Refuse(why) => self.refuse(why),
             Admission::Hold => self.held = Some((stream, peer)),

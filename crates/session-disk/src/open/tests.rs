@@ -313,7 +313,7 @@ fn two_open_logs_hide_no_block() {
         let none = BlockSet::new(header.geometry.blocks());
         let mark = second.append(&[Extent::new(9, 2)], &none).unwrap();
         owned.insert(Extent::new(9, 2));
-        manifest.store(&paths).unwrap();
+        manifest.store(&Storage::default(), &paths).unwrap();
         let number = file_number(&options.disk).unwrap();
         let live = LivePage::inspect(&paths.live_page(manifest.disk), manifest.disk, number).unwrap();
         live.set_mark(crate::live::LiveMark { sequence: entry.sequence, mark });

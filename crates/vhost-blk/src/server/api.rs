@@ -5,7 +5,7 @@ use std::{
     os::fd::OwnedFd,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -88,14 +88,15 @@ pub(super) struct Control {
     /// Readable when there is something.
     pub(super) event: OwnedFd,
     stop: AtomicBool,
-    end_session: AtomicBool,
+    /// The sequence number of the session that is to end; 0: none.
+    end_session: AtomicU64,
 }
 
 impl Control {
     pub(super) fn new() -> Result<Arc<Self>, ServerError> {
         let event = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|error| ServerError::System("create an event", error.into()))?;
-        Ok(Arc::new(Self { event, stop: AtomicBool::new(false), end_session: AtomicBool::new(false) }))
+        Ok(Arc::new(Self { event, stop: AtomicBool::new(false), end_session: AtomicU64::new(0) }))
     }
 
     /// Whether to stop; says so once per request.
@@ -103,9 +104,9 @@ impl Control {
         self.stop.swap(false, Ordering::Acquire)
     }
 
-    /// Whether to end the session; says so once per request.
-    pub(super) fn take_end_session(&self) -> bool {
-        self.end_session.swap(false, Ordering::Acquire)
+    /// Which session to end; says so once per request.
+    pub(super) fn take_end_session(&self) -> Option<u64> {
+        Some(self.end_session.swap(0, Ordering::Acquire)).filter(|sequence| *sequence != 0)
     }
 }
 
@@ -113,16 +114,18 @@ impl StopHandle {
     /// Makes [`Server::run`](crate::Server::run) stop the rings, wait for the I/O in flight and return, without ending
     /// the session.
     pub fn stop(&self) {
-        self.ask(&self.control.stop);
+        self.control.stop.store(true, Ordering::Release);
+        self.wake();
     }
 
-    /// Ends the session that is open, if one is; its frontend is disconnected.
-    pub fn end_session(&self) {
-        self.ask(&self.control.end_session);
+    /// Ends session number `sequence`, if that is the one that is open; its frontend is disconnected. The observer is
+    /// told when it has ended.
+    pub fn end_session(&self, sequence: u64) {
+        self.control.end_session.store(sequence, Ordering::Release);
+        self.wake();
     }
 
-    fn ask(&self, flag: &AtomicBool) {
-        flag.store(true, Ordering::Release);
+    fn wake(&self) {
         // Fails only if a wake-up is pending already.
         let _ = rustix::io::write(&self.control.event, &1u64.to_ne_bytes());
     }

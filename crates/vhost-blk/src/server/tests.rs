@@ -376,9 +376,48 @@ fn operator_ends_a_session_and_its_connection() {
     let server = Running::new(|_| {});
     let mut driver = Driver::start(&server.path, 1);
     assert_eq!(driver.write(0, 0, &[1; 512]), 0);
-    server.stop.end_session();
+    server.stop.end_session(1);
     server.wait_for("end 1 Operator");
     assert!(driver.frontend.get_features().is_err());
+    let mut driver = Driver::start(&server.path, 1);
+    assert_eq!(driver.read(0, 0, 512), Ok(vec![0; 512]));
+}
+
+/// An operator who was slower than the VM does not end the next one's session.
+#[test]
+fn operator_ending_an_earlier_session_leaves_the_open_one() {
+    let server = Running::new(|_| {});
+    drop(Driver::start(&server.path, 1));
+    server.stop.end_session(1);
+    server.wait_for("end 1");
+    let mut driver = Driver::start(&server.path, 1);
+    assert_eq!(driver.write(0, 0, &[2; 512]), 0);
+    server.stop.end_session(1);
+    // Answered by the thread that takes requests: it has taken this one after the first answer.
+    assert!(driver.frontend.get_features().is_ok() && driver.frontend.get_features().is_ok());
+    assert_eq!(driver.read(0, 0, 512).unwrap()[0], 2);
+    server.stop.end_session(2);
+    server.wait_for("end 2 Operator");
+}
+
+/// A held disk takes no new session; the owner of the open one may come back to it.
+#[test]
+fn frontend_of_a_disk_that_turns_away_is_refused_unless_it_owns_the_session() {
+    let server = Running::new(|_| {});
+    let mut driver = Driver::start(&server.path, 1);
+    assert_eq!(driver.write(0, 0, &[1; 512]), 0);
+    server.disk.turn_away(true);
+    drop(driver);
+    server.wait_for("left, open: true");
+    let mut driver = Driver::start(&server.path, 1);
+    assert_eq!(driver.read(0, 0, 512).unwrap()[0], 1);
+    server.stop.end_session(1);
+    server.wait_for("end 1 Operator");
+    assert!(!server.events.all().iter().any(|event| event.starts_with("refused")));
+    let refused = std::os::unix::net::UnixStream::connect(&server.path).unwrap();
+    server.wait_for("refused: the disk is held");
+    drop(refused);
+    server.disk.turn_away(false);
     let mut driver = Driver::start(&server.path, 1);
     assert_eq!(driver.read(0, 0, 512), Ok(vec![0; 512]));
 }

@@ -34,6 +34,7 @@ struct State {
     token: Option<Uuid>,
     sessions: u64,
     refuse_sessions: bool,
+    turns_away: bool,
     held: bool,
     /// Writes that begin here are held back, others are not.
     held_at: Option<u64>,
@@ -69,6 +70,11 @@ impl MemoryDisk {
 
     pub(crate) fn refuse_sessions(&self) {
         self.state().refuse_sessions = true;
+    }
+
+    /// Whether frontends are turned away.
+    pub(crate) fn turn_away(&self, away: bool) {
+        self.state().turns_away = away;
     }
 
     pub(crate) fn fail_io(&self, fail: bool) {
@@ -148,8 +154,12 @@ impl Disk for Arc<MemoryDisk> {
         self.state().owner = owner;
     }
 
-    fn session_is_open(&self) -> bool {
-        self.state().session.is_some()
+    fn open_session(&self) -> Option<u64> {
+        self.state().session
+    }
+
+    fn turns_away(&self) -> Option<String> {
+        self.state().turns_away.then(|| "the disk is held".into())
     }
 
     fn owner(&self) -> Option<ProcessId> {

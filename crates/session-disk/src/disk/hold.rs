@@ -1,0 +1,165 @@
+//! Holding a disk: what a session leaves is kept as it is, for somebody to look at.
+//!
+//! A hold is a field of the manifest, so it survives servers and hosts. While a session is open it
+//! changes nothing but what comes after: the session's end adds to the pending set as ever, but the
+//! drain rests (`Claims` gives it no block), and no other session begins.
+//!
+//! Without an open session a disk can be held as long as nothing of the last one was restored, for a
+//! part of a session is of use to nobody. Whether the drain has begun is known to `Claims` while a
+//! server runs; to the manifest (`left`) after it stopped; and after a kill the live page says whether
+//! the session was open. After a power cut nobody knows, so it has begun.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use super::SessionDisk;
+use crate::live::LivePage;
+use crate::manifest::{EntryKind, Left, Manifest};
+use crate::open::file_number;
+use crate::{DiskOptions, Error};
+
+/// Why a disk is held.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "reason", rename_all = "kebab-case")]
+pub enum HoldReason {
+    /// The operator wanted it.
+    ByOperator,
+}
+
+impl HoldReason {
+    /// The reason's name, as in the manifest and in reports.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::ByOperator => "by-operator",
+        }
+    }
+}
+
+impl fmt::Display for HoldReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::ByOperator => f.write_str("by the operator"),
+        }
+    }
+}
+
+/// What is held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Held {
+    /// Whether it was held already; then the reason is still the first one.
+    pub already: bool,
+    /// The open session at whose end the hold begins; `None`: it has begun.
+    pub session: Option<u64>,
+    /// Blocks that are kept; of an open session, those that it has so far.
+    pub blocks: u64,
+}
+
+/// What was let go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Released {
+    /// The open session, which goes on.
+    pub session: Option<u64>,
+    /// Blocks that may be restored from now on.
+    pub pending_blocks: u64,
+}
+
+impl SessionDisk {
+    /// Why the disk is held, or will be when the session ends.
+    pub fn held(&self) -> Option<HoldReason> {
+        self.lifecycle().manifest.held.clone()
+    }
+
+    /// Why no session can begin now: an [`Error::Held`], if the disk is held.
+    pub fn turns_away(&self) -> Option<Error> {
+        let reason = self.held()?;
+        Some(Error::Held { disk: self.paths.disk().to_owned(), reason })
+    }
+
+    /// Sequence number of the session that is open.
+    pub fn open_session(&self) -> Option<u64> {
+        self.lifecycle().session.as_ref().map(|session| session.entry.sequence)
+    }
+
+    /// Keeps what the open session, or the last one, leaves as it is: nothing is restored and no session
+    /// begins until [`release`](Self::release). Durable when this returns.
+    ///
+    /// # Errors
+    /// If there is nothing to keep; then nothing was changed.
+    pub fn hold(&self, reason: HoldReason) -> Result<Held, Error> {
+        let mut lifecycle = self.lifecycle();
+        let session = lifecycle.session.as_ref().map(|session| session.entry.sequence);
+        let blocks = if session.is_some() { self.dirty_blocks() } else { self.pending_blocks() };
+        if lifecycle.manifest.held.is_some() {
+            return Ok(Held { already: true, session, blocks });
+        }
+        // The drain first: what it has once begun can't be kept any more.
+        if session.is_none() && (blocks == 0 || !self.shared.claims.rest_if_not_begun()) {
+            return Err(nothing_to_hold(self.paths.disk(), blocks));
+        }
+        let mut manifest = lifecycle.manifest.clone();
+        manifest.held = Some(reason);
+        if let Err(error) = manifest.store(&self.shared.storage, &self.paths) {
+            self.shared.claims.end_rest();
+            return Err(error);
+        }
+        lifecycle.manifest = manifest;
+        Ok(Held { already: false, session, blocks })
+    }
+
+    /// Ends a hold: what is pending may be restored, and sessions may begin. Durable when this returns.
+    ///
+    /// # Errors
+    /// If nothing is held.
+    pub fn release(&self) -> Result<Released, Error> {
+        let mut lifecycle = self.lifecycle();
+        if lifecycle.manifest.held.is_none() {
+            return Err(Error::Refused(format!("{}: nothing is held", self.paths.disk().display())));
+        }
+        let mut manifest = lifecycle.manifest.clone();
+        manifest.held = None;
+        manifest.store(&self.shared.storage, &self.paths)?;
+        lifecycle.manifest = manifest;
+        self.shared.claims.end_rest();
+        let session = lifecycle.session.as_ref().map(|session| session.entry.sequence);
+        Ok(Released { session, pending_blocks: self.pending_blocks() })
+    }
+
+    /// Fails if the disk is held and its session has ended.
+    pub(super) fn refuse_if_held(&self) -> Result<(), Error> {
+        if self.shared.claims.drain_rests() { self.turns_away().map_or(Ok(()), Err) } else { Ok(()) }
+    }
+}
+
+fn nothing_to_hold(disk: &std::path::Path, pending: u64) -> Error {
+    let disk = disk.display();
+    Error::Refused(if pending == 0 {
+        format!("{disk}: there is nothing to hold: no session is open, and nothing is left of the last one")
+    } else {
+        format!(
+            "{disk}: there is nothing to hold: no session is open, and restoring what the last one left has begun; \
+             hold a disk before its session ends"
+        )
+    })
+}
+
+/// The session that the last server left open, if nobody has ended it since. No server may be running.
+///
+/// # Errors
+/// If the disk was not provisioned or its state can't be read.
+pub fn left_open(options: &DiskOptions) -> Result<Option<u64>, Error> {
+    let paths = options.paths();
+    let manifest = Manifest::load(&paths)?;
+    let Some(last) = manifest.logs.last().filter(|entry| entry.kind == EntryKind::Session) else {
+        return Ok(None);
+    };
+    let live = LivePage::inspect(&paths.live_page(manifest.disk), manifest.disk, file_number(&options.disk)?);
+    let open = match (manifest.left, live) {
+        (Some(left), _) => left == Left::Open,
+        (None, Some(live)) => live.session_is_open(),
+        // A power cut, or a log that can't be read: a session's end seals its log.
+        (None, None) => write_log::read(&paths.sessions().join(last.id().file_name()))
+            .map_or(true, |contents| contents.sealed_blocks().is_none()),
+    };
+    Ok(open.then_some(last.sequence))
+}
