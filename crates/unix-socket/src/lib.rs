@@ -7,7 +7,7 @@
 use std::{
     fs, io,
     os::{
-        fd::{AsFd, OwnedFd},
+        fd::{AsFd, OwnedFd, RawFd},
         unix::{
             ffi::OsStrExt,
             fs::{FileTypeExt, MetadataExt, PermissionsExt},
@@ -29,6 +29,8 @@ use thiserror::Error;
 pub const PATH_MAX: usize = 107;
 /// Connections that may wait for being accepted.
 const BACKLOG: i32 = 16;
+/// Least numbers that are tried for a listening socket, which is to have a greater one than connections.
+const NUMBERS: [RawFd; 4] = [960, 480, 240, 120];
 /// How long to wait for another server that is just making its socket in the same directory.
 const DIRECTORY_WAIT_MAX: Duration = Duration::from_secs(5);
 
@@ -110,7 +112,7 @@ impl PlacedListener {
         // Two servers must not both find the same leftover, and the second replace the first's.
         let _guard = lock_directory(path).map_err(fail("lock the directory of"))?;
         remove_leftover(path)?;
-        let listener = unix_socket().map_err(fail("create"))?;
+        let listener = first_to_close(unix_socket().map_err(fail("create"))?);
         let address = SocketAddrUnix::new(path).map_err(fail("name"))?;
         rustix::net::bind(&listener, &address).map_err(fail("bind"))?;
         // From here on, dropping removes it.
@@ -156,6 +158,18 @@ impl Drop for Placed {
             let _ = fs::remove_file(&self.path);
         }
     }
+}
+
+/// Gives a listening socket the number with which it is closed before the connections that it has
+/// accepted, should the process be killed: the kernel closes by descending number.
+///
+/// The other way round, a frontend that notices the end of its connection and connects again at once
+/// would get a connection that nobody will ever accept. Cloud Hypervisor then gives up its disk; where it
+/// is refused it tries again.
+pub fn first_to_close(listener: OwnedFd) -> OwnedFd {
+    // All fail only where a process may have very few descriptors.
+    let moved = NUMBERS.iter().find_map(|least| rustix::io::fcntl_dupfd_cloexec(&listener, *least).ok());
+    moved.unwrap_or(listener)
 }
 
 fn unix_socket() -> rustix::io::Result<OwnedFd> {
@@ -204,7 +218,7 @@ fn remove_leftover(path: &Path) -> Result<(), SocketError> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::net::UnixStream;
+    use std::os::{fd::AsRawFd, unix::net::UnixStream};
 
     use super::*;
 
@@ -236,6 +250,13 @@ mod tests {
         let _living = bind(&path).unwrap();
         assert!(matches!(bind(&path), Err(SocketError::Taken { .. })));
         UnixStream::connect(&path).unwrap();
+    }
+
+    #[test]
+    fn socket_that_listens_has_a_greater_number_than_connections() {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = bind(&directory.path().join("s")).unwrap();
+        assert!(socket.listener().as_raw_fd() >= NUMBERS[3]);
     }
 
     #[test]

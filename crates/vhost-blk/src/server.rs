@@ -116,6 +116,8 @@ impl Server {
     /// frontend is connected, unless the error says otherwise.
     pub fn run(&mut self) -> Result<Exit, ServerError> {
         let result = self.serve();
+        // First, so that a frontend that connects again when its connection ends does not do so here.
+        self.socket.close();
         self.held = None;
         let closed = match self.served.take() {
             Some(served) => self.take_down(served).map(|_| ()),

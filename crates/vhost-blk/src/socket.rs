@@ -10,7 +10,7 @@ use std::{
 
 use rustix::net::{AddressFamily, SocketType};
 use thiserror::Error;
-use unix_socket::{PlacedListener, SocketPermissions};
+use unix_socket::{PlacedListener, SocketPermissions, first_to_close};
 
 use crate::connection::set_nonblocking;
 
@@ -40,6 +40,8 @@ pub(crate) enum SocketKind {
     Inherited(UnixListener),
     /// Is a frontend's connection already, and the only one. Taken out when it is served.
     Connected(Option<UnixStream>),
+    /// Takes nobody any more.
+    Closed,
 }
 
 impl Socket {
@@ -53,8 +55,14 @@ impl Socket {
         match &self.kind {
             SocketKind::Placed(placed) => Some(placed.listener()),
             SocketKind::Inherited(listener) => Some(listener),
-            SocketKind::Connected(_) => None,
+            SocketKind::Connected(_) | SocketKind::Closed => None,
         }
+    }
+
+    /// Takes nobody any more. To be called before a connection is closed whose frontend is to find
+    /// another server: it must not get a place in a queue that goes away.
+    pub(crate) fn close(&mut self) {
+        self.kind = SocketKind::Closed;
     }
 
     /// Uses descriptor number `fd`, which this process inherited for nothing else (QEMU's convention
@@ -86,7 +94,7 @@ impl Socket {
         let _ = rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC);
         set_nonblocking(&fd).map_err(|_| SocketError::BadDescriptor)?;
         let kind = if listens {
-            SocketKind::Inherited(UnixListener::from(fd))
+            SocketKind::Inherited(UnixListener::from(first_to_close(fd)))
         } else {
             SocketKind::Connected(Some(UnixStream::from(fd)))
         };
