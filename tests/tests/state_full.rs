@@ -175,8 +175,9 @@ fn session_goes_on_when_the_state_directory_fills_up() {
     full.assert_pristine();
 }
 
-/// Invariants 1 and 6: a server is killed while there is no room. Neither `restore` nor the next server
-/// can begin; both say what they need, and change nothing. With room, `restore` is exact.
+/// Invariants 1 and 6: server and guest are killed while there is no room. `restore` can't begin, says
+/// what it needs, and changes nothing. The next server can: it ends the session in the room that its
+/// log has, and takes none; it is killed again. With room, `restore` is exact.
 #[test]
 fn restore_without_room_is_refused_and_exact_once_there_is_some() {
     let Some(full) = Full::new("0") else { return };
@@ -189,12 +190,17 @@ fn restore_without_room_is_refused_and_exact_once_there_is_some() {
     client.kill();
     full.assert_logged();
     let before = (full.files(), full.status());
-    let state = full.state.display().to_string();
-    full.run("restore", NONE).refused(1, &[&state, "bytes must be free", "make room"]);
-    let socket = full.lab.socket();
-    let serve = [OsStr::new("--socket-path"), socket.as_os_str()];
-    full.run("serve", &serve).refused(1, &[&state, "bytes must be free", "make room"]);
+    let words = [full.state.to_str().unwrap(), "bytes must be free", "make room"];
+    full.run("restore", NONE).refused(1, &words);
     assert_eq!((full.files(), full.status()), before);
+
+    let server = full.serve();
+    wait_until("the drain fails", || full.status()["drain_failing"] == true);
+    let mut next = Remote::start(&full.lab.socket());
+    next.send("connect 2");
+    next.answer_within(BOUND).expect("the guest hangs").expect_err("a session without a log");
+    server.kill();
+    assert_eq!(full.status()["state"], "interrupted");
     full.mounts.make_room(&full.state);
     full.run("restore", NONE).ok();
     full.assert_pristine();
