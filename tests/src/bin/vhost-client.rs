@@ -15,15 +15,19 @@
 //! storm SEED [OFFSET LEN]      ok storming        then writes, into that part, until it is killed
 //! load FILE                    ok                 the disk's contents for the next model
 //! model SEED OPERATIONS QUEUES DEPTH              ok SUMMARY
+//! endure SEED QUEUES DEPTH     ok enduring        then writes and reads until the next command, which is one of:
+//!   reopen                     ok SUMMARY         connects again after the backend's death, looks at everything, goes on
+//!   enough                     ok SUMMARY         looks at everything
 //! bench PATTERN DEPTH SECONDS  ok REQUESTS-PER-SECOND
 //! ```
 
 use std::io::{BufRead, Write};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::Duration;
 
-use pristine_tests::client::{Client, Done, Pattern, Plan, Request, Shape, run_bench, run_model};
+use pristine_tests::client::{Client, Done, Endure, Pattern, Plan, Request, Shape, run_bench, run_model};
 use pristine_tests::random::{Random, contents, scattered};
 use sha2::{Digest, Sha256};
 
@@ -39,10 +43,21 @@ struct Session {
 fn main() {
     let mut session =
         Session { socket: std::env::args_os().nth(1).unwrap().into(), client: None, loaded: Vec::new() };
-    for line in std::io::stdin().lock().lines() {
-        let line = line.unwrap();
+    let (sender, lines) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        for line in std::io::stdin().lock().lines() {
+            if sender.send(line.unwrap()).is_err() {
+                return;
+            }
+        }
+    });
+    while let Ok(line) = lines.recv() {
         let words: Vec<&str> = line.split_whitespace().collect();
-        match session.obey(&words) {
+        let answer = match words[..] {
+            ["endure", ..] => session.endure(&words, &lines),
+            _ => session.obey(&words),
+        };
+        match answer {
             Ok(answer) => say(format!("ok {answer}").trim_end()),
             Err(error) => say(&format!("error {error}")),
         }
@@ -124,6 +139,25 @@ impl Session {
                 Ok(format!("{:.0}", score.per_second))
             }
             _ => Err(format!("what is {words:?}?")),
+        }
+    }
+
+    /// Works until it is told that it is enough; what it is told meanwhile comes from `lines`.
+    fn endure(&mut self, words: &[&str], lines: &Receiver<String>) -> Result<String, String> {
+        let [_, seed, queues, depth] = words else { return Err("endure SEED QUEUES DEPTH".into()) };
+        let base = std::mem::take(&mut self.loaded);
+        let (queues, depth) = (number(queues)? as usize, number(depth)? as usize);
+        let mut endure = Endure::start(&self.socket, base, number(seed)?, queues, depth)?;
+        say("ok enduring");
+        loop {
+            match lines.try_recv().as_deref() {
+                Ok("reopen") => say(&format!("ok {:?}", endure.reopen()?)),
+                Ok("enough") | Err(TryRecvError::Disconnected) => {
+                    return endure.finish().map(|done| format!("{done:?}"));
+                }
+                Ok(other) => return Err(format!("what is {other}?")),
+                Err(TryRecvError::Empty) => endure.work()?,
+            }
         }
     }
 

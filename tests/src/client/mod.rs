@@ -4,10 +4,12 @@
 //! [`remote`](crate::remote)): the end of a session is the end of the client's *process*.
 
 mod bench;
+mod endure;
 mod memory;
 mod model;
 mod requests;
 
 pub use bench::{Pattern, Score, run as run_bench};
+pub use endure::{Endure, Endured};
 pub use model::{Plan, Summary, run as run_model};
 pub use requests::{Client, Done, Request, Shape};
