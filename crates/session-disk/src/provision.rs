@@ -156,13 +156,15 @@ fn make(options: &ProvisionOptions, made: &mut Made) -> Result<(u64, u64), Error
     if fresh {
         storage.sync_disk(path, || disk.sync_all())?;
     }
+    // Before the manifest is there: whoever finds one may serve the disk, and no power cut may then take
+    // the disk or its state away.
+    storage.sync_dir(parent(path))?;
+    storage.sync_dir(parent(paths.state_dir()))?;
     manifest.store(&storage, &paths)?;
     if !fresh {
         // A file or device that was there before is taken now, and stays so: what failed goes on later.
         *made = Made::default();
     }
-    storage.sync_dir(parent(path))?;
-    storage.sync_dir(parent(paths.state_dir()))?;
     Ok((size, pending.count()))
 }
 
