@@ -109,6 +109,15 @@ impl<'a> Expected<'a> {
         }
     }
 
+    pub(crate) fn size(&self) -> u64 {
+        self.base.size
+    }
+
+    /// Whether a sector of the block was written, or it was tried.
+    pub(crate) fn may_be_written(&self, block: u64) -> bool {
+        (block * 8..block * 8 + 8).any(|sector| self.written.contains_key(&sector))
+    }
+
     /// Checks bytes that were read from sector `first` on.
     pub(crate) fn check(&self, first: u64, bytes: &[u8]) {
         for (sector, bytes) in (first..).zip(bytes.chunks(512)) {

@@ -1,7 +1,9 @@
 //! A small disk with a base, and a client that checks what it reads against a model in memory.
 #![allow(dead_code, reason = "each test uses its part")]
 
+pub(crate) mod crash;
 pub(crate) mod image;
+pub(crate) mod life;
 pub(crate) mod schedule;
 
 use std::path::PathBuf;

@@ -1,0 +1,516 @@
+//! The life of a disk in steps: what guests and operators do to it, and a model of what guests must read.
+//!
+//! Requests lie in *windows*, a few short ranges of the disk, so that they meet in the same blocks. A step that
+//! makes no sense in the state the disk is in does nothing, so that any sub-list of steps is a life too.
+
+use std::collections::HashSet;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use blockio::GuestBuf;
+use blockio::fault::{Fault, FaultPlan, OpInfo};
+use blocks::BLOCK_SIZE;
+use rustix::event::{PollFd, PollFlags, poll};
+use serde::{Deserialize, Serialize};
+use session_disk::{DiskOptions, DiskQueue, Done, DrainObserver, Drainer, Request, SessionDisk};
+
+use super::crash::random::Random;
+use super::image::{Expected, Image};
+
+pub(crate) const QUEUES: usize = 3;
+
+/// What a request is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Kind {
+    Read,
+    Write,
+    Zeroes { may_unmap: bool },
+    Discard,
+    Flush,
+}
+
+/// A request: on which queue, where (sectors of all windows, one after the other), how long, what.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Ask {
+    pub(crate) queue: usize,
+    pub(crate) at: u64,
+    pub(crate) sectors: u64,
+    pub(crate) kind: Kind,
+}
+
+/// What becomes of the operations of a burst: of every `every`-th from `first` on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Trouble {
+    pub(crate) first: u64,
+    pub(crate) every: u64,
+    pub(crate) what: What,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum What {
+    /// They are not made until the others are done.
+    LateStart,
+    /// They are made at once and complete when the others are done.
+    LateEnd,
+    /// They are not made, and fail.
+    Fail,
+    /// They are made, and fail.
+    FailAfter,
+}
+
+/// A step of a life.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Step {
+    Begin,
+    End,
+    /// Requests that are in flight together. With `checkpoint` one is made while they are.
+    Burst {
+        asks: Vec<Ask>,
+        trouble: Option<Trouble>,
+        checkpoint: bool,
+    },
+    /// The server is killed with requests in flight: writes of `trouble` have landed or not, none was answered.
+    Kill {
+        asks: Vec<Ask>,
+        trouble: Option<Trouble>,
+    },
+    /// The same, and the live page is gone too.
+    PowerCut {
+        asks: Vec<Ask>,
+        trouble: Option<Trouble>,
+    },
+    Drain,
+    /// A drain of which some operations fail, or that is stopped half-way.
+    TroubledDrain(Option<Trouble>),
+    /// Starts a drain in the background, or stops it.
+    Drainer(bool),
+    Checkpoint,
+    /// An orderly stop and the next start.
+    Restart,
+}
+
+/// How many of each thing were done.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Counts {
+    pub(crate) transitions: u64,
+    pub(crate) sessions: u64,
+    pub(crate) drains: u64,
+    pub(crate) kills: u64,
+    pub(crate) power_cuts: u64,
+}
+
+impl Counts {
+    pub(crate) fn add(&mut self, other: Self) {
+        self.transitions += other.transitions;
+        self.sessions += other.sessions;
+        self.drains += other.drains;
+        self.kills += other.kills;
+        self.power_cuts += other.power_cuts;
+    }
+}
+
+/// Ranges of blocks that requests are made in.
+pub(crate) type Windows = [Range<u64>];
+
+/// The sectors of a window that `at` lies in, from there on; the last window may end with the disk.
+fn place(windows: &Windows, size: u64, at: u64) -> Range<u64> {
+    let sectors = |window: &Range<u64>| window.start * 8..(window.end * 8).min(size / 512);
+    let total: u64 = windows.iter().map(|window| sectors(window).count() as u64).sum();
+    let mut at = at % total;
+    for window in windows.iter().map(sectors) {
+        let len = window.end - window.start;
+        if at < len {
+            return window.start + at..window.end;
+        }
+        at -= len;
+    }
+    unreachable!()
+}
+
+impl Ask {
+    pub(crate) fn random(random: &mut Random, blocks: u64) -> Self {
+        let kind = match random.of(0..20) {
+            0..6 => Kind::Read,
+            6..15 => Kind::Write,
+            15..17 => Kind::Zeroes { may_unmap: random.chance(50) },
+            17..19 => Kind::Discard,
+            _ => Kind::Flush,
+        };
+        let (mut at, mut sectors) = (random.of(0..blocks * 8), *random.pick(&[1, 2, 5, 8, 8, 8, 12, 24, 40]));
+        if random.chance(50) {
+            (at, sectors) = (at / 8 * 8, u64::next_multiple_of(sectors, 8));
+        }
+        Self { queue: random.of(0..QUEUES as u64) as usize, at, sectors, kind }
+    }
+
+    pub(crate) fn some(random: &mut Random, blocks: u64, most: u64) -> Vec<Self> {
+        (0..random.of(1..most + 1)).map(|_| Self::random(random, blocks)).collect()
+    }
+}
+
+impl Trouble {
+    pub(crate) fn random(random: &mut Random, of: &[What]) -> Self {
+        Self { first: random.of(0..4), every: random.of(1..4), what: *random.pick(of) }
+    }
+
+    fn rule(self) -> impl FnMut(&OpInfo) -> Option<Fault> + Send + 'static {
+        let mut count = 0u64;
+        move |_| {
+            let chosen = count >= self.first && (count - self.first).is_multiple_of(self.every);
+            count += 1;
+            chosen.then_some(match self.what {
+                What::LateStart => Fault::HoldBefore,
+                What::LateEnd => Fault::HoldAfter,
+                What::Fail => Fault::Fail(5),
+                What::FailAfter => Fault::FailAfter(5),
+            })
+        }
+    }
+}
+
+impl Step {
+    /// Any step that is not the end of the world. `blocks` is the size of all windows.
+    pub(crate) fn random(random: &mut Random, blocks: u64, threads: bool) -> Self {
+        use What::*;
+        match random.of(0..100) {
+            0..50 => {
+                let troubled = random.chance(50);
+                let trouble = troubled.then(|| {
+                    Trouble::random(random, &[LateStart, LateStart, LateEnd, LateEnd, Fail, FailAfter])
+                });
+                Self::Burst { asks: Ask::some(random, blocks, 10), trouble, checkpoint: random.chance(8) }
+            }
+            50..64 => Self::Begin,
+            64..76 => Self::End,
+            76..83 => Self::Drain,
+            83..87 => {
+                Self::TroubledDrain(random.chance(70).then(|| Trouble::random(random, &[Fail, FailAfter])))
+            }
+            87..90 => Self::Drainer(threads && random.chance(60)),
+            90..93 => Self::Checkpoint,
+            93..96 => Self::Restart,
+            _ => Self::random_kill(random, blocks),
+        }
+    }
+
+    pub(crate) fn random_kill(random: &mut Random, blocks: u64) -> Self {
+        let trouble = Some(Trouble::random(random, &[What::Fail, What::FailAfter]));
+        Self::Kill { asks: Ask::some(random, blocks, 6), trouble }
+    }
+
+    pub(crate) fn random_power_cut(random: &mut Random, blocks: u64) -> Self {
+        let trouble = Some(Trouble::random(random, &[What::Fail, What::FailAfter]));
+        Self::PowerCut { asks: Ask::some(random, blocks, 6), trouble }
+    }
+}
+
+struct Quiet;
+
+impl DrainObserver for Quiet {
+    fn restored(&self, _blocks: u64, _duration: Duration) {}
+}
+
+/// An open session: what its guest must read, and which blocks it is sure to own.
+struct Session<'a> {
+    expected: Expected<'a>,
+    owned: HashSet<u64>,
+    queues: Vec<DiskQueue>,
+}
+
+/// A disk that is served, and what its guest knows.
+pub(crate) struct Life<'a> {
+    base: &'a Image,
+    windows: &'a Windows,
+    options: DiskOptions,
+    plan: Arc<FaultPlan>,
+    disk: Option<Arc<SessionDisk>>,
+    drainer: Option<Drainer>,
+    session: Option<Session<'a>>,
+    pub(crate) counts: Counts,
+}
+
+/// Every write of every life in this process has another content.
+static STAMPS: AtomicU64 = AtomicU64::new(1);
+
+fn stamp(len: usize) -> Vec<u8> {
+    let stamp = STAMPS.fetch_add(1, Ordering::Relaxed) | 0x8000_0000_0000_0000;
+    stamp.to_be_bytes().into_iter().cycle().take(len).collect()
+}
+
+impl<'a> Life<'a> {
+    /// Opens the disk; nobody has a session.
+    pub(crate) fn open(options: DiskOptions, base: &'a Image, windows: &'a Windows) -> Self {
+        let plan = FaultPlan::new();
+        let options = DiskOptions { faults: Some(plan.clone()), ..options };
+        let disk = Some(SessionDisk::open(&options).unwrap());
+        let counts = Counts::default();
+        Self { base, windows, options, plan, disk, drainer: None, session: None, counts }
+    }
+
+    pub(crate) fn disk(&self) -> Arc<SessionDisk> {
+        Arc::clone(self.disk.as_ref().unwrap())
+    }
+
+    pub(crate) fn step(&mut self, step: &Step) {
+        self.counts.transitions += 1;
+        match step {
+            Step::Begin => self.begin(),
+            Step::End => self.end(),
+            Step::Burst { asks, trouble, checkpoint } => self.burst(asks, *trouble, *checkpoint),
+            Step::Kill { asks, trouble } => self.kill(asks, *trouble),
+            Step::PowerCut { asks, trouble } => {
+                self.die(asks, *trouble);
+                std::fs::remove_dir_all(self.options.runtime_dir.as_ref().unwrap()).unwrap();
+                self.counts.power_cuts += 1;
+                self.disk = Some(SessionDisk::open(&self.options).unwrap());
+            }
+            Step::Drain => self.drain(),
+            Step::TroubledDrain(trouble) => self.troubled_drain(*trouble),
+            Step::Drainer(on) => {
+                self.drainer = None;
+                if *on {
+                    self.drainer = Some(Drainer::start(self.disk(), Arc::new(Quiet)).unwrap());
+                }
+            }
+            Step::Checkpoint => self.disk().checkpoint().unwrap(),
+            Step::Restart => self.restart(),
+        }
+    }
+
+    pub(crate) fn begin(&mut self) {
+        if self.session.is_some() {
+            return;
+        }
+        let disk = self.disk();
+        disk.begin_session(None).unwrap();
+        self.counts.sessions += 1;
+        let queues = (0..QUEUES).map(|_| disk.queue(8).unwrap()).collect();
+        self.session =
+            Some(Session { expected: Expected::of_base(self.base), owned: HashSet::new(), queues });
+    }
+
+    /// Ends the session, after a look at all that it must read.
+    pub(crate) fn end(&mut self) {
+        if self.session.is_none() {
+            return;
+        }
+        self.read_windows();
+        self.session = None;
+        self.disk().end_session().unwrap();
+        if let Some(drainer) = &self.drainer {
+            drainer.wake();
+        }
+    }
+
+    pub(crate) fn read_windows(&mut self) {
+        let disk = self.disk();
+        for window in self.windows {
+            self.read_blocks(&disk, window.clone());
+        }
+    }
+
+    /// Reads blocks and compares them with what the session must read.
+    pub(crate) fn read_blocks(&mut self, disk: &SessionDisk, blocks: Range<u64>) {
+        let Some(session) = &mut self.session else { return };
+        self.counts.transitions += 1;
+        assert!(session.expected.read(disk, &mut session.queues[0], blocks), "a read failed");
+    }
+
+    fn burst(&mut self, asks: &[Ask], trouble: Option<Trouble>, checkpoint: bool) {
+        let disk = self.disk();
+        self.in_flight(asks, trouble, || {
+            if checkpoint {
+                disk.checkpoint().unwrap();
+            }
+        });
+    }
+
+    /// Issues requests on sectors that no other request has, calls `meanwhile`, and reaps them all.
+    fn in_flight(&mut self, asks: &[Ask], trouble: Option<Trouble>, meanwhile: impl FnOnce()) {
+        let Some(session) = &mut self.session else { return };
+        let disk = self.disk.as_ref().unwrap();
+        if let Some(trouble) = trouble {
+            self.plan.rule(trouble.rule());
+        }
+        let mut taken = HashSet::new();
+        let mut pushed: Vec<(Kind, Range<u64>, Vec<u8>, GuestBuf)> = Vec::new();
+        for ask in asks {
+            self.counts.transitions += 1;
+            let window = place(self.windows, self.base.size, ask.at);
+            let sectors = window.start..(window.start + ask.sectors).min(window.end);
+            if sectors.clone().any(|sector| taken.contains(&sector)) {
+                continue;
+            }
+            taken.extend(sectors.clone());
+            let len = (sectors.end - sectors.start) as usize * 512;
+            let range = disk.geometry().sectors_at(sectors.start, len as u64).unwrap();
+            let (bytes, buf) = (stamp(len), GuestBuf::zeroed(len));
+            let request = match ask.kind {
+                Kind::Read => Request::Read { range, buf: buf.clone() },
+                Kind::Write => {
+                    buf.copy_in(0, &bytes);
+                    Request::Write { range, buf: buf.clone(), durable: false }
+                }
+                Kind::Zeroes { may_unmap } => {
+                    // What the storage can't do is not offered to guests (tmpfs can only punch).
+                    let may_unmap = may_unmap || !disk.supports_write_zeroes();
+                    Request::WriteZeroes { range, may_unmap, durable: false }
+                }
+                Kind::Discard => Request::Discard { range },
+                Kind::Flush => Request::Flush,
+            };
+            let queue = &mut session.queues[ask.queue % QUEUES];
+            queue.push(pushed.len() as u64, request);
+            // Some passes take several requests, some one.
+            if pushed.len().is_multiple_of(3) {
+                queue.submit();
+            }
+            pushed.push((ask.kind, sectors, bytes, buf));
+        }
+        let mut done: Vec<Done> = Vec::new();
+        session.queues.iter_mut().for_each(DiskQueue::submit);
+        for _ in 0..2 {
+            session.queues.iter_mut().for_each(|queue| queue.reap(&mut done));
+        }
+        meanwhile();
+        self.plan.clear();
+        self.plan.release_all();
+        reap_all(&mut session.queues, &mut done);
+        let may_fail = trouble.is_some_and(|trouble| matches!(trouble.what, What::Fail | What::FailAfter));
+        done.sort_by_key(|done| done.token);
+        for done in done {
+            let (kind, sectors, bytes, buf) = &pushed[done.token as usize];
+            let good = done.result.is_ok();
+            assert!(good || may_fail, "{kind:?} of {sectors:?}: {:?}", done.result);
+            session.answered(*kind, sectors.clone(), bytes, buf, good);
+        }
+    }
+
+    /// Gives up the server as a kill does: what is in flight was not answered.
+    pub(crate) fn die(&mut self, asks: &[Ask], trouble: Option<Trouble>) {
+        self.drainer = None;
+        self.in_flight(asks, trouble, || ());
+        self.session = None;
+        self.disk = None;
+    }
+
+    fn kill(&mut self, asks: &[Ask], trouble: Option<Trouble>) {
+        self.die(asks, trouble);
+        self.counts.kills += 1;
+        self.disk = Some(SessionDisk::open(&self.options).unwrap());
+    }
+
+    fn drain(&mut self) {
+        self.drainer = None;
+        self.counts.drains += 1;
+        self.disk().drain(&AtomicBool::new(false), &mut |_| ()).unwrap();
+    }
+
+    fn troubled_drain(&mut self, trouble: Option<Trouble>) {
+        self.drainer = None;
+        self.counts.drains += 1;
+        let stop = AtomicBool::new(false);
+        if let Some(trouble) = trouble {
+            // Its syncs are not the engine's, so they don't fail.
+            self.plan.rule(trouble.rule());
+        }
+        let _ = self.disk().drain(&stop, &mut |_| {
+            if trouble.is_none() {
+                stop.store(true, Ordering::Release);
+            }
+        });
+        self.plan.clear();
+    }
+
+    /// Stops in order and starts again; the session is over.
+    pub(crate) fn restart(&mut self) {
+        self.stop();
+        self.disk = Some(SessionDisk::open(&self.options).unwrap());
+    }
+
+    /// Stops in order. Nothing can be done with this life any more.
+    pub(crate) fn stop(&mut self) {
+        if self.session.is_some() {
+            self.read_windows();
+        }
+        (self.drainer, self.session) = (None, None);
+        self.disk().stop().unwrap();
+        self.disk = None;
+    }
+
+    /// Ends what there is, drains, and compares the disk with the base, byte for byte: invariant 4.
+    pub(crate) fn assert_restores_exactly(&mut self) {
+        self.end();
+        self.drainer = None;
+        self.drain();
+        assert_eq!(self.disk().pending_blocks(), 0);
+        assert_eq!(
+            self.base.differences(&self.options.disk),
+            Vec::<u64>::new(),
+            "blocks that differ from the base"
+        );
+    }
+}
+
+impl Drop for Life<'_> {
+    fn drop(&mut self) {
+        // Queues wait for their I/O when they go, also when a check has failed.
+        self.plan.clear();
+        self.plan.release_all();
+    }
+}
+
+impl Session<'_> {
+    fn answered(&mut self, kind: Kind, sectors: Range<u64>, bytes: &[u8], buf: &GuestBuf, good: bool) {
+        let touched = sectors.start / 8..sectors.end.div_ceil(8);
+        match kind {
+            Kind::Flush => {}
+            Kind::Read if good => {
+                let mut read = vec![0; bytes.len()];
+                buf.copy_out(0, &mut read);
+                self.expected.check(sectors.start, &read);
+            }
+            Kind::Read => {}
+            Kind::Write => {
+                self.expected.note(sectors.start, bytes, good);
+                self.owned.extend(touched.filter(|_| good));
+            }
+            Kind::Zeroes { .. } => {
+                self.expected.note(sectors.start, &vec![0; bytes.len()], good);
+                self.owned.extend(touched.filter(|_| good));
+            }
+            Kind::Discard => self.discarded(sectors, good),
+        }
+    }
+
+    /// Whole blocks that the session owns are zero. Of others, that are on their way to be owned or that a failed write
+    /// may have made its own, they may be.
+    fn discarded(&mut self, sectors: Range<u64>, good: bool) {
+        let size = self.expected.size();
+        let end = if sectors.end * 512 == size { sectors.end.div_ceil(8) } else { sectors.end / 8 };
+        for block in sectors.start.div_ceil(8)..end {
+            let len = (size - block * BLOCK_SIZE).min(BLOCK_SIZE) as usize;
+            let certain = good && self.owned.contains(&block);
+            if certain || self.expected.may_be_written(block) {
+                self.expected.note(block * 8, &vec![0; len], certain);
+            }
+        }
+    }
+}
+
+fn reap_all(queues: &mut [DiskQueue], done: &mut Vec<Done>) {
+    loop {
+        queues.iter_mut().for_each(|queue| queue.reap(done));
+        if queues.iter().all(|queue| queue.in_flight() == 0) {
+            return;
+        }
+        let mut fds: Vec<PollFd<'_>> = queues
+            .iter()
+            .flat_map(|queue| queue.wait_fds())
+            .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN))
+            .collect();
+        poll(&mut fds, None).unwrap();
+    }
+}

@@ -1,0 +1,252 @@
+//! The crash simulator: the real code lives a life on small files while every I/O is recorded. Then, for
+//! moments of that life, the directory is built as a power cut or a kill there leaves it, taken over by
+//! the real recovery, read, written, drained and compared with the base; and that is cut again.
+//!
+//! - *Power cut*: of what was not synced any part is there, sector by sector and name by name; the
+//!   live page is gone.
+//! - *Kill*: all that had ended is there, what was in flight has landed, or not, or in part; the live
+//!   page is as it was. What was not synced can still be lost by a power cut later on.
+//!
+//! Invariants: 1 and 2 (whatever differs from the base is pending: no read returns it), 4 (exact once drained), and
+//! that a crash alone never makes the state so untrustworthy that everything has to be restored.
+//!
+//! `PRISTINE_CRASH_CUTS` says how many moments to look at, with fresh seeds; `PRISTINE_SEED` sets the first seed.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+
+#[path = "../common/mod.rs"]
+mod common;
+
+use std::fmt::Debug;
+use std::ops::Range;
+use std::path::PathBuf;
+use std::time::{Instant, SystemTime};
+
+use blockio::EngineKind;
+use common::crash::random::Random;
+use common::crash::world::{Ending, Remains, World};
+use common::fast_dir;
+use common::image::Image;
+use common::life::{Life, Step};
+use session_disk::{Basis, DiskState, Error, ProvisionOptions, provision, status};
+
+/// Four regions of intents, the last one short, as the last block is.
+const DISK_SIZE: u64 = (200 << 20) + 1536;
+/// The base ends within a block, five before the disk's last.
+const BASE_SIZE: u64 = (200 << 20) - 5 * 4096 + 1024;
+/// Windows at the beginning, across two of the regions' borders, and at the end.
+const WINDOWS: [Range<u64>; 4] = [0..12, 16378..16390, 32766..32772, 51190..51201];
+const WINDOW_BLOCKS: u64 = 12 + 12 + 6 + 11;
+
+/// Crashes in the recovery from a crash in the recovery from a crash.
+const DEPTH_MAX: usize = 3;
+const CUTS_DEFAULT: u64 = 350;
+const SEED_DEFAULT: u64 = 1;
+
+/// What all lives start from.
+struct Ground {
+    _dir: tempfile::TempDir,
+    base_path: PathBuf,
+    /// What a disk holds when it is pristine.
+    image: Image,
+}
+
+impl Ground {
+    fn new() -> Self {
+        let dir = fast_dir();
+        let base_path = dir.path().join("base.raw");
+        let base = Image::patterned(BASE_SIZE, &WINDOWS);
+        base.write_into(&std::fs::File::create(&base_path).unwrap());
+        Self { _dir: dir, base_path, image: Image { size: DISK_SIZE, ..base } }
+    }
+
+    fn provision_options(&self, world: &World, adopt: bool) -> ProvisionOptions {
+        ProvisionOptions {
+            base: self.base_path.clone(),
+            disk: world.options(EngineKind::Sync),
+            size: Some(DISK_SIZE),
+            adopt,
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+struct Counts {
+    lives: u64,
+    moments: u64,
+    power_cuts: u64,
+    kills: u64,
+    nested: u64,
+    pristine: u64,
+    exact: u64,
+    intents: u64,
+    not_made: u64,
+    steps: u64,
+}
+
+/// Says where we were when a check fails.
+struct Context(String);
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("  in {}", self.0);
+        }
+    }
+}
+
+struct Simulator<'a> {
+    ground: &'a Ground,
+    counts: Counts,
+}
+
+impl Simulator<'_> {
+    /// A life of the seed, cut at up to `most` of its moments.
+    fn life(&mut self, seed: u64, most: u64) {
+        let _context = Context(format!("seed {seed}"));
+        let mut random = Random::new(seed);
+        self.counts.lives += 1;
+        let world = World::new(&Remains::default());
+        provision(&self.ground.provision_options(&world, false)).unwrap();
+        let made = world.recorder.position();
+        let engine = if random.chance(80) { EngineKind::Sync } else { EngineKind::IoUring };
+        let mut life = Life::open(world.options(engine), &self.ground.image, &WINDOWS);
+        let threads = random.chance(40);
+        if random.chance(60) {
+            life.step(&Step::Drain);
+        }
+        for _ in 0..random.of(4..24) {
+            life.step(&Step::random(&mut random, WINDOW_BLOCKS, threads));
+        }
+        self.counts.steps += life.counts.transitions;
+        drop(life);
+        self.cut(&world, made, most, 0, &mut random);
+    }
+
+    /// Ends a world at some of its moments, and has the recovery go on from there.
+    fn cut(&mut self, world: &World, made: usize, most: u64, depth: usize, random: &mut Random) {
+        let moments = world.recorder.moments();
+        let all = moments.len() as u64 + 1;
+        let mut cuts: Vec<usize> = (0..most.min(all)).map(|_| random.of(0..all) as usize).collect();
+        cuts.sort_unstable();
+        cuts.dedup();
+        world.at_cuts(&moments, &cuts, |place, look| {
+            let ending = if random.chance(55) { Ending::PowerCut } else { Ending::Kill };
+            let last: Vec<_> = (place.saturating_sub(6)..place).map(|n| short(&moments[n].event)).collect();
+            let _context =
+                Context(format!("{ending:?} at {place} of {} (depth {depth}), after {last:#?}", all - 1));
+            self.counts.moments += 1;
+            self.counts.nested += u64::from(depth > 0);
+            match ending {
+                Ending::PowerCut => self.counts.power_cuts += 1,
+                Ending::Kill => self.counts.kills += 1,
+            }
+            let remains = look.end(ending, random);
+            self.survive(&remains, place >= made, ending, depth, random);
+        });
+    }
+
+    /// What is left is taken over by the real recovery, and nothing of before is read ever again.
+    fn survive(&mut self, remains: &Remains, made: bool, ending: Ending, depth: usize, random: &mut Random) {
+        let world = World::new(remains);
+        let options = world.options(EngineKind::Sync);
+        if !self.is_made(&world, made) {
+            return;
+        }
+        let differing = self.ground.image.differences(&world.disk());
+        let before = status(&options).unwrap();
+        let mut life = Life::open(options.clone(), &self.ground.image, &WINDOWS);
+        let disk = life.disk();
+        match disk.basis() {
+            Basis::Pristine => self.counts.pristine += 1,
+            Basis::ExactLogs => self.counts.exact += 1,
+            Basis::Intents => self.counts.intents += 1,
+            Basis::Everything(why) => assert!(!made, "a crash made it distrust everything: {why}"),
+        }
+        // A kill while a power cut is being recovered from leaves that to the next.
+        let exact = ending == Ending::Kill && depth == 0;
+        assert!(!exact || *disk.basis() != Basis::Intents, "a kill leaves exact logs");
+        if ending == Ending::PowerCut {
+            assert_eq!(before.pending_blocks, disk.pending_blocks(), "status says what recovery does");
+        }
+        assert!(disk.pending_blocks() >= differing.len() as u64, "{differing:?} differ from the base");
+        life.begin();
+        for block in differing {
+            life.read_blocks(&disk, block..block + 1);
+        }
+        life.read_windows();
+        drop(disk);
+        for _ in 0..random.of(0..8) {
+            life.step(&Step::random(random, WINDOW_BLOCKS, false));
+        }
+        life.assert_restores_exactly();
+        assert_eq!(status(&options).unwrap().state, DiskState::Pristine);
+        life.stop();
+        let after = status(&options).unwrap();
+        assert_eq!((after.state, after.logs), (DiskState::Pristine, 0));
+        self.counts.steps += life.counts.transitions;
+        if depth < DEPTH_MAX && random.chance(30) {
+            self.cut(&world, 0, 2, depth + 1, random);
+        }
+    }
+
+    /// Whether there is a disk to recover. If it was never finished, it is made now.
+    fn is_made(&mut self, world: &World, made: bool) -> bool {
+        let options = world.options(EngineKind::Sync);
+        match status(&options) {
+            Ok(_) => return true,
+            Err(error) if made => panic!("a disk that was made is refused: {error}"),
+            Err(Error::DamagedManifest { path, what }) => panic!("{}: {what}", path.display()),
+            Err(_) => self.counts.not_made += 1,
+        }
+        // Of a half-made disk the operator removes the file, or takes it over.
+        let disk = world.disk();
+        let whole = std::fs::metadata(&disk).is_ok_and(|metadata| metadata.len() == DISK_SIZE);
+        if !whole {
+            let _ = std::fs::remove_file(&disk);
+            let _ = std::fs::remove_dir_all(options.paths().state_dir());
+        }
+        let wanted = ProvisionOptions {
+            disk: session_disk::DiskOptions { tape: None, ..options.clone() },
+            ..self.ground.provision_options(world, whole)
+        };
+        provision(&wanted).unwrap();
+        let options = session_disk::DiskOptions { tape: None, ..options };
+        let mut life = Life::open(options, &self.ground.image, &WINDOWS);
+        life.assert_restores_exactly();
+        life.stop();
+        false
+    }
+}
+
+/// An event in one line.
+fn short(event: &impl Debug) -> String {
+    let line = format!("{event:?}");
+    match line.find("bytes: [") {
+        Some(at) => format!("{}...", &line[..(at + 60).min(line.len())]),
+        None => line,
+    }
+}
+
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{name}={text} is no number")))
+}
+
+/// Invariants 1, 2, 4 and 6 through power cuts and kills at any moment, also of the recovery.
+#[test]
+fn disk_whose_world_ends_at_any_moment_leaks_nothing_and_is_restored_exactly() {
+    let wanted = number("PRISTINE_CRASH_CUTS");
+    let fresh = || SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_nanos() as u64 >> 10;
+    let first = number("PRISTINE_SEED").unwrap_or_else(|| wanted.map_or(SEED_DEFAULT, |_| fresh()));
+    let wanted = wanted.unwrap_or(CUTS_DEFAULT);
+    eprintln!("crash simulator: replay with PRISTINE_SEED={first} PRISTINE_CRASH_CUTS={wanted}");
+    let started = Instant::now();
+    let ground = Ground::new();
+    let mut simulator = Simulator { ground: &ground, counts: Counts::default() };
+    let mut seed = first;
+    while simulator.counts.moments < wanted {
+        // Few cuts in each of many lives find more than many cuts in few.
+        simulator.life(seed, 12.min(wanted - simulator.counts.moments));
+        seed = seed.wrapping_add(1);
+    }
+    eprintln!("crash simulator: {:?} in {:.1} s", simulator.counts, started.elapsed().as_secs_f64());
+}
