@@ -13,8 +13,8 @@ use session_disk::{DiskFile, DiskOptions};
 use super::fs::{Content, Fs};
 use super::random::Random;
 use super::recorder::{
-    DISK, DISK_INODE, Event, LIVE_INODE, Moment, RUNTIME, Recorder, identity, is_manifest, manifest_bytes,
-    new_version, parse_manifest,
+    DISK, DISK_INODE, Event, LIVE_INODE, Moment, RUNTIME, Recorder, identity, is_manifest, live_page,
+    manifest_bytes, new_version, parse_manifest,
 };
 use crate::common::fast_dir;
 
@@ -44,6 +44,9 @@ pub(crate) struct Remains {
 pub(crate) struct World {
     dir: tempfile::TempDir,
     before: Fs,
+    /// The live page and the times as they were at the beginning.
+    live: Option<Arc<Vec<u8>>>,
+    version: u64,
     durable_version: u64,
     pub(crate) recorder: Arc<Recorder>,
 }
@@ -80,7 +83,14 @@ impl World {
         if remains.live.is_none() {
             durable_version = version;
         }
-        Self { before: remains.fs.clone(), durable_version, recorder: Recorder::new(root, version), dir }
+        Self {
+            before: remains.fs.clone(),
+            live: live_page(root).map(Arc::new),
+            version,
+            durable_version,
+            recorder: Recorder::new(root, version),
+            dir,
+        }
     }
 
     pub(crate) fn root(&self) -> &Path {
@@ -103,11 +113,12 @@ impl World {
     }
 
     /// Calls `cut` with each of the places of `cuts` (ascending) and a look at the world there.
-    pub(crate) fn at_cuts(&self, moments: &[Moment], cuts: &[usize], mut cut: impl FnMut(usize, &Cut<'_>)) {
+    pub(crate) fn at_cuts(&self, moments: &[Moment], cuts: &[usize], mut cut: impl FnMut(usize, &Cut)) {
         let inode = std::fs::metadata(self.disk()).map(|disk| disk.ino()).unwrap_or(0);
         let mut look = Cut {
             fs: self.before.clone(),
-            moment: None,
+            live: self.live.clone(),
+            version: self.version,
             durable_version: self.durable_version,
             synced: HashMap::new(),
             inode,
@@ -125,9 +136,10 @@ impl World {
 }
 
 /// A world at one moment.
-pub(crate) struct Cut<'a> {
+pub(crate) struct Cut {
     fs: Fs,
-    moment: Option<&'a Moment>,
+    live: Option<Arc<Vec<u8>>>,
+    version: u64,
     /// The times that the last sync of the disk has made durable.
     durable_version: u64,
     /// By syncs of the disk that have begun.
@@ -135,8 +147,8 @@ pub(crate) struct Cut<'a> {
     inode: u64,
 }
 
-impl<'a> Cut<'a> {
-    fn step(&mut self, place: usize, moment: &'a Moment) {
+impl Cut {
+    fn step(&mut self, place: usize, moment: &Moment) {
         self.fs.step(place, &moment.event);
         match &moment.event {
             Event::Begin(path, super::recorder::Change::Sync) if path == Path::new(DISK) => {
@@ -149,12 +161,11 @@ impl<'a> Cut<'a> {
             }
             Event::Begin(..) => {}
         }
-        self.moment = Some(moment);
+        (self.live, self.version) = (moment.live.clone(), moment.version);
     }
 
     /// What is left of the world if it ends here.
     pub(crate) fn end(&self, ending: Ending, random: &mut Random) -> Remains {
-        let version = self.moment.map_or(0, |moment| moment.version);
         match ending {
             Ending::PowerCut => Remains {
                 fs: self.fs.power_cut(random),
@@ -162,10 +173,10 @@ impl<'a> Cut<'a> {
                 version: new_version(),
                 durable_version: 0,
                 // Versions are given in their order. What the cut took back may be the times too.
-                plausible: (self.durable_version..=version).collect(),
+                plausible: (self.durable_version..=self.version).collect(),
             },
             Ending::Kill => {
-                let mut live = self.moment.and_then(|moment| moment.live.as_deref().cloned());
+                let mut live = self.live.as_deref().cloned();
                 if let Some(live) = &mut live
                     && live[LIVE_INODE] == self.inode.to_le_bytes()
                 {
@@ -174,9 +185,9 @@ impl<'a> Cut<'a> {
                 Remains {
                     fs: self.fs.killed(random),
                     live,
-                    version,
+                    version: self.version,
                     durable_version: self.durable_version,
-                    plausible: vec![version],
+                    plausible: vec![self.version],
                 }
             }
         }
