@@ -170,18 +170,21 @@ wait_a_while() { sleep 3; }
 
 drained() { await /run/server "restored"; }
 
-# pressure data|all|kernel|none: how a session's data comes to be on the medium before the cut.
+# pressure data|all|kernel|none...: how a session's data comes to be on the medium before the cut.
+# `data` and `all` flush the disk as well, `kernel` does not.
 pressure() {
     [ -z "$presser" ] || kill $presser
     presser=
-    case $1 in
-        data) while :; do sync -d "$dir/disk"; usleep 3000; done & presser=$! ;;
-        all) while :; do sync -f /mnt; usleep 10000; done & presser=$! ;;
-        kernel)
-            echo 1 >/proc/sys/vm/dirty_writeback_centisecs
-            echo 1 >/proc/sys/vm/dirty_expire_centisecs
-            ;;
-    esac
+    for kind; do
+        case $kind in
+            data) while :; do sync -d "$dir/disk"; usleep 3000; done & presser=$! ;;
+            all) while :; do sync -f /mnt; usleep 10000; done & presser=$! ;;
+            kernel)
+                echo 1 >/proc/sys/vm/dirty_writeback_centisecs
+                echo 1 >/proc/sys/vm/dirty_expire_centisecs
+                ;;
+        esac
+    done
 }
 
 say ready

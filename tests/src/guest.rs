@@ -63,7 +63,7 @@ impl Guest {
             .args(["-smp", &options.queues.max(2).to_string()])
             .args(["-machine", &format!("pc,accel={accel}"), "-cpu", "max"])
             .args(["-object", "memory-backend-memfd,id=mem,size=256M,share=on", "-numa", "node,memdev=mem"])
-            .args(["-append", "console=ttyS0 quiet panic=-1"])
+            .args(["-append", "console=ttyS0 quiet panic=-1 no_timer_check"])
             .arg("-kernel")
             .arg(initramfs::guest_dir().join("vmlinuz"))
             .arg("-initrd")
@@ -134,6 +134,11 @@ impl Guest {
                 Err(why) => panic!("{step}: {why}\n{}", self.output()),
             }
         }
+    }
+
+    /// Stops QEMU between two of its system calls: no write of its files is done by halves.
+    pub fn freeze(&self) {
+        self.qemu.freeze();
     }
 
     /// `kill -9` of QEMU; returns what the guest has said that nobody has waited for.

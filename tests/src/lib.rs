@@ -10,6 +10,7 @@ pub mod guest;
 pub mod images;
 pub mod initramfs;
 pub mod lab;
+pub mod medium;
 pub mod mounts;
 pub mod outer;
 pub mod peer;

@@ -83,6 +83,11 @@ impl Machine {
 
     /// Switches it on. `disks`, at least one, are raw files, there as `/dev/vda`, `/dev/vdb`...
     pub fn boot(&self, disks: &[&Path]) -> Guest {
+        self.boot_logged(disks, None)
+    }
+
+    /// The same; all that the first disk is asked to do is noted in `log` (see [`medium`](crate::medium)).
+    pub fn boot_logged(&self, disks: &[&Path], log: Option<&Path>) -> Guest {
         assert!(!disks.is_empty(), "the guest's init waits for /dev/vda");
         let mut qemu = Command::new("qemu-system-x86_64");
         // String instructions are emulated step by step: without these two features Linux uses the kind
@@ -90,16 +95,27 @@ impl Machine {
         qemu.args(["-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot"])
             .args(["-machine", "pc", "-accel", "tcg", "-cpu", "max,-erms,-fsrm"])
             .args(["-m", &self.plan.memory_mib.to_string(), "-smp", &self.plan.cpus.to_string()])
-            .args(["-append", "console=ttyS0 quiet panic=-1"])
+            .args(["-append", "console=ttyS0 quiet panic=-1 no_timer_check"])
             .arg("-kernel")
             .arg(guest_dir().join("vmlinuz"))
             .arg("-initrd")
             .arg(self.dir.path().join("initramfs"));
         for (index, disk) in disks.iter().enumerate() {
             // The host does not go down, so its page cache is as good as a medium: no need to sync it.
-            let file = disk.display();
-            qemu.args(["-drive", &format!("if=none,id=d{index},file={file},format=raw,cache=unsafe")])
-                .args(["-device", &format!("virtio-blk-pci,drive=d{index}")]);
+            let file = |id: &str, path: &Path| {
+                format!("driver=file,node-name={id}{index},filename={},cache.no-flush=on", path.display())
+            };
+            qemu.args(["-blockdev", &file("d", disk)]);
+            let device = match log.filter(|_| index == 0) {
+                None => format!("virtio-blk-pci,drive=d{index}"),
+                Some(log) => {
+                    qemu.args(["-blockdev", &file("l", log)])
+                        .args(["-blockdev", "driver=blklogwrites,node-name=w0,file=d0,log=l0"]);
+                    // Requests without data are logged in two steps, between which others may come.
+                    "virtio-blk-pci,drive=w0,discard=off,write-zeroes=off".to_owned()
+                }
+            };
+            qemu.args(["-device", &device]);
         }
         qemu.args(&self.plan.qemu_args);
         Guest::of(Process::spawn("machine", &qemu))

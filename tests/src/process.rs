@@ -6,6 +6,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use crate::wait_until;
 use rustix::process::{Pid, Signal, kill_process};
 
 /// A running child. Its standard output and error are kept, line by line, as they come.
@@ -118,6 +119,20 @@ impl Process {
     /// Sends a signal.
     pub fn signal(&self, signal: Signal) {
         kill_process(Pid::from_child(&self.child), signal).unwrap();
+    }
+
+    /// Stops it (SIGSTOP), and returns when none of its threads is in a system call any more but to wait.
+    pub fn freeze(&self) {
+        self.signal(Signal::STOP);
+        let tasks = format!("/proc/{}/task", self.pid());
+        let stopped = |task: std::io::Result<std::fs::DirEntry>| {
+            let stat = task.and_then(|task| std::fs::read_to_string(task.path().join("stat")));
+            // A thread that is gone is as good as a stopped one. The state follows the name.
+            stat.map_or(true, |stat| {
+                stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with(['T', 'Z']))
+            })
+        };
+        wait_until("all threads have stopped", || std::fs::read_dir(&tasks).unwrap().all(stopped));
     }
 
     /// Waits for its end, and for the last of its output. Panics after `limit`.

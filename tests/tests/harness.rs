@@ -4,10 +4,11 @@
 use pristine_tests::guest::{Guest, Options};
 use pristine_tests::images;
 use pristine_tests::lab::Lab;
+use pristine_tests::medium;
 use pristine_tests::outer::{Machine, Plan, make_file_system};
 use pristine_tests::peer::storage_daemon;
 use pristine_tests::program::client_binary;
-use pristine_tests::random::contents;
+use pristine_tests::random::{Random, contents};
 use pristine_tests::remote::Remote;
 
 /// A guest with a file system on a disk that another program serves.
@@ -97,4 +98,32 @@ fn machine_that_is_killed_has_what_it_synced_and_no_more() {
         guest.type_line("end");
         guest.finish();
     }
+}
+
+/// A disk that loses its cache has what was flushed, and of the rest what chance has kept.
+#[test]
+fn disk_that_loses_its_power_has_what_was_flushed() {
+    let lab = Lab::new();
+    let (disk, before, log) = (lab.path("disk"), lab.path("before"), lab.path("log"));
+    images::dense(&disk, 64 << 20, 1);
+    medium::copy(&disk, &before);
+    medium::new_log(&log);
+    let write = "if=/dev/zero of=/dev/vda bs=64k oflag=direct";
+    let script = format!(
+        "dd {write} count=8; dd {write} seek=16 count=8 conv=fsync; dd {write} seek=32 count=8; say written; read order"
+    );
+    let machine = Machine::new(Plan { script, ..Plan::default() });
+    let mut guest = machine.boot_logged(&[&disk], Some(&log));
+    guest.said("written");
+    guest.freeze();
+    guest.cut();
+    let lost = medium::lose_power(&before, &log, &mut Random::new(7)).unwrap();
+    println!("{lost:?}");
+    let (zeroes, bytes) = (vec![0; 512 << 10], std::fs::read(&before).unwrap());
+    let part = |number: usize| &bytes[number << 20..][..512 << 10];
+    assert!(part(0) == zeroes && part(1) == zeroes, "what was flushed is not there");
+    assert_eq!(lost.kept + lost.lost, 128, "{lost:?}");
+    let there = part(2).chunks(4096).filter(|unit| unit.iter().all(|&byte| byte == 0)).count();
+    assert_eq!(there as u64, lost.kept);
+    assert!(lost.lost > 0 && part(3) == contents(1, 3 << 20, 512 << 10), "{lost:?}");
 }

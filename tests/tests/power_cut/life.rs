@@ -8,6 +8,7 @@ use std::time::Duration;
 use pristine_tests::guest::Guest;
 use pristine_tests::images;
 use pristine_tests::lab::Lab;
+use pristine_tests::medium;
 use pristine_tests::outer::{Machine, Plan, make_file_system};
 use pristine_tests::program::client_binary;
 use pristine_tests::random::Random;
@@ -36,6 +37,8 @@ pub(crate) struct Counts {
     all_pending: u64,
     distrusted: Vec<String>,
     unfinished_provisions: u64,
+    /// Cuts that took the disk's cache, and how many blocks of the file system went with it.
+    cache_lost: (u64, u64),
     /// Blocks of sessions that were read as the base's in the next session, before they were restored.
     read_back: u64,
 }
@@ -53,6 +56,8 @@ pub(crate) struct Life {
     newest: u64,
     /// Whether it was reported that the disk is pristine, and nothing was begun since.
     pristine: bool,
+    /// Whether the next cut takes the disk's cache.
+    loses_cache: bool,
     /// Offsets of some blocks, by disk, that the last cut has left different from the base.
     differing: BTreeMap<u64, Vec<String>>,
 }
@@ -83,13 +88,14 @@ impl Life {
             disk,
             newest,
             pristine: false,
+            loses_cache: false,
             differing: BTreeMap::new(),
         }
     }
 
     /// Lives through `cuts` power cuts. `Err`: a disk that was restored is not the base.
     pub(crate) fn run(&mut self, cuts: u64) -> Result<(), String> {
-        let mut guest = self.boot();
+        let mut guest = self.boot(0);
         let data = DATA.map(|(offset, len)| format!("{offset}:{len}")).join(" ");
         guest.step(&format!("make_base {data}"));
         guest.step("provision 1");
@@ -105,7 +111,7 @@ impl Life {
             }
             self.counts.cuts += 1;
             *self.counts.moments.entry(moment).or_default() += 1;
-            guest = self.boot();
+            guest = self.boot(cut + 1);
             let next = self.moments[((cut + 1) % self.moments.len() as u64) as usize];
             self.look(&mut guest);
             if next != Moment::Recovery || cut + 1 == cuts {
@@ -121,9 +127,18 @@ impl Life {
         Ok(())
     }
 
-    fn boot(&self) -> Guest {
+    /// Boots for the cut with this number.
+    fn boot(&mut self, cut: u64) -> Guest {
         let paths = [self.lab.path("medium"), self.lab.base(), self.lab.path("outbox")];
-        let mut guest = self.machine.boot(&paths.each_ref().map(PathBuf::as_path));
+        // Every other cut takes the cache of the disk as well.
+        let log = self.lab.path("log");
+        self.loses_cache = Random::new(self.seed << 33 | cut).below(2) == 0;
+        if self.loses_cache {
+            medium::copy(&paths[0], &self.lab.path("before"));
+            medium::new_log(&log);
+        }
+        let log = self.loses_cache.then_some(log.as_path());
+        let mut guest = self.machine.boot_logged(&paths.each_ref().map(PathBuf::as_path), log);
         guest.said("ready");
         guest
     }
@@ -237,11 +252,11 @@ impl Life {
     fn restore_until_cut(&mut self, mut guest: Guest, random: &mut Random) {
         guest.step(&format!("choose {}", self.disk));
         guest.type_line("restore");
-        self.cut(guest, random.below(800));
+        self.cut(guest, random.below(800), random);
     }
 
     fn live_until_cut(&mut self, mut guest: Guest, moment: Moment, random: &mut Random) {
-        let steps = steps(moment, self.disk + 1, random);
+        let steps = steps(moment, self.disk + 1, self.loses_cache, random);
         self.newest += u64::from(steps.provisions);
         for step in &steps.before {
             self.pristine &= step.starts_with("pressure");
@@ -252,7 +267,7 @@ impl Life {
             self.pristine = false;
             guest.type_line(step);
         }
-        self.cut(guest, random.below(steps.delay_ms_max));
+        self.cut(guest, random.below(steps.delay_ms_max), random);
     }
 
     /// Takes note of what counts from now on, whatever happens.
@@ -265,11 +280,24 @@ impl Life {
         }
     }
 
-    fn cut(&mut self, guest: Guest, after_ms: u64) {
+    /// The cut itself. The kernel in the machine loses what it has in its page cache; the disk, if it does,
+    /// what it was not asked to flush.
+    fn cut(&mut self, guest: Guest, after_ms: u64, random: &mut Random) {
         std::thread::sleep(Duration::from_millis(after_ms));
+        if self.loses_cache {
+            guest.freeze();
+        }
         let said = guest.cut();
         println!("  power off {after_ms} ms later; said {said:?}");
         self.hear(&said, "");
+        if self.loses_cache {
+            let (before, log) = (self.lab.path("before"), self.lab.path("log"));
+            let lost = medium::lose_power(&before, &log, random).unwrap();
+            println!("  {lost:?}");
+            self.counts.cache_lost.0 += 1;
+            self.counts.cache_lost.1 += lost.lost;
+            fs::rename(before, self.lab.path("medium")).unwrap();
+        }
     }
 }
 

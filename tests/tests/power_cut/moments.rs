@@ -73,8 +73,9 @@ pub(crate) fn shuffled(seed: u64) -> Vec<Moment> {
     moments
 }
 
-/// What leads to a moment. `next_disk` is the number of a disk that may be made.
-pub(crate) fn steps(moment: Moment, next_disk: u64, random: &mut Random) -> Steps {
+/// What leads to a moment. `next_disk` is the number of a disk that may be made; `loses_cache`: the cut takes
+/// the cache of the machine's disk.
+pub(crate) fn steps(moment: Moment, next_disk: u64, loses_cache: bool, random: &mut Random) -> Steps {
     let regions = SIZE.div_ceil(REGION);
     let first = random.below(regions);
     let second = (first + 1 + random.below(regions - 1)) % regions;
@@ -84,7 +85,11 @@ pub(crate) fn steps(moment: Moment, next_disk: u64, random: &mut Random) -> Step
     };
     let (one, other) = (storm(first), storm(second));
     // What touches blocks for the first time is to find its data on the medium, and its log not.
-    let pressures = if moment == FirstTouches { &["data"][..] } else { &["data", "all", "kernel", "none"] };
+    let pressures = match (loses_cache, moment) {
+        (true, _) => &["kernel", "kernel data"][..],
+        (false, FirstTouches) => &["data"],
+        (false, _) => &["data", "all", "kernel", "none"],
+    };
     let pressure = format!("pressure {}", pressures[random.below(pressures.len() as u64) as usize]);
     let serve = ["serve", "serve --direct", "serve --engine sync"][random.below(3) as usize];
     let provision = format!("provision {}", next_disk);
