@@ -19,7 +19,7 @@ pub const VARIABLE: &str = "PRISTINE_CLOUD_HYPERVISOR";
 const SHELL: &str = "
     mount -t ext4 /dev/vda /mnt
     mkdir -p /run; mount -t tmpfs run /run
-    mkfifo /run/in; exec 7<>/run/in
+    truncate -s 64k /run/order
     cd /mnt
     say kvm $(ls /dev/kvm)
     while read -r line && [ \"$line\" != end ]; do
@@ -109,16 +109,17 @@ impl Host {
         self.guests += 1;
         self.run(&format!(
             "cloud-hypervisor --kernel /guest/vmlinuz --initramfs /guest/initramfs \
-             --cmdline 'console=ttyS0 quiet panic=-1' --cpus boot=2 --memory size=256M,shared=on \
-             --disk vhost_user=on,socket=/run/s,num_queues=2,queue_size=128 \
-             --console off --serial tty </run/in >/run/console.{n} 2>/run/vmm.{n} & echo $! >/run/vmm",
+             --cmdline 'console=ttyS0 quiet panic=-1' --cpus boot=1 --memory size=256M,shared=on \
+             --disk vhost_user=on,socket=/run/s,num_queues=1,queue_size=128 path=/run/order,image_type=raw \
+             --console off --serial tty </dev/null >/run/console.{n} 2>/run/vmm.{n} & echo $! >/run/vmm",
             n = self.guests
         ));
     }
 
-    /// Types a line at the console of the guest that was started last.
-    pub fn type_line(&mut self, line: &str) {
-        self.run(&format!("echo {line} >&7"));
+    /// Writes a word at the beginning of the guest's second disk, which has nothing to do with `pristine`:
+    /// it takes no input at its console.
+    pub fn order(&mut self, word: &str) {
+        self.run(&format!("echo {word} | dd of=/run/order conv=notrunc 2>/dev/null"));
     }
 
     /// Waits until the guest that was started last has said a line that begins with `word`; returns
@@ -141,7 +142,18 @@ impl Host {
     /// `kill -9`; `which` is `server` or `vmm`. Returns when the process is gone.
     #[track_caller]
     pub fn kill(&mut self, which: &str) {
-        self.run(&format!("kill -9 $(cat /run/{which})"));
+        self.end(which, "-9");
+    }
+
+    /// SIGTERM; as [`kill`](Self::kill).
+    #[track_caller]
+    pub fn terminate(&mut self, which: &str) {
+        self.end(which, "-15");
+    }
+
+    #[track_caller]
+    fn end(&mut self, which: &str, signal: &str) {
+        self.run(&format!("kill {signal} $(cat /run/{which})"));
         self.wait("it is gone", &format!("! kill -0 $(cat /run/{which}) 2>/dev/null"));
     }
 
@@ -156,8 +168,7 @@ impl Host {
     #[track_caller]
     pub fn assert_pristine(&mut self) {
         self.wait_state("pristine");
-        self.run("kill $(cat /run/server)");
-        self.wait("the server exits", "! kill -0 $(cat /run/server) 2>/dev/null");
+        self.terminate("server");
         self.run("grep -q 'stopped; the disk is pristine' /run/served");
         self.run("pristine verify --disk disk");
         self.run("cmp base disk");
