@@ -2,7 +2,7 @@
 
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
@@ -86,6 +86,27 @@ impl Guest {
     pub fn next_said(&mut self, limit: Duration) -> Result<String, String> {
         let line = self.qemu.try_wait_line(limit, |line| line.starts_with("GUEST "))?;
         Ok(line["GUEST ".len()..].trim().to_owned())
+    }
+
+    /// Waits until a `guest-storm` has done more operations than `than`; returns how many, and the
+    /// slowest one in milliseconds since it was asked last.
+    pub fn storms(&mut self, than: u64) -> (u64, u64) {
+        let (begin, mut worst) = (Instant::now(), 0);
+        loop {
+            let line = self.next_said(PATIENCE).unwrap_or_else(|why| panic!("{why}\n{}", self.output()));
+            let words: Vec<&str> = line.split(' ').collect();
+            match words[..] {
+                ["storm", operations, ms] => {
+                    worst = worst.max(ms.parse().unwrap());
+                    let operations = operations.parse().unwrap();
+                    if operations > than {
+                        return (operations, worst);
+                    }
+                }
+                _ => panic!("the guest says: {line}"),
+            }
+            assert!(begin.elapsed() < PATIENCE, "the guest's I/O does not go on\n{}", self.output());
+        }
     }
 
     /// Everything printed so far.

@@ -18,6 +18,7 @@ pub mod process;
 pub mod program;
 pub mod random;
 pub mod remote;
+pub mod service;
 
 use std::time::{Duration, Instant};
 

@@ -1,13 +1,13 @@
 //! The server dies or is restarted under a living VM, and the VM's session goes on.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use pristine_tests::guest::{Guest, Options};
 use pristine_tests::images;
 use pristine_tests::lab::Lab;
 use pristine_tests::program::storm_binary;
 use pristine_tests::random::Random;
-use pristine_tests::{PATIENCE, count_from_env, heavy, seed_from_env};
+use pristine_tests::{count_from_env, heavy, seed_from_env};
 
 const SCRIPT: &str = "guest-storm /dev/vda 16 $(cat /seed)";
 
@@ -19,27 +19,6 @@ fn storming_guest(lab: &Lab, seed: u64) -> Guest {
         Guest::boot_with(&lab.socket(), options, &script, &[("bin/guest-storm", &storm_binary())]);
     guest.said("storm");
     guest
-}
-
-/// Waits until the guest has done more operations than `than`; returns how many, and the slowest one in
-/// milliseconds since the guest was looked at last.
-fn progress(guest: &mut Guest, than: u64) -> (u64, u64) {
-    let (begin, mut worst) = (Instant::now(), 0);
-    loop {
-        let line = guest.next_said(PATIENCE).unwrap_or_else(|why| panic!("{why}\n{}", guest.output()));
-        let words: Vec<&str> = line.split(' ').collect();
-        match words[..] {
-            ["storm", operations, ms] => {
-                worst = worst.max(ms.parse().unwrap());
-                let operations = operations.parse().unwrap();
-                if operations > than {
-                    return (operations, worst);
-                }
-            }
-            _ => panic!("the guest says: {line}"),
-        }
-        assert!(begin.elapsed() < PATIENCE, "the guest's I/O does not go on\n{}", guest.output());
-    }
 }
 
 fn lab() -> Lab {
@@ -65,11 +44,11 @@ fn guest_whose_server_is_killed_again_and_again_sees_no_error_and_loses_nothing(
     let mut again = 0;
     for _ in 0..kills {
         // A little after some operations: anywhere in the life of a request.
-        (done, _) = progress(&mut guest, done + random.below(100));
+        (done, _) = guest.storms(done + random.below(100));
         std::thread::sleep(Duration::from_micros(random.below(20_000)));
         server.kill();
         server = lab.serve(&args);
-        done = progress(&mut guest, done).0;
+        done = guest.storms(done).0;
         let output = server.0.output();
         again += output.matches("requests in flight are done again").count();
         assert!(output.contains("goes on"), "the session was not taken up:\n{output}");
@@ -96,11 +75,11 @@ fn guest_whose_server_is_restarted_in_order_goes_on() {
     let mut guest = storming_guest(&lab, seed);
     let (mut done, mut stalls) = (0, Vec::new());
     for _ in 0..restarts {
-        done = progress(&mut guest, done + 200).0;
+        done = guest.storms(done + 200).0;
         server.stop();
         assert_eq!(lab.state_word(), "interrupted");
         server = lab.serve(&["--num-queues", "2"]);
-        let (now, worst) = progress(&mut guest, done + 50);
+        let (now, worst) = guest.storms(done + 50);
         (done, stalls) = (now, [stalls, vec![worst]].concat());
     }
     guest.type_line("enough");

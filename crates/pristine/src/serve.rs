@@ -17,7 +17,7 @@ use crate::args::ServeArgs;
 use crate::commands::{amount, seconds};
 use crate::control_socket::Operator;
 use crate::failure::Failure;
-use crate::notify::notify;
+use crate::notify;
 use crate::progress::Progress;
 use crate::signals::StopOnSignal;
 
@@ -58,9 +58,13 @@ pub(crate) fn serve(args: &ServeArgs) -> Result<ExitCode, Failure> {
     } else if disk.pending_blocks() > 0 {
         say!("pristine: restoring {} in the background", amount(disk.pending_blocks()));
     }
-    notify("READY=1");
+    notify::notify("READY=1");
+    if let Some(handover) = notify::kept() {
+        server.take_over(handover);
+    }
     let result = server.run();
-    notify("STOPPING=1");
+    notify::notify("STOPPING=1");
+    let handover = server.hand_over();
     drop(server);
     reporter.close();
     drop(control);
@@ -72,6 +76,9 @@ pub(crate) fn serve(args: &ServeArgs) -> Result<ExitCode, Failure> {
     }
     let left = disk.pending_blocks() + disk.dirty_blocks();
     if let Some(session) = disk.stop()? {
+        if let Some(Err(error)) = handover.map(notify::keep) {
+            log::warn!("the VM has to connect again, the service manager can't keep its connection: {error}");
+        }
         say!("pristine: stopped; session {session} goes on when the disk is served again while its VM runs");
     } else if let Some(why) = held {
         say!("pristine: stopped; {why}");
@@ -111,6 +118,7 @@ fn config(args: &ServeArgs) -> ServerConfig {
         },
         reconnect_grace: Duration::from_secs(args.reconnect_grace.into()),
         once: args.once,
+        hand_over: notify::descriptors_kept_max() > 0,
     }
 }
 

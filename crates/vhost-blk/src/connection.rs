@@ -2,6 +2,7 @@
 //! how both are brought up and taken down without leaving anything behind.
 
 use std::{
+    collections::VecDeque,
     io,
     os::{
         fd::{AsFd, OwnedFd},
@@ -21,7 +22,9 @@ use crate::{
     backend::Backend,
     config::DeviceConfig,
     disk::{AnyError, Disk},
+    handover::HandOver,
     relay::Relay,
+    wire::Message,
 };
 
 /// How long threads may take to let go of a connection. A frontend can only delay them by
@@ -39,11 +42,7 @@ pub(crate) struct Connection {
 
 impl Connection {
     /// Serves `frontend` with a device on `disk`.
-    pub(crate) fn open(
-        disk: &dyn Disk,
-        config: DeviceConfig,
-        frontend: UnixStream,
-    ) -> Result<Self, AnyError> {
+    pub(crate) fn open(disk: &dyn Disk, config: DeviceConfig, arrival: Arrival) -> Result<Self, AnyError> {
         let backend = Arc::new(Backend::new(disk, config)?);
         let mut daemon = Daemon::new("vhost-user".to_owned(), backend.clone(), backend.shared_memory())
             .map_err(|error| error.to_string())?;
@@ -55,15 +54,18 @@ impl Connection {
             }
         }
         let library = connect_privately(&mut daemon)?;
-        Ok(Self { relay: Relay::new(frontend, library), backend, daemon })
+        let mut relay = Relay::new(arrival.frontend, library);
+        relay.replay(arrival.setup);
+        Ok(Self { relay, backend, daemon })
     }
 
     /// Takes the connection down. When this returns without an error, its threads are gone, and no
-    /// I/O of it is in flight. Returns what the library had against the frontend, if anything.
-    pub(crate) fn close(self) -> io::Result<Option<String>> {
+    /// I/O of it is in flight. Returns what the library had against the frontend, if anything; and the
+    /// frontend for another server, if the relay was to [`remember`](Relay::remember) what it set up.
+    pub(crate) fn close(self) -> io::Result<(Option<String>, Option<HandOver>)> {
         let Self { relay, backend, mut daemon } = self;
         backend.stop();
-        relay.close();
+        let handover = relay.hand_over();
         let (done, ended) = mpsc::channel();
         thread::Builder::new().name("vhost-teardown".to_owned()).spawn(move || {
             daemon.request_shutdown();
@@ -80,7 +82,26 @@ impl Connection {
         if !backend.is_quiet() {
             return Err(io::Error::other("I/O of a closed connection is still in flight"));
         }
-        Ok(complaint)
+        Ok((complaint, handover))
+    }
+}
+
+/// A frontend that has just connected, or that another server has left connected.
+pub(crate) struct Arrival {
+    pub(crate) frontend: UnixStream,
+    /// What it had set up with the other server.
+    pub(crate) setup: VecDeque<Message>,
+}
+
+impl From<UnixStream> for Arrival {
+    fn from(frontend: UnixStream) -> Self {
+        Self { frontend, setup: VecDeque::new() }
+    }
+}
+
+impl From<HandOver> for Arrival {
+    fn from(handover: HandOver) -> Self {
+        Self { frontend: handover.frontend, setup: handover.setup }
     }
 }
 

@@ -14,6 +14,7 @@ mod boundary;
 mod config;
 mod connection;
 mod disk;
+mod handover;
 mod inflight;
 mod limit;
 mod peer;
@@ -22,6 +23,7 @@ mod relay;
 mod replay;
 mod request;
 mod server;
+mod setup;
 mod slots;
 mod socket;
 #[cfg(test)]
@@ -33,6 +35,7 @@ mod worker;
 
 pub use boundary::EndReason;
 pub use config::{DeviceConfig, QUEUE_SIZE_MAX, QUEUES_MAX};
+pub use handover::{HandOver, inherited_fds};
 pub use server::{Exit, Observer, Server, ServerConfig, ServerError, StopHandle};
 pub use socket::{Socket, SocketError};
 pub use unix_socket::SocketPermissions;

@@ -6,6 +6,7 @@
 //! can't: GET_INFLIGHT_FD and SET_INFLIGHT_FD. Data never passes it.
 
 use std::{
+    collections::VecDeque,
     fs,
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd},
@@ -18,7 +19,9 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use uuid::Uuid;
 use vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures};
 
+use crate::handover::HandOver;
 use crate::inflight::{InflightTable, Shape};
+use crate::setup::Setup;
 use crate::wire::{Message, Reader, Received, Writer};
 
 /// Most messages that are forwarded before other descriptors get their turn.
@@ -84,11 +87,17 @@ pub(crate) struct Relay {
     made: Option<Uuid>,
     /// The token of the table that the frontend has set.
     token: Option<Uuid>,
+    /// What the frontend has set up, if somebody wants to know.
+    setup: Option<Setup>,
+    /// What it had set up with a server before, to be said again before it says more.
+    replay: VecDeque<Message>,
 }
 
 impl Relay {
     pub(crate) fn new(frontend: UnixStream, library: UnixStream) -> Self {
         Self {
+            setup: None,
+            replay: VecDeque::new(),
             frontend,
             library,
             requests: Lane::default(),
@@ -100,6 +109,40 @@ impl Relay {
             reply_ack: false,
             made: None,
             token: None,
+        }
+    }
+
+    /// Takes note of what the frontend sets up, for [`hand_over`](Self::hand_over).
+    pub(crate) fn remember(&mut self) {
+        self.setup = Some(Setup::default());
+    }
+
+    /// Says `setup` before anything that comes from the frontend.
+    pub(crate) fn replay(&mut self, setup: VecDeque<Message>) {
+        self.replay = setup;
+    }
+
+    /// Leaves the frontend connected, for another server; or else closes the connection. The library's
+    /// side is ended in any case.
+    pub(crate) fn hand_over(self) -> Option<HandOver> {
+        let _ = self.library.shutdown(std::net::Shutdown::Both);
+        // Without a table nobody knows where the rings go on; in the middle of a message or of an answer
+        // the next server would not know what is missing.
+        let can = self.token.is_some()
+            && self.replay.is_empty()
+            && self.postponed.is_none()
+            && self.owed == 0
+            && !self.requests.reader.is_in_message()
+            && !self.replies.reader.is_in_message()
+            && !self.requests.writer.is_pending()
+            && !self.replies.writer.is_pending()
+            && !has_hung_up(&self.frontend);
+        match self.setup.and_then(Setup::into_messages).filter(|_| can) {
+            Some(setup) => Some(HandOver { frontend: self.frontend, setup }),
+            None => {
+                let _ = self.frontend.shutdown(std::net::Shutdown::Both);
+                None
+            }
         }
     }
 
@@ -120,7 +163,7 @@ impl Relay {
 
     /// Forwards what can be forwarded now. `Some`: the connection is over.
     pub(crate) fn forward(&mut self, gate: &mut dyn Gate) -> Option<Ending> {
-        for _ in 0..MESSAGES_PER_TURN {
+        for _ in 0..MESSAGES_PER_TURN as usize + self.replay.len() {
             // Replies first: a frontend that goes away must still get what was said before.
             let replies = self.forward_reply();
             let requests = match replies {
@@ -134,12 +177,6 @@ impl Relay {
             }
         }
         None
-    }
-
-    /// Ends both connections; whoever waits on them notices.
-    pub(crate) fn close(&self) {
-        let _ = self.frontend.shutdown(std::net::Shutdown::Both);
-        let _ = self.library.shutdown(std::net::Shutdown::Both);
     }
 
     /// True: a message was taken on.
@@ -164,7 +201,7 @@ impl Relay {
         if !self.requests.writer.flush(&self.library).map_err(|_| Ending::Library)? {
             return Ok(false);
         }
-        let message = match self.postponed.take() {
+        let message = match self.postponed.take().or_else(|| self.replay.pop_front()) {
             Some(message) => message,
             None => match self.requests.reader.read(&self.frontend) {
                 Received::Message(message) => message,
@@ -183,6 +220,7 @@ impl Relay {
                 self.postponed = Some(message);
                 return Ok(false);
             }
+            self.note(&message);
             if let Some(reply) = self.answer(message, gate)? {
                 self.replies.writer.put(reply);
                 self.replies.writer.flush(&self.frontend).map_err(|_| Ending::Frontend)?;
@@ -190,10 +228,17 @@ impl Relay {
             return Ok(true);
         }
         self.inspect(&message, gate)?;
+        self.note(&message);
         self.owed += usize::from(self.is_answered(&message));
         self.requests.writer.put(message);
         self.requests.writer.flush(&self.library).map_err(|_| Ending::Library)?;
         Ok(true)
+    }
+
+    fn note(&mut self, message: &Message) {
+        if let Some(setup) = &mut self.setup {
+            setup.note(message);
+        }
     }
 
     /// Whether the library answers a request.
@@ -395,7 +440,7 @@ mod tests {
             Recorder { starts: Vec::new(), tables: Vec::new(), verdict: Err("no room".to_owned()) };
         send(&frontend, FrontendReq::SET_VRING_KICK, &[0, 0], &[event().as_fd()]);
         assert_eq!(relay.forward(&mut gate), Some(Ending::Refused("no room".to_owned())));
-        relay.close();
+        assert!(relay.hand_over().is_none());
         assert_eq!(library.read(&mut [0; 64]).unwrap(), 0);
     }
 

@@ -22,8 +22,9 @@ use session_disk::{ProcessId, SessionDisk};
 use crate::{
     backend::Backend,
     boundary::{Admission, Boundary, EndReason, Identity, RingStart},
-    connection::Connection,
+    connection::{Arrival, Connection},
     disk::{Disk, chain},
+    handover::HandOver,
     inflight::InflightTable,
     limit::RateLimit,
     peer::Peer,
@@ -52,6 +53,8 @@ pub struct Server {
     owner: Option<Peer>,
     /// A frontend whose handshake is left unanswered.
     held: Option<(UnixStream, Peer)>,
+    /// What a server before has left to this one, or this one leaves to the next.
+    handover: Option<HandOver>,
     accept_after: Option<Instant>,
     refusals: RateLimit,
     session_has_ended: bool,
@@ -101,6 +104,7 @@ impl Server {
             served: None,
             owner,
             held: None,
+            handover: None,
             accept_after: None,
             refusals: RateLimit::new(),
             session_has_ended: false,
@@ -112,6 +116,19 @@ impl Server {
         StopHandle { control: self.control.clone() }
     }
 
+    /// Goes on, when it runs, with the frontend that another server has left connected. If its session
+    /// is not open any more, the frontend is turned away.
+    pub fn take_over(&mut self, handover: HandOver) {
+        self.handover = Some(handover);
+    }
+
+    /// The frontend of the session that was open when the server was stopped, still connected, for
+    /// another server ([`ServerConfig::hand_over`]); `None` if it could not be left like that, and has
+    /// to connect again. Dropped, it is disconnected.
+    pub fn hand_over(&mut self) -> Option<HandOver> {
+        self.handover.take()
+    }
+
     /// Serves until there is a reason not to. No I/O of a guest is in flight afterwards, and no
     /// frontend is connected, unless the error says otherwise.
     pub fn run(&mut self) -> Result<Exit, ServerError> {
@@ -120,7 +137,10 @@ impl Server {
         self.socket.close();
         self.held = None;
         let closed = match self.served.take() {
-            Some(served) => self.take_down(served).map(|_| ()),
+            Some(served) => self.take_down(served).map(|(_, handover)| {
+                let stopped = matches!(result, Ok(Exit::Stopped)) && self.boundary.session_is_open();
+                self.handover = handover.filter(|_| stopped);
+            }),
             None => Ok(()),
         };
         let exit = result?;
@@ -134,7 +154,11 @@ impl Server {
             && let Some(stream) = stream.take()
         {
             let peer = Peer::of(&stream);
-            self.admit(stream, peer)?;
+            self.admit(stream.into(), peer)?;
+        }
+        if let Some(handover) = self.handover.take() {
+            let peer = Peer::of(&handover.frontend);
+            self.admit(handover.into(), peer)?;
         }
         loop {
             if self.control.take_stop() {
@@ -207,7 +231,7 @@ impl Server {
                     // One that has hung up and connected again did so in this order.
                     self.forward()?;
                     let peer = Peer::of(&stream);
-                    self.admit(stream, peer)?;
+                    self.admit(stream.into(), peer)?;
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(error)
@@ -226,7 +250,7 @@ impl Server {
     }
 
     /// Serves, holds or refuses a frontend.
-    fn admit(&mut self, stream: UnixStream, peer: Peer) -> Result<(), ServerError> {
+    fn admit(&mut self, arrival: Arrival, peer: Peer) -> Result<(), ServerError> {
         let continues = self.boundary.session_is_open();
         if !continues && let Some(why) = self.disk.turns_away() {
             self.refuse(&why);
@@ -234,14 +258,19 @@ impl Server {
         }
         match self.boundary.connected(self.identity(&peer), Instant::now()) {
             Admission::Refuse(why) => self.refuse(why),
-            Admission::Hold => self.held = Some((stream, peer)),
+            // What it had set up elsewhere is of no use to a stranger.
+            Admission::Hold if arrival.setup.is_empty() => self.held = Some((arrival.frontend, peer)),
+            Admission::Hold => self.boundary.stranger_left(),
             Admission::Serve => {
                 self.owner = None;
                 if self.held.take().is_some() {
                     self.refuse("the owner of the session has come back");
                 }
-                match Connection::open(self.disk.as_ref(), self.config.device, stream) {
-                    Ok(connection) => {
+                match Connection::open(self.disk.as_ref(), self.config.device, arrival) {
+                    Ok(mut connection) => {
+                        if self.config.hand_over {
+                            connection.relay.remember();
+                        }
                         self.observer.frontend_connected(peer.process(), continues);
                         self.served = Some(Served { connection, peer });
                     }
@@ -281,18 +310,19 @@ impl Server {
                 if let Ending::Refused(why) = &ending {
                     self.refuse(why);
                 }
-                let peer = self.take_down(served)?;
+                let (peer, _) = self.take_down(served)?;
                 self.lost(peer)
             }
         }
     }
 
     /// Takes a connection down; afterwards nothing of it is in flight.
-    fn take_down(&self, served: Served) -> Result<Peer, ServerError> {
-        if let Some(complaint) = served.connection.close().map_err(ServerError::Teardown)? {
+    fn take_down(&self, served: Served) -> Result<(Peer, Option<HandOver>), ServerError> {
+        let (complaint, handover) = served.connection.close().map_err(ServerError::Teardown)?;
+        if let Some(complaint) = complaint {
             self.refuse(&complaint);
         }
-        Ok(served.peer)
+        Ok((served.peer, handover))
     }
 
     /// The frontend that was served is gone, and so is its connection.
@@ -344,7 +374,7 @@ impl Server {
         self.observer.session_ended(&summary, reason);
         self.session_has_ended = true;
         match self.held.take() {
-            Some((stream, peer)) if !self.config.once => self.admit(stream, peer),
+            Some((stream, peer)) if !self.config.once => self.admit(stream.into(), peer),
             _ => Ok(()),
         }
     }

@@ -47,6 +47,26 @@ impl Message {
         Self { bytes: header.chain(payload.iter().copied()).collect(), fds }
     }
 
+    /// The same message, for a receiver who is not to answer.
+    pub(crate) fn to_say_again(&self) -> io::Result<Self> {
+        let fds = self.fds.iter().map(OwnedFd::try_clone).collect::<io::Result<_>>()?;
+        Ok(Self::said_again(self.bytes.clone(), fds))
+    }
+
+    /// A message of these bytes, at least a header, for a receiver who is not to answer.
+    pub(crate) fn said_again(mut bytes: Vec<u8>, fds: Vec<OwnedFd>) -> Self {
+        let flags = word(&bytes, 1) & !NEED_REPLY;
+        if let Some(place) = bytes.get_mut(4..8) {
+            place.copy_from_slice(&flags.to_ne_bytes());
+        }
+        Self { bytes, fds }
+    }
+
+    /// Header and payload.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
     /// Whether its sender wants to be told when it is done (protocol feature REPLY_ACK).
     pub(crate) fn needs_reply(&self) -> bool {
         word(&self.bytes, 1) & NEED_REPLY != 0
@@ -147,6 +167,13 @@ impl Reader {
         }
         self.bytes.extend_from_slice(buffer.get(..received.bytes).unwrap_or_default());
         Ok(received.bytes)
+    }
+}
+
+impl Reader {
+    /// Whether a message has begun that is not complete.
+    pub(crate) fn is_in_message(&self) -> bool {
+        !self.bytes.is_empty() || !self.fds.is_empty()
     }
 }
 

@@ -25,11 +25,19 @@ pub struct ServerConfig {
     pub reconnect_grace: Duration,
     /// Return from [`Server::run`](crate::Server::run) when the first session has ended.
     pub once: bool,
+    /// When stopped, leave the frontend of an open session connected: see
+    /// [`Server::hand_over`](crate::Server::hand_over).
+    pub hand_over: bool,
 }
 
 impl Default for ServerConfig {
     fn default() -> Self {
-        Self { device: DeviceConfig::default(), reconnect_grace: Duration::from_secs(5), once: false }
+        Self {
+            device: DeviceConfig::default(),
+            reconnect_grace: Duration::from_secs(5),
+            once: false,
+            hand_over: false,
+        }
     }
 }
 
