@@ -4,9 +4,11 @@
 use std::io::{ErrorKind, Read};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use pristine_tests::images;
 use pristine_tests::lab::Lab;
+use pristine_tests::program::run;
 use rustix::process::Signal;
 
 /// Waits for the end of `connection` and connects again. Panics if that connection breaks as well.
@@ -51,4 +53,36 @@ fn frontend_of_a_killed_server_that_connects_again_at_once_finds_nobody() {
 #[test]
 fn frontend_of_a_stopped_server_that_connects_again_at_once_finds_nobody() {
     end_servers(Signal::TERM, 10);
+}
+
+/// Invariant 3: a server that can't start, because its disk can't be opened, takes nobody. The frontend
+/// of the one before can wait for another.
+#[test]
+fn frontend_of_a_server_that_cannot_start_finds_nobody() {
+    let lab = Lab::new();
+    images::dense(&lab.base(), 1 << 20, 7);
+    lab.provision(&[]);
+    lab.serve(&[]).kill();
+    assert!(lab.socket().exists());
+    images::dense(&lab.base(), 1 << 20, 8);
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let attempts = scope.spawn(|| {
+            let mut attempts = 0;
+            while !over.load(Ordering::Relaxed) {
+                attempts += 1;
+                if UnixStream::connect(lab.socket()).is_ok() {
+                    return Err(attempts);
+                }
+            }
+            Ok(attempts)
+        });
+        for _ in 0..5 {
+            let mut command = lab.pristine("serve", &["--socket-path"]);
+            assert_eq!(run(command.arg(lab.socket())).code, Some(1));
+        }
+        over.store(true, Ordering::Relaxed);
+        let attempts = attempts.join().unwrap().expect("somebody was there");
+        assert!(attempts > 100, "only {attempts} attempts: the test proves nothing");
+    });
 }

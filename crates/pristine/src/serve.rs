@@ -1,5 +1,7 @@
 //! `pristine serve`: one disk, one VM after the other.
 
+use std::fmt;
+use std::os::fd::RawFd;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::atomic::AtomicBool;
@@ -30,9 +32,14 @@ pub(crate) fn serve(args: &ServeArgs) -> Result<ExitCode, Failure> {
         return Ok(ExitCode::SUCCESS);
     }
     let Some(path) = &args.disk else { return Err(Failure::usage("--disk is missing")) };
-    // The socket comes first: a path that can't be bound must change nothing.
-    let (socket, name) = socket(args)?;
+    // A path that can't be bound must change nothing, and a disk that can't be opened must turn nobody
+    // away: Cloud Hypervisor gives up a disk whose server accepts and then ends.
+    let place = Place::find(args)?;
     let disk = SessionDisk::open(&args.options(path))?;
+    let name = place.to_string();
+    let socket = place.take(args).inspect_err(|_| {
+        let _ = disk.stop();
+    })?;
     if *disk.basis() == Basis::Intents {
         log::warn!("the host went down during a session: all regions that it may have touched are restored");
     }
@@ -92,20 +99,47 @@ pub(crate) fn serve(args: &ServeArgs) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn socket(args: &ServeArgs) -> Result<(Socket, String), Failure> {
-    if let Some(fd) = args.fd {
-        let socket = Socket::inherit(fd).map_err(|error| Failure::of(&error))?;
-        return Ok((socket, format!("descriptor {fd}")));
+/// Where frontends are to connect.
+enum Place<'a> {
+    Path(&'a Path),
+    Inherited(RawFd, Socket),
+}
+
+impl<'a> Place<'a> {
+    /// Changes nothing.
+    fn find(args: &'a ServeArgs) -> Result<Self, Failure> {
+        if let Some(fd) = args.fd {
+            return Ok(Self::Inherited(fd, Socket::inherit(fd).map_err(|error| Failure::of(&error))?));
+        }
+        let path: &Path =
+            args.socket_path.as_deref().ok_or_else(|| Failure::usage("--socket-path is missing"))?;
+        Socket::check(path).map_err(|error| Failure::of(&error))?;
+        Ok(Self::Path(path))
     }
-    let path: &Path =
-        args.socket_path.as_deref().ok_or_else(|| Failure::usage("--socket-path is missing"))?;
-    let permissions = SocketPermissions {
-        mode: Some(args.socket_mode.unwrap_or(0o600)),
-        owner: args.socket_owner,
-        group: args.socket_group,
-    };
-    let socket = Socket::bind(path, permissions).map_err(|error| Failure::of(&error))?;
-    Ok((socket, path.display().to_string()))
+
+    /// From now on frontends can connect.
+    fn take(self, args: &ServeArgs) -> Result<Socket, Failure> {
+        match self {
+            Self::Inherited(_, socket) => Ok(socket),
+            Self::Path(path) => {
+                let permissions = SocketPermissions {
+                    mode: Some(args.socket_mode.unwrap_or(0o600)),
+                    owner: args.socket_owner,
+                    group: args.socket_group,
+                };
+                Socket::bind(path, permissions).map_err(|error| Failure::of(&error))
+            }
+        }
+    }
+}
+
+impl fmt::Display for Place<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Path(path) => path.display().fmt(f),
+            Self::Inherited(fd, _) => write!(f, "descriptor {fd}"),
+        }
+    }
 }
 
 fn config(args: &ServeArgs) -> ServerConfig {

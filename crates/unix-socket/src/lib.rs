@@ -131,6 +131,16 @@ impl PlacedListener {
         Ok(Self { listener: UnixListener::from(listener), _placed: placed })
     }
 
+    /// Whether [`bind`](Self::bind) would find the path fit for a socket and free, as far as can be told
+    /// without doing it.
+    pub fn check(path: &Path) -> Result<(), SocketError> {
+        if path.as_os_str().as_bytes().len() > PATH_MAX {
+            return Err(SocketError::TooLong { path: path.to_owned() });
+        }
+        lock_directory(path).map_err(|error| failed("lock the directory of", path, error.into()))?;
+        look_for_leftover(path).map(|_| ())
+    }
+
     /// The socket.
     pub fn listener(&self) -> &UnixListener {
         &self.listener
@@ -197,23 +207,34 @@ fn lock_directory(path: &Path) -> rustix::io::Result<OwnedFd> {
 
 /// Makes room at `path`, if what is there is a socket without a server.
 fn remove_leftover(path: &Path) -> Result<(), SocketError> {
-    let fail = |operation, source: io::Error| SocketError::Io { operation, path: path.to_owned(), source };
+    if look_for_leftover(path)? {
+        fs::remove_file(path).map_err(|error| failed("replace", path, error))?;
+    }
+    Ok(())
+}
+
+/// Whether there is a socket without a server at `path`; anything else is an error, nothing is none.
+fn look_for_leftover(path: &Path) -> Result<bool, SocketError> {
     match fs::symlink_metadata(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(fail("look at", error)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(error) => return Err(failed("look at", path, error)),
         Ok(found) if !found.file_type().is_socket() => {
             return Err(SocketError::NotASocket { path: path.to_owned() });
         }
         Ok(_) => {}
     }
-    let address = SocketAddrUnix::new(path).map_err(|error| fail("name", error.into()))?;
-    let probe = unix_socket().map_err(|error| fail("create", error.into()))?;
+    let address = SocketAddrUnix::new(path).map_err(|error| failed("name", path, error.into()))?;
+    let probe = unix_socket().map_err(|error| failed("create", path, error.into()))?;
     match rustix::net::connect(probe.as_fd(), &address) {
-        Err(Errno::CONNREFUSED) => fs::remove_file(path).map_err(|error| fail("replace", error)),
+        Err(Errno::CONNREFUSED) => Ok(true),
         // A server whose queue is full, or that speaks in another way, lives too.
         Ok(()) | Err(Errno::AGAIN | Errno::PROTOTYPE) => Err(SocketError::Taken { path: path.to_owned() }),
-        Err(error) => Err(fail("find out whether a server lives on", error.into())),
+        Err(error) => Err(failed("find out whether a server lives on", path, error.into())),
     }
+}
+
+fn failed(operation: &'static str, path: &Path, source: io::Error) -> SocketError {
+    SocketError::Io { operation, path: path.to_owned(), source }
 }
 
 #[cfg(test)]
@@ -248,6 +269,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("s");
         let _living = bind(&path).unwrap();
+        assert!(matches!(PlacedListener::check(&path), Err(SocketError::Taken { .. })));
         assert!(matches!(bind(&path), Err(SocketError::Taken { .. })));
         UnixStream::connect(&path).unwrap();
     }
@@ -264,6 +286,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("s");
         drop(UnixListener::bind(&path).unwrap());
+        PlacedListener::check(&path).unwrap();
         assert!(path.exists());
         let _socket = bind(&path).unwrap();
         UnixStream::connect(&path).unwrap();

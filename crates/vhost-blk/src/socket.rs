@@ -50,6 +50,11 @@ impl Socket {
         Ok(Self { kind: SocketKind::Placed(PlacedListener::bind(path, permissions)?) })
     }
 
+    /// Whether there can be a socket at `path`; see [`PlacedListener::check`].
+    pub fn check(path: &Path) -> Result<(), SocketError> {
+        Ok(PlacedListener::check(path)?)
+    }
+
     /// The socket that takes one frontend after another, if it is one.
     pub(crate) fn listener(&self) -> Option<&UnixListener> {
         match &self.kind {
