@@ -121,7 +121,9 @@ pub(crate) fn conclude(manifest: &Manifest, geometry: Geometry, evidence: Eviden
         };
     }
     let (mut exact, mut sealed, mut session) = (true, true, None);
-    let youngest = evidence.logs.iter().map(|(entry, _)| entry.sequence).max();
+    // Of sessions: what is pending may have been made a log of its own since.
+    let sessions = evidence.logs.iter().filter(|(entry, _)| entry.kind() == LogKind::Session);
+    let youngest = sessions.map(|(entry, _)| entry.sequence).max();
     for (entry, found) in evidence.logs {
         let name = entry.id().file_name();
         let contents = match found {

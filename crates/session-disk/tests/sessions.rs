@@ -116,6 +116,28 @@ fn disk_dropped_in_mid_session_is_pending_by_its_log() {
     bench.assert_restores_exactly(&disk);
 }
 
+/// Invariant 3: what is pending may be made a log of its own while a session is open. It is younger than the
+/// session's, which goes on nevertheless.
+#[test]
+fn session_goes_on_after_a_checkpoint_that_left_blocks_pending() {
+    let mut bench = Bench::new(4 * MIB, None, true, EngineKind::IoUring);
+    bench.options.resume = true;
+    let disk = bench.open();
+    disk.begin_session(None).unwrap();
+    let mut queue = disk.queue(16).unwrap();
+    write(&disk, &mut queue, 8, &[0x55; 8192]);
+    disk.checkpoint().unwrap();
+    assert!(disk.pending_blocks() > 0);
+    drop(queue);
+    drop(disk);
+    let disk = bench.open();
+    assert!(disk.session_is_open());
+    let mut queue = disk.queue(16).unwrap();
+    assert_eq!(read(&disk, &mut queue, 8, 8192), [0x55; 8192]);
+    end(&disk, queue);
+    bench.assert_restores_exactly(&disk);
+}
+
 /// Invariant 2 after a power cut: the live page is gone, so every region that a session meant to touch is pending.
 #[test]
 fn disk_without_its_live_page_is_pending_by_its_intents() {
