@@ -87,18 +87,21 @@ impl Image {
 pub(crate) struct Expected<'a> {
     base: &'a Image,
     written: HashMap<u64, Vec<[u8; 512]>>,
+    /// All that was noted, in order: first sector, bytes, whether it is certain.
+    pub(crate) history: Vec<(u64, Vec<u8>, bool)>,
     /// Whether a write failed: then it is not certain any more which blocks the session owns.
     pub(crate) has_failures: bool,
 }
 
 impl<'a> Expected<'a> {
     pub(crate) fn of_base(base: &'a Image) -> Self {
-        Self { base, written: HashMap::new(), has_failures: false }
+        Self { base, written: HashMap::new(), history: Vec::new(), has_failures: false }
     }
 
     /// The sectors from `first` on were given these bytes, or it was tried.
     pub(crate) fn note(&mut self, first: u64, bytes: &[u8], done: bool) {
         self.has_failures |= !done;
+        self.history.push((first, bytes.to_vec(), done));
         for (sector, bytes) in (first..).zip(bytes.chunks(512)) {
             let before = self.base.sector(sector);
             let allowed = self.written.entry(sector).or_insert_with(|| vec![before]);

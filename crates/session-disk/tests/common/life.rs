@@ -14,9 +14,10 @@ use blockio::fault::{Fault, FaultPlan, OpInfo};
 use blocks::BLOCK_SIZE;
 use rustix::event::{PollFd, PollFlags, poll};
 use serde::{Deserialize, Serialize};
-use session_disk::{DiskOptions, DiskQueue, Done, DrainObserver, Drainer, Request, SessionDisk};
+use session_disk::{DiskOptions, DiskQueue, Done, DrainObserver, Drainer, Manifest, Request, SessionDisk};
 
 use super::crash::random::Random;
+use super::crash::recorder::Recorder;
 use super::image::{Expected, Image};
 
 pub(crate) const QUEUES: usize = 3;
@@ -71,10 +72,12 @@ pub(crate) enum Step {
         trouble: Option<Trouble>,
         checkpoint: bool,
     },
-    /// The server is killed with requests in flight: writes of `trouble` have landed or not, none was answered.
+    /// The server is killed with requests in flight: writes of `trouble` have landed or not, none was
+    /// answered. The next one goes on with the session, or takes it for ended.
     Kill {
         asks: Vec<Ask>,
         trouble: Option<Trouble>,
+        resume: bool,
     },
     /// The same, and the live page is gone too.
     PowerCut {
@@ -87,8 +90,18 @@ pub(crate) enum Step {
     /// Starts a drain in the background, or stops it.
     Drainer(bool),
     Checkpoint,
-    /// An orderly stop and the next start.
-    Restart,
+    /// A drain runs while guests make requests, some of its operations held until these are made, or
+    /// while one session ends and the next one begins.
+    DrainMeets {
+        held: Trouble,
+        asks: Vec<Ask>,
+        trouble: Option<Trouble>,
+        next_session: bool,
+    },
+    /// An orderly stop and the next start, with or without the session that the one before left open.
+    Restart {
+        resume: bool,
+    },
 }
 
 /// How many of each thing were done.
@@ -99,6 +112,7 @@ pub(crate) struct Counts {
     pub(crate) drains: u64,
     pub(crate) kills: u64,
     pub(crate) power_cuts: u64,
+    pub(crate) resumed: u64,
 }
 
 impl Counts {
@@ -108,6 +122,7 @@ impl Counts {
         self.drains += other.drains;
         self.kills += other.kills;
         self.power_cuts += other.power_cuts;
+        self.resumed += other.resumed;
     }
 }
 
@@ -175,29 +190,34 @@ impl Step {
     pub(crate) fn random(random: &mut Random, blocks: u64, threads: bool) -> Self {
         use What::*;
         match random.of(0..100) {
-            0..50 => {
-                let troubled = random.chance(50);
-                let trouble = troubled.then(|| {
+            0..46 => {
+                let trouble = random.chance(50).then(|| {
                     Trouble::random(random, &[LateStart, LateStart, LateEnd, LateEnd, Fail, FailAfter])
                 });
                 Self::Burst { asks: Ask::some(random, blocks, 10), trouble, checkpoint: random.chance(8) }
             }
-            50..64 => Self::Begin,
-            64..76 => Self::End,
-            76..83 => Self::Drain,
-            83..87 => {
+            46..60 => Self::Begin,
+            60..70 => Self::End,
+            70..76 => Self::Drain,
+            76..80 => {
                 Self::TroubledDrain(random.chance(70).then(|| Trouble::random(random, &[Fail, FailAfter])))
             }
-            87..90 => Self::Drainer(threads && random.chance(60)),
-            90..93 => Self::Checkpoint,
-            93..96 => Self::Restart,
+            80..83 => Self::Drainer(threads && random.chance(60)),
+            83..87 if threads => Self::DrainMeets {
+                held: Trouble::random(random, &[LateStart, LateEnd]),
+                asks: Ask::some(random, blocks, 8),
+                trouble: random.chance(60).then(|| Trouble::random(random, &[Fail, FailAfter])),
+                next_session: random.chance(30),
+            },
+            83..90 => Self::Checkpoint,
+            90..94 => Self::Restart { resume: random.chance(50) },
             _ => Self::random_kill(random, blocks),
         }
     }
 
     pub(crate) fn random_kill(random: &mut Random, blocks: u64) -> Self {
         let trouble = Some(Trouble::random(random, &[What::Fail, What::FailAfter]));
-        Self::Kill { asks: Ask::some(random, blocks, 6), trouble }
+        Self::Kill { asks: Ask::some(random, blocks, 6), trouble, resume: random.chance(50) }
     }
 
     pub(crate) fn random_power_cut(random: &mut Random, blocks: u64) -> Self {
@@ -219,6 +239,34 @@ struct Session<'a> {
     queues: Vec<DiskQueue>,
 }
 
+/// What the guest of an open session knew when, in places of the tape.
+struct Chapter<'a> {
+    start: Known<'a>,
+    /// After this place a kill leaves the session open; `None`: from the beginning on.
+    opened: Option<usize>,
+    /// Up to here.
+    closed: Option<usize>,
+    /// Requests were made at the first place and answered at the second; so much had been noted then.
+    answers: Vec<(usize, usize, usize)>,
+    history: Vec<(u64, Vec<u8>, bool)>,
+}
+
+/// What the guest of an open session knows.
+#[derive(Clone)]
+pub(crate) struct Known<'a> {
+    expected: Expected<'a>,
+    owned: HashSet<u64>,
+}
+
+impl<'a> Known<'a> {
+    fn note(&mut self, first: u64, bytes: &[u8], done: bool) {
+        self.expected.note(first, bytes, done);
+        if done {
+            self.owned.extend(first / 8..(first + bytes.len() as u64 / 512).div_ceil(8));
+        }
+    }
+}
+
 /// A disk that is served, and what its guest knows.
 pub(crate) struct Life<'a> {
     base: &'a Image,
@@ -228,6 +276,9 @@ pub(crate) struct Life<'a> {
     disk: Option<Arc<SessionDisk>>,
     drainer: Option<Drainer>,
     session: Option<Session<'a>>,
+    /// Tells the places in a tape, if what was known when is to be told later.
+    recorder: Option<Arc<Recorder>>,
+    chapters: Vec<Chapter<'a>>,
     pub(crate) counts: Counts,
 }
 
@@ -242,11 +293,107 @@ fn stamp(len: usize) -> Vec<u8> {
 impl<'a> Life<'a> {
     /// Opens the disk; nobody has a session.
     pub(crate) fn open(options: DiskOptions, base: &'a Image, windows: &'a Windows) -> Self {
+        Self::go_on(DiskOptions { resume: false, ..options }, base, windows, None)
+    }
+
+    /// Opens the disk, and goes on with the session of which `known` is known.
+    pub(crate) fn go_on(
+        options: DiskOptions,
+        base: &'a Image,
+        windows: &'a Windows,
+        known: Option<Known<'a>>,
+    ) -> Self {
         let plan = FaultPlan::new();
         let options = DiskOptions { faults: Some(plan.clone()), ..options };
-        let disk = Some(SessionDisk::open(&options).unwrap());
-        let counts = Counts::default();
-        Self { base, windows, options, plan, disk, drainer: None, session: None, counts }
+        let mut life = Self {
+            base,
+            windows,
+            options,
+            plan,
+            disk: None,
+            drainer: None,
+            session: None,
+            recorder: None,
+            chapters: Vec::new(),
+            counts: Counts::default(),
+        };
+        let resume = known.is_some();
+        life.session = known.map(|Known { expected, owned }| Session { expected, owned, queues: Vec::new() });
+        life.reopen(resume, resume);
+        life
+    }
+
+    /// From now on keeps what is known when.
+    pub(crate) fn record(&mut self, recorder: Arc<Recorder>) {
+        self.recorder = Some(recorder);
+        if self.session.is_some() {
+            self.open_chapter(None);
+        }
+    }
+
+    fn place_in_tape(&self) -> usize {
+        self.recorder.as_ref().map_or(0, |recorder| recorder.position())
+    }
+
+    fn open_chapter(&mut self, opened: Option<usize>) {
+        if let (Some(_), Some(session)) = (&self.recorder, &self.session) {
+            let start = Known { expected: session.expected.clone(), owned: session.owned.clone() };
+            self.chapters.push(Chapter {
+                start,
+                opened,
+                closed: None,
+                answers: Vec::new(),
+                history: Vec::new(),
+            });
+        }
+    }
+
+    fn close_chapter(&mut self) {
+        let place = self.place_in_tape();
+        if let Some(chapter) = self.chapters.last_mut().filter(|chapter| chapter.closed.is_none()) {
+            chapter.closed = Some(place);
+        }
+    }
+
+    /// What was known of the session that a kill at `place` leaves open: right after the I/O before it,
+    /// so before what was then answered.
+    pub(crate) fn known_at(&self, place: usize) -> Option<Known<'a>> {
+        let chapter =
+            self.chapters.iter().rev().find(|chapter| chapter.opened.is_none_or(|opened| opened < place))?;
+        if chapter.closed.is_some_and(|closed| place > closed) {
+            return None;
+        }
+        let mut known = chapter.start.clone();
+        let mut noted = 0;
+        for (asked, answered, until) in &chapter.answers {
+            if *asked >= place {
+                break;
+            }
+            for (first, bytes, done) in &chapter.history[noted..*until] {
+                known.note(*first, bytes, *done && *answered < place);
+            }
+            noted = *until;
+        }
+        Some(known)
+    }
+
+    /// Opens the disk. If a session was left open and is to go on, it must.
+    fn reopen(&mut self, resume: bool, left_open: bool) {
+        self.options.resume = resume;
+        let logs = Manifest::load(&self.options.paths()).unwrap().logs;
+        let disk = SessionDisk::open(&self.options).unwrap();
+        let goes_on = resume && left_open && self.session.is_some();
+        assert_eq!(disk.session_is_open(), goes_on, "{:?}, {logs:?}", disk.basis());
+        self.disk = Some(Arc::clone(&disk));
+        if goes_on {
+            self.counts.resumed += 1;
+            if let Some(session) = &mut self.session {
+                session.queues = (0..QUEUES).map(|_| disk.queue(8).unwrap()).collect();
+            }
+            self.read_windows();
+        } else {
+            self.session = None;
+        }
     }
 
     pub(crate) fn disk(&self) -> Arc<SessionDisk> {
@@ -259,12 +406,14 @@ impl<'a> Life<'a> {
             Step::Begin => self.begin(),
             Step::End => self.end(),
             Step::Burst { asks, trouble, checkpoint } => self.burst(asks, *trouble, *checkpoint),
-            Step::Kill { asks, trouble } => self.kill(asks, *trouble),
+            Step::Kill { asks, trouble, resume } => self.kill(asks, *trouble, *resume),
             Step::PowerCut { asks, trouble } => {
                 self.die(asks, *trouble);
-                std::fs::remove_dir_all(self.options.runtime_dir.as_ref().unwrap()).unwrap();
                 self.counts.power_cuts += 1;
-                self.disk = Some(SessionDisk::open(&self.options).unwrap());
+                std::fs::remove_dir_all(self.options.runtime_dir.as_ref().unwrap()).unwrap();
+                self.close_chapter();
+                self.session = None;
+                self.reopen(false, false);
             }
             Step::Drain => self.drain(),
             Step::TroubledDrain(trouble) => self.troubled_drain(*trouble),
@@ -275,7 +424,10 @@ impl<'a> Life<'a> {
                 }
             }
             Step::Checkpoint => self.disk().checkpoint().unwrap(),
-            Step::Restart => self.restart(),
+            Step::DrainMeets { held, asks, trouble, next_session } => {
+                self.drain_meets(*held, asks, *trouble, *next_session);
+            }
+            Step::Restart { resume } => self.restart(*resume),
         }
     }
 
@@ -289,6 +441,7 @@ impl<'a> Life<'a> {
         let queues = (0..QUEUES).map(|_| disk.queue(8).unwrap()).collect();
         self.session =
             Some(Session { expected: Expected::of_base(self.base), owned: HashSet::new(), queues });
+        self.open_chapter(Some(self.place_in_tape()));
     }
 
     /// Ends the session, after a look at all that it must read.
@@ -297,6 +450,7 @@ impl<'a> Life<'a> {
             return;
         }
         self.read_windows();
+        self.close_chapter();
         self.session = None;
         self.disk().end_session().unwrap();
         if let Some(drainer) = &self.drainer {
@@ -329,7 +483,8 @@ impl<'a> Life<'a> {
 
     /// Issues requests on sectors that no other request has, calls `meanwhile`, and reaps them all.
     fn in_flight(&mut self, asks: &[Ask], trouble: Option<Trouble>, meanwhile: impl FnOnce()) {
-        let Some(session) = &mut self.session else { return };
+        let asked = self.place_in_tape();
+        let Some(session) = &mut self.session else { return meanwhile() };
         let disk = self.disk.as_ref().unwrap();
         if let Some(trouble) = trouble {
             self.plan.rule(trouble.rule());
@@ -386,20 +541,31 @@ impl<'a> Life<'a> {
             assert!(good || may_fail, "{kind:?} of {sectors:?}: {:?}", done.result);
             session.answered(*kind, sectors.clone(), bytes, buf, good);
         }
+        let news = std::mem::take(&mut session.expected.history);
+        let answered = self.place_in_tape();
+        if let Some(chapter) = self.chapters.last_mut() {
+            chapter.history.extend(news);
+            chapter.answers.push((asked, answered, chapter.history.len()));
+        }
     }
 
     /// Gives up the server as a kill does: what is in flight was not answered.
     pub(crate) fn die(&mut self, asks: &[Ask], trouble: Option<Trouble>) {
         self.drainer = None;
         self.in_flight(asks, trouble, || ());
-        self.session = None;
+        if let Some(session) = &mut self.session {
+            session.queues.clear();
+        }
         self.disk = None;
     }
 
-    fn kill(&mut self, asks: &[Ask], trouble: Option<Trouble>) {
+    fn kill(&mut self, asks: &[Ask], trouble: Option<Trouble>, resume: bool) {
         self.die(asks, trouble);
         self.counts.kills += 1;
-        self.disk = Some(SessionDisk::open(&self.options).unwrap());
+        if !resume {
+            self.close_chapter();
+        }
+        self.reopen(resume, true);
     }
 
     fn drain(&mut self) {
@@ -424,20 +590,59 @@ impl<'a> Life<'a> {
         self.plan.clear();
     }
 
-    /// Stops in order and starts again; the session is over.
-    pub(crate) fn restart(&mut self) {
-        self.stop();
-        self.disk = Some(SessionDisk::open(&self.options).unwrap());
+    /// A drain of which some operations are held, and what happens meanwhile.
+    fn drain_meets(&mut self, held: Trouble, asks: &[Ask], trouble: Option<Trouble>, next_session: bool) {
+        self.drainer = None;
+        self.counts.drains += 1;
+        let (disk, plan) = (self.disk(), Arc::clone(&self.plan));
+        plan.rule(held.rule());
+        std::thread::scope(|scope| {
+            let release = Released(&plan);
+            let drain = scope.spawn(|| disk.drain(&AtomicBool::new(false), &mut |_| ()));
+            while plan.held() == 0 && !drain.is_finished() {
+                std::thread::yield_now();
+            }
+            plan.clear();
+            if next_session {
+                self.end();
+                self.begin();
+            } else {
+                self.in_flight(asks, trouble, || ());
+            }
+            drop(release);
+            let drained = drain.join().unwrap();
+            assert!(trouble.is_some() || drained.is_ok(), "{drained:?}");
+        });
     }
 
-    /// Stops in order. Nothing can be done with this life any more.
-    pub(crate) fn stop(&mut self) {
+    /// Stops in order and starts again. If this server would go on with a session, the next one finds
+    /// it open, otherwise it is over.
+    pub(crate) fn restart(&mut self, resume: bool) {
+        let leaves_open = self.options.resume;
+        if !(leaves_open && resume) {
+            self.close_chapter();
+        }
+        self.quiet_stop();
+        self.reopen(resume, leaves_open);
+    }
+
+    fn quiet_stop(&mut self) {
         if self.session.is_some() {
             self.read_windows();
         }
-        (self.drainer, self.session) = (None, None);
-        self.disk().stop().unwrap();
+        self.drainer = None;
+        if let Some(session) = &mut self.session {
+            session.queues.clear();
+        }
+        let left_open = self.disk().stop().unwrap();
+        assert_eq!(left_open.is_some(), self.session.is_some() && self.options.resume);
         self.disk = None;
+    }
+
+    /// Ends the session and stops in order. Nothing can be done with this life any more.
+    pub(crate) fn stop(&mut self) {
+        self.end();
+        self.quiet_stop();
     }
 
     /// Ends what there is, drains, and compares the disk with the base, byte for byte: invariant 4.
@@ -451,6 +656,16 @@ impl<'a> Life<'a> {
             Vec::<u64>::new(),
             "blocks that differ from the base"
         );
+    }
+}
+
+/// Ends all holds when it goes, also when a check has failed.
+struct Released<'a>(&'a FaultPlan);
+
+impl Drop for Released<'_> {
+    fn drop(&mut self) {
+        self.0.clear();
+        self.0.release_all();
     }
 }
 

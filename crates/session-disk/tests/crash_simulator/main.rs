@@ -7,8 +7,10 @@
 //! - *Kill*: all that had ended is there, what was in flight has landed, or not, or in part; the live
 //!   page is as it was. What was not synced can still be lost by a power cut later on.
 //!
-//! Invariants: 1 and 2 (whatever differs from the base is pending: no read returns it), 4 (exact once drained), and
-//! that a crash alone never makes the state so untrustworthy that everything has to be restored.
+//! After a kill the session goes on in some cases, and must read all that was acknowledged.
+//!
+//! Invariants: 1 and 2 (whatever differs from the base is pending: no read returns it), 3
+//! (what was acknowledged in a session that goes on), 4 (exact once drained), and that a crash alone never makes the state so untrustworthy that everything has to be restored.
 //!
 //! `PRISTINE_CRASH_CUTS` says how many moments to look at, with fresh seeds; `PRISTINE_SEED` sets the first seed.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
@@ -26,7 +28,7 @@ use common::crash::random::Random;
 use common::crash::world::{Ending, Remains, World};
 use common::fast_dir;
 use common::image::Image;
-use common::life::{Life, Step};
+use common::life::{Known, Life, Step};
 use session_disk::{Basis, DiskState, Error, ProvisionOptions, provision, status};
 
 /// Four regions of intents, the last one short, as the last block is.
@@ -39,7 +41,7 @@ const WINDOW_BLOCKS: u64 = 12 + 12 + 6 + 11;
 
 /// Crashes in the recovery from a crash in the recovery from a crash.
 const DEPTH_MAX: usize = 3;
-const CUTS_DEFAULT: u64 = 350;
+const CUTS_DEFAULT: u64 = 1500;
 const SEED_DEFAULT: u64 = 1;
 
 /// What all lives start from.
@@ -76,6 +78,7 @@ struct Counts {
     power_cuts: u64,
     kills: u64,
     nested: u64,
+    resumed: u64,
     pristine: u64,
     exact: u64,
     intents: u64,
@@ -99,7 +102,7 @@ struct Simulator<'a> {
     counts: Counts,
 }
 
-impl Simulator<'_> {
+impl<'a> Simulator<'a> {
     /// A life of the seed, cut at up to `most` of its moments.
     fn life(&mut self, seed: u64, most: u64) {
         let _context = Context(format!("seed {seed}"));
@@ -110,6 +113,7 @@ impl Simulator<'_> {
         let made = world.recorder.position();
         let engine = if random.chance(80) { EngineKind::Sync } else { EngineKind::IoUring };
         let mut life = Life::open(world.options(engine), &self.ground.image, &WINDOWS);
+        life.record(world.recorder.clone());
         let threads = random.chance(40);
         if random.chance(60) {
             life.step(&Step::Drain);
@@ -118,15 +122,25 @@ impl Simulator<'_> {
             life.step(&Step::random(&mut random, WINDOW_BLOCKS, threads));
         }
         self.counts.steps += life.counts.transitions;
-        drop(life);
-        self.cut(&world, made, most, 0, &mut random);
+        life.die(&[], None);
+        self.cut(&world, &life, made, most, 0, &mut random);
     }
 
     /// Ends a world at some of its moments, and has the recovery go on from there.
-    fn cut(&mut self, world: &World, made: usize, most: u64, depth: usize, random: &mut Random) {
+    fn cut(
+        &mut self,
+        world: &World,
+        life: &Life<'a>,
+        made: usize,
+        most: u64,
+        depth: usize,
+        random: &mut Random,
+    ) {
         let moments = world.recorder.moments();
         let all = moments.len() as u64 + 1;
-        let mut cuts: Vec<usize> = (0..most.min(all)).map(|_| random.of(0..all) as usize).collect();
+        // Most of them once the disk is made.
+        let mut place = || if random.chance(90) { random.of(made as u64..all) } else { random.of(0..all) };
+        let mut cuts: Vec<usize> = (0..most.min(all)).map(|_| place() as usize).collect();
         cuts.sort_unstable();
         cuts.dedup();
         world.at_cuts(&moments, &cuts, |place, look| {
@@ -141,12 +155,22 @@ impl Simulator<'_> {
                 Ending::Kill => self.counts.kills += 1,
             }
             let remains = look.end(ending, random);
-            self.survive(&remains, place >= made, ending, depth, random);
+            let known = life.known_at(place).filter(|_| ending == Ending::Kill && random.chance(60));
+            self.survive(&remains, place >= made, ending, known, depth, random);
         });
     }
 
-    /// What is left is taken over by the real recovery, and nothing of before is read ever again.
-    fn survive(&mut self, remains: &Remains, made: bool, ending: Ending, depth: usize, random: &mut Random) {
+    /// What is left is taken over by the real recovery, and nothing of before is read ever again; but if
+    /// the session goes on, all that its guest knows is there.
+    fn survive(
+        &mut self,
+        remains: &Remains,
+        made: bool,
+        ending: Ending,
+        known: Option<Known<'a>>,
+        depth: usize,
+        random: &mut Random,
+    ) {
         let world = World::new(remains);
         let options = world.options(EngineKind::Sync);
         if !self.is_made(&world, made) {
@@ -154,7 +178,9 @@ impl Simulator<'_> {
         }
         let differing = self.ground.image.differences(&world.disk());
         let before = status(&options).unwrap();
-        let mut life = Life::open(options.clone(), &self.ground.image, &WINDOWS);
+        let goes_on = known.is_some();
+        let mut life = Life::go_on(options.clone(), &self.ground.image, &WINDOWS, known);
+        life.record(world.recorder.clone());
         let disk = life.disk();
         match disk.basis() {
             Basis::Pristine => self.counts.pristine += 1,
@@ -168,8 +194,13 @@ impl Simulator<'_> {
         if ending == Ending::PowerCut {
             assert_eq!(before.pending_blocks, disk.pending_blocks(), "status says what recovery does");
         }
-        assert!(disk.pending_blocks() >= differing.len() as u64, "{differing:?} differ from the base");
-        life.begin();
+        let vouched_for = disk.pending_blocks() + disk.dirty_blocks();
+        assert!(vouched_for >= differing.len() as u64, "{differing:?} differ from the base");
+        if goes_on {
+            self.counts.resumed += 1;
+        } else {
+            life.begin();
+        }
         for block in differing {
             life.read_blocks(&disk, block..block + 1);
         }
@@ -185,7 +216,7 @@ impl Simulator<'_> {
         assert_eq!((after.state, after.logs), (DiskState::Pristine, 0));
         self.counts.steps += life.counts.transitions;
         if depth < DEPTH_MAX && random.chance(30) {
-            self.cut(&world, 0, 2, depth + 1, random);
+            self.cut(&world, &life, 0, 2, depth + 1, random);
         }
     }
 
