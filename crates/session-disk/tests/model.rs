@@ -1,253 +1,265 @@
-//! Random sessions on a real disk, against a model in memory, while the drain runs.
+//! A model of a disk's life: random sessions, requests, drains, checkpoints, stops, kills and power cuts on a real
+//! disk, with every read compared to what the session must read.
 //!
-//! Several queues work at once on ranges that share blocks but no sectors, so that first touches,
-//! fills, claims and the drain meet in the same blocks. Sessions end, servers stop or vanish, live pages get lost.
+//! Three queues work at once on ranges that share blocks but no sectors, so that first touches, fills, claims
+//! and the drain meet in the same blocks. Operations are held back and fail, of queues and of the drain. Sessions end
+//! and begin, also while the drain is at work; servers stop or are killed with I/O in flight that has landed or
+//! not, and the next one goes on with the session or not; the live page gets lost, and what was not synced with it.
 //! Whatever happens, a session reads its own writes and else the base (invariants 2 and 3), and a drained
 //! disk equals the base (invariant 4).
+//!
+//! `PRISTINE_TRANSITIONS` says how many steps and requests to make, with fresh seeds; `PRISTINE_SEED` sets the
+//! first seed. A life that fails is shrunk and printed: as a file in `regressions` it is lived again by every run.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
 mod common;
 
-use std::sync::Arc;
-use std::time::Duration;
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, Once};
+use std::time::{Instant, SystemTime};
 
-use blockio::{EngineKind, GuestBuf};
-use common::Bench;
-use proptest::prelude::*;
-use rustix::event::{PollFd, PollFlags, poll};
-use session_disk::{Done, DrainObserver, Drainer, Request, SessionDisk};
+use blockio::EngineKind;
+use common::crash::random::Random;
+use common::crash::world::{Ending, Remains, World};
+use common::fast_dir;
+use common::image::Image;
+use common::life::{Counts, Life, Step};
+use serde::{Deserialize, Serialize};
+use session_disk::{DiskOptions, ProvisionOptions, provision};
 
-const SIZE: usize = (2 << 20) + 512;
-const SECTORS: u64 = (SIZE / 512) as u64;
+const DISK_SIZE: u64 = (1 << 20) + 512;
+/// The base ends within a block, four before the disk's last.
+const BASE_SIZE: u64 = (1 << 20) - 4 * 4096 + 1024;
+const WINDOWS: [Range<u64>; 3] = [0..14, 120..134, 248..257];
+const WINDOW_BLOCKS: u64 = 14 + 14 + 9;
 
-#[derive(Clone, Debug)]
-enum Io {
-    Read,
-    Write,
-    Zeroes { may_unmap: bool },
+const TRANSITIONS_DEFAULT: u64 = 60_000;
+const SEED_DEFAULT: u64 = 1;
+/// A life with threads may fail in one run and not in the next.
+const TRIES: usize = 4;
+
+/// How a life is lived.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Manner {
+    /// Decides what power cuts leave.
+    seed: u64,
+    io_uring: bool,
+    /// Power cuts take what was not synced, not only the live page.
+    taped: bool,
+    threads: bool,
+    /// The disk is ready before the first session.
+    drained: bool,
 }
 
-#[derive(Clone, Debug)]
-enum Step {
-    /// Requests that are in flight together: queue, first sector, sectors, what.
-    Burst(Vec<(usize, u64, u64, Io)>),
-    Discard {
-        sector: u64,
-        sectors: u64,
-    },
-    Flush,
-    NextSession,
-    /// The server stops in order, or vanishes; the session is over.
-    Restart {
-        in_order: bool,
-        lose_live_page: bool,
-    },
+/// A life that is lived again.
+#[derive(Debug, Serialize, Deserialize)]
+struct Regression {
+    what: String,
+    manner: Manner,
+    steps: Vec<Step>,
 }
 
-fn io() -> impl Strategy<Value = Io> {
-    prop_oneof![2 => Just(Io::Read), 3 => Just(Io::Write), 1 => any::<bool>().prop_map(|may_unmap| Io::Zeroes { may_unmap })]
+struct Ground {
+    dir: tempfile::TempDir,
+    image: Image,
 }
 
-fn step() -> impl Strategy<Value = Step> {
-    let len = prop_oneof![3 => 1u64..20, 1 => 1u64..400];
-    let request = (0usize..3, 0..SECTORS, len, io());
-    prop_oneof![
-        12 => prop::collection::vec(request, 1..24).prop_map(Step::Burst),
-        2 => (0..SECTORS, 1u64..600).prop_map(|(sector, sectors)| Step::Discard { sector, sectors }),
-        1 => Just(Step::Flush),
-        2 => Just(Step::NextSession),
-        1 => any::<(bool, bool)>().prop_map(|(in_order, lose)| Step::Restart { in_order, lose_live_page: lose }),
-    ]
-}
-
-struct Quiet;
-
-impl DrainObserver for Quiet {
-    fn restored(&self, _blocks: u64, _duration: Duration) {}
-}
-
-/// A server with an open session, and what its guest has to read.
-struct Server {
-    disk: Arc<SessionDisk>,
-    queues: Vec<session_disk::DiskQueue>,
-    drainer: Option<Drainer>,
-    model: Vec<u8>,
-    owned: Vec<bool>,
-    stamp: u8,
-}
-
-impl Server {
-    fn start(bench: &Bench) -> Self {
-        let disk = bench.open();
-        disk.begin_session(None).unwrap();
-        let queues = (0..3).map(|_| disk.queue(8).unwrap()).collect();
-        let drainer = Some(Drainer::start(Arc::clone(&disk), Arc::new(Quiet)).unwrap());
-        let owned = vec![false; disk.geometry().blocks() as usize];
-        Self { disk, queues, drainer, model: bench.base.clone(), owned, stamp: 0 }
+impl Ground {
+    fn new() -> Self {
+        let dir = fast_dir();
+        let base = Image::patterned(BASE_SIZE, &WINDOWS);
+        base.write_into(&std::fs::File::create(dir.path().join("base.raw")).unwrap());
+        Self { dir, image: Image { size: DISK_SIZE, ..base } }
     }
 
-    fn own(&mut self, sector: u64, len: u64) {
-        let blocks = sector * 512 / 4096..(sector * 512 + len).div_ceil(4096);
-        blocks.for_each(|block| self.owned[block as usize] = true);
-    }
-
-    /// Issues requests on sectors that no other request of the burst has, then reaps them all.
-    fn burst(&mut self, requests: &[(usize, u64, u64, Io)]) {
-        let mut taken = vec![false; SECTORS as usize];
-        let mut reads = Vec::new();
-        for (token, (queue, sector, sectors, io)) in requests.iter().enumerate() {
-            let sectors = (*sectors).min(SECTORS - sector);
-            let range = *sector as usize..(sector + sectors) as usize;
-            if taken[range.clone()].iter().any(|taken| *taken) {
+    fn live(&self, manner: Manner, steps: &[Step]) -> Counts {
+        let mut random = Random::new(manner.seed);
+        let mut counts = Counts::default();
+        let mut world = World::new(&Remains::default());
+        let wanted = ProvisionOptions {
+            base: self.dir.path().join("base.raw"),
+            disk: options(&world, manner),
+            size: Some(DISK_SIZE),
+            adopt: false,
+        };
+        provision(&wanted).unwrap();
+        let mut life = Life::open(options(&world, manner), &self.image, &WINDOWS);
+        if manner.drained {
+            life.step(&Step::Drain);
+        }
+        for step in steps {
+            let Step::PowerCut { asks, trouble } = step else {
+                life.step(step);
+                continue;
+            };
+            if !manner.taped {
+                life.step(step);
                 continue;
             }
-            taken[range].fill(true);
-            let bytes = *sector as usize * 512..(sector + sectors) as usize * 512;
-            let range = self.disk.geometry().sectors_at(*sector, sectors * 512).unwrap();
-            let buf = GuestBuf::zeroed(bytes.len());
-            let request = match io {
-                Io::Read => {
-                    reads.push((bytes, buf.clone()));
-                    Request::Read { range, buf }
+            life.die(asks, *trouble);
+            counts.add(life.counts);
+            counts.power_cuts += 1;
+            let moments = world.recorder.moments();
+            let mut remains = Remains::default();
+            world.at_cuts(&moments, &[moments.len()], |_, look| {
+                remains = look.end(Ending::PowerCut, &mut random)
+            });
+            drop(life);
+            world = World::new(&remains);
+            life = Life::open(options(&world, manner), &self.image, &WINDOWS);
+        }
+        life.assert_restores_exactly();
+        life.stop();
+        counts.add(life.counts);
+        counts
+    }
+
+    /// Whether the life fails: with what it says.
+    fn failure(&self, manner: Manner, steps: &[Step]) -> Option<String> {
+        (0..if manner.threads { TRIES } else { 1 }).find_map(|_| {
+            let outcome = catch_unwind(AssertUnwindSafe(|| self.live(manner, steps)));
+            outcome.err().map(|_| LAST_WORDS.lock().unwrap().clone())
+        })
+    }
+
+    /// Leaves out what is not needed to fail.
+    fn shrink(&self, manner: Manner, steps: Vec<Step>) -> Vec<Step> {
+        let mut steps = steps;
+        let mut size = steps.len().div_ceil(2);
+        while size > 0 {
+            let mut at = 0;
+            while at < steps.len() {
+                let mut fewer = steps.clone();
+                fewer.drain(at..(at + size).min(steps.len()));
+                if self.failure(manner, &fewer).is_some() {
+                    steps = fewer;
+                } else {
+                    at += size;
                 }
-                Io::Write => {
-                    self.stamp = self.stamp.wrapping_add(2) | 1;
-                    self.model[bytes].fill(!self.stamp);
-                    buf.copy_in(0, &vec![!self.stamp; range.len() as usize]);
-                    self.own(*sector, range.len());
-                    Request::Write { range, buf, durable: false }
+            }
+            size /= 2;
+        }
+        for at in 0..steps.len() {
+            let requests = asks_of(&mut steps[at].clone()).map_or(0, |asks| asks.len());
+            for ask in (0..requests).rev() {
+                let mut fewer = steps.clone();
+                if let Some(asks) = asks_of(&mut fewer[at]) {
+                    asks.remove(ask);
                 }
-                Io::Zeroes { may_unmap } => {
-                    self.model[bytes].fill(0);
-                    self.own(*sector, range.len());
-                    Request::WriteZeroes { range, may_unmap: *may_unmap, durable: false }
+                if self.failure(manner, &fewer).is_some() {
+                    steps = fewer;
                 }
-            };
-            self.queues[*queue].push(token as u64, request);
-            // Some passes take several requests, some one.
-            if token % 3 == 0 {
-                self.queues[*queue].submit();
             }
         }
-        self.reap();
-        for (bytes, buf) in reads {
-            let mut read = vec![0; bytes.len()];
-            buf.copy_out(0, &mut read);
-            assert!(read == self.model[bytes.clone()], "wrong bytes in {bytes:?}");
-        }
-    }
-
-    fn reap(&mut self) {
-        let mut done: Vec<Done> = Vec::new();
-        self.queues.iter_mut().for_each(|queue| queue.submit());
-        loop {
-            self.queues.iter_mut().for_each(|queue| queue.reap(&mut done));
-            if self.queues.iter().all(|queue| queue.in_flight() == 0) {
-                break;
-            }
-            let mut fds: Vec<PollFd<'_>> = self
-                .queues
-                .iter()
-                .flat_map(|queue| queue.wait_fds())
-                .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN))
-                .collect();
-            poll(&mut fds, None).unwrap();
-        }
-        done.into_iter().for_each(|done| done.result.unwrap());
-    }
-
-    fn one(&mut self, request: Request) {
-        self.queues[0].push(0, request);
-        self.reap();
-    }
-
-    fn discard(&mut self, sector: u64, sectors: u64) {
-        let sectors = sectors.min(SECTORS - sector);
-        let range = self.disk.geometry().sectors_at(sector, sectors * 512).unwrap();
-        let covered = self.disk.geometry().covered(range);
-        for block in covered.first()..covered.end() {
-            if self.owned[block as usize] {
-                let end = (block as usize * 4096 + 4096).min(SIZE);
-                self.model[block as usize * 4096..end].fill(0);
-            }
-        }
-        self.one(Request::Discard { range });
-    }
-
-    fn check_all(&mut self) {
-        let buf = GuestBuf::zeroed(SIZE);
-        let range = self.disk.geometry().sectors_at(0, SIZE as u64).unwrap();
-        self.one(Request::Read { range, buf: buf.clone() });
-        let mut read = vec![0; SIZE];
-        buf.copy_out(0, &mut read);
-        let wrong = read.iter().zip(&self.model).position(|(a, b)| a != b);
-        assert_eq!(wrong, None, "first wrong byte");
-        let owned = self.owned.iter().filter(|owned| **owned).count() as u64;
-        assert_eq!(self.disk.dirty_blocks(), owned);
-    }
-
-    fn forget(&mut self, bench: &Bench) {
-        self.model = bench.base.clone();
-        self.owned.fill(false);
-    }
-
-    fn next_session(&mut self, bench: &Bench) {
-        self.disk.end_session().unwrap();
-        self.disk.begin_session(None).unwrap();
-        if let Some(drainer) = &self.drainer {
-            drainer.wake();
-        }
-        self.forget(bench);
+        steps
     }
 }
 
-fn run(steps: &[Step], engine: EngineKind) {
-    let bench = Bench::new(SIZE - 4096 - 1024, Some(SIZE as u64), true, engine);
-    let mut server = Server::start(&bench);
-    for step in steps {
-        match step {
-            Step::Burst(requests) => server.burst(requests),
-            Step::Discard { sector, sectors } => server.discard(*sector, *sectors),
-            Step::Flush => server.one(Request::Flush),
-            Step::NextSession => {
-                server.check_all();
-                server.next_session(&bench);
+fn options(world: &World, manner: Manner) -> DiskOptions {
+    let engine = if manner.io_uring { EngineKind::IoUring } else { EngineKind::Sync };
+    let options = world.options(engine);
+    if manner.taped { options } else { DiskOptions { tape: None, ..options } }
+}
+
+fn asks_of(step: &mut Step) -> Option<&mut Vec<common::life::Ask>> {
+    match step {
+        Step::Burst { asks, .. }
+        | Step::Kill { asks, .. }
+        | Step::PowerCut { asks, .. }
+        | Step::DrainMeets { asks, .. } => Some(asks),
+        _ => None,
+    }
+}
+
+/// What the last panic said, and whether panics are to be silent.
+static LAST_WORDS: Mutex<String> = Mutex::new(String::new());
+static SILENT: AtomicBool = AtomicBool::new(false);
+
+fn listen_to_panics() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let before = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            *LAST_WORDS.lock().unwrap() = info.to_string();
+            if !SILENT.load(Ordering::SeqCst) {
+                before(info);
             }
-            Step::Restart { in_order, lose_live_page } => {
-                server.check_all();
-                server.queues.clear();
-                server.drainer = None;
-                if *in_order {
-                    server.disk.stop().unwrap();
-                }
-                drop(server);
-                if *lose_live_page {
-                    std::fs::remove_dir_all(bench.dir.path().join("run")).unwrap();
-                }
-                server = Server::start(&bench);
+        }));
+    });
+}
+
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{name}={text} is no number")))
+}
+
+fn random_life(seed: u64) -> (Manner, Vec<Step>) {
+    let mut random = Random::new(seed);
+    let manner = Manner {
+        seed,
+        io_uring: random.chance(10),
+        taped: random.chance(15),
+        threads: random.chance(40),
+        drained: random.chance(50),
+    };
+    let steps = (0..random.of(10..150)).map(|_| {
+        if random.chance(2) {
+            Step::random_power_cut(&mut random, WINDOW_BLOCKS)
+        } else {
+            Step::random(&mut random, WINDOW_BLOCKS, manner.threads)
+        }
+    });
+    (manner, steps.collect())
+}
+
+/// Invariants 2, 3 and 4, whatever happens.
+#[test]
+fn lives_of_random_steps_read_their_writes_or_the_base() {
+    let wanted = number("PRISTINE_TRANSITIONS");
+    let fresh = || SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_nanos() as u64 >> 10;
+    let first = number("PRISTINE_SEED").unwrap_or_else(|| wanted.map_or(SEED_DEFAULT, |_| fresh()));
+    let wanted = wanted.unwrap_or(TRANSITIONS_DEFAULT);
+    eprintln!("model: replay with PRISTINE_SEED={first} PRISTINE_TRANSITIONS={wanted}");
+    listen_to_panics();
+    let (started, ground, mut counts, mut lives) = (Instant::now(), Ground::new(), Counts::default(), 0);
+    while counts.transitions < wanted {
+        let seed = first.wrapping_add(lives);
+        lives += 1;
+        let (manner, steps) = random_life(seed);
+        match catch_unwind(AssertUnwindSafe(|| ground.live(manner, &steps))) {
+            Ok(of_life) => counts.add(of_life),
+            Err(_) => {
+                let what = LAST_WORDS.lock().unwrap().clone();
+                SILENT.store(true, Ordering::SeqCst);
+                let steps = ground.shrink(manner, steps);
+                SILENT.store(false, Ordering::SeqCst);
+                let regression = Regression { what: what.clone(), manner, steps };
+                eprintln!("{}", serde_json::to_string(&regression).unwrap());
+                panic!("PRISTINE_SEED={seed} PRISTINE_TRANSITIONS=1 (shrunk above): {what}");
             }
         }
     }
-    server.check_all();
-    server.queues.clear();
-    server.disk.end_session().unwrap();
-    server.drainer = None;
-    bench.assert_restores_exactly(&server.disk);
-    server.disk.stop().unwrap();
+    let seconds = started.elapsed().as_secs_f64();
+    eprintln!("model: {lives} lives, {counts:?} in {seconds:.1} s");
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig { cases: 40, max_shrink_iters: 200, ..ProptestConfig::default() })]
-
-    #[test]
-    fn sessions_of_random_requests_read_their_writes_or_the_base(steps in prop::collection::vec(step(), 1..30)) {
-        run(&steps, EngineKind::IoUring);
+/// What has failed once does not fail again.
+#[test]
+fn lives_that_failed_once_do_not_fail_again() {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/regressions");
+    let ground = Ground::new();
+    let mut count = 0;
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        let regression: Regression = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        for _ in 0..if regression.manner.threads { TRIES } else { 1 } {
+            let outcome =
+                catch_unwind(AssertUnwindSafe(|| ground.live(regression.manner, &regression.steps)));
+            assert!(outcome.is_ok(), "{}: {}", path.display(), regression.what);
+        }
+        count += 1;
     }
-
-    #[test]
-    fn sessions_on_the_synchronous_engine_read_their_writes_or_the_base(
-        steps in prop::collection::vec(step(), 1..20),
-    ) {
-        run(&steps, EngineKind::Sync);
-    }
+    assert!(count > 0);
 }

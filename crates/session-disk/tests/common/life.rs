@@ -203,11 +203,15 @@ impl Step {
                 Self::TroubledDrain(random.chance(70).then(|| Trouble::random(random, &[Fail, FailAfter])))
             }
             80..83 => Self::Drainer(threads && random.chance(60)),
-            83..87 if threads => Self::DrainMeets {
-                held: Trouble::random(random, &[LateStart, LateEnd]),
+            83..88 if threads => Self::DrainMeets {
+                held: Trouble {
+                    first: random.of(0..12),
+                    every: *random.pick(&[1, 3, 1000, 1000]),
+                    what: *random.pick(&[LateStart, LateEnd]),
+                },
                 asks: Ask::some(random, blocks, 8),
-                trouble: random.chance(60).then(|| Trouble::random(random, &[Fail, FailAfter])),
-                next_session: random.chance(30),
+                trouble: random.chance(70).then(|| Trouble::random(random, &[Fail, FailAfter])),
+                next_session: random.chance(25),
             },
             83..90 => Self::Checkpoint,
             90..94 => Self::Restart { resume: random.chance(50) },
