@@ -56,6 +56,8 @@ pub struct SessionDisk {
     resume: bool,
     lifecycle: Mutex<Lifecycle>,
     basis: Basis,
+    #[cfg(feature = "bench-without-log")]
+    without_log: bool,
     /// Held for as long as the disk is.
     _state_lock: fs::File,
 }
@@ -138,6 +140,8 @@ impl SessionDisk {
             resume: options.resume,
             lifecycle: Mutex::new(lifecycle),
             basis: verdict.basis,
+            #[cfg(feature = "bench-without-log")]
+            without_log: options.without_log,
             _state_lock: state_lock,
         };
         let live = &disk.shared.live;
@@ -293,6 +297,10 @@ impl SessionDisk {
         self.shared.live.set_token(None);
         self.shared.live.set_dirty(0);
         self.shared.live.set_session_open(true);
+        #[cfg(feature = "bench-without-log")]
+        if self.without_log {
+            self.shared.owned.insert(self.shared.geometry.all());
+        }
         self.shared.open.store(true, Ordering::SeqCst);
         Ok(SessionStart { sequence: entry.sequence, pending_blocks: self.shared.pending.count() })
     }

@@ -36,6 +36,10 @@ pub struct DiskOptions {
     pub faults: Option<Arc<FaultPlan>>,
     /// For tests: every I/O on the disk and its state passes this tape.
     pub tape: Option<Arc<dyn Tape>>,
+    /// For the benchmark of what the log costs: a session owns every block from its start, so that none
+    /// is ever logged, and what it wrote is never restored.
+    #[cfg(feature = "bench-without-log")]
+    pub without_log: bool,
 }
 
 impl DiskOptions {
@@ -52,6 +56,8 @@ impl DiskOptions {
             resume: false,
             faults: None,
             tape: None,
+            #[cfg(feature = "bench-without-log")]
+            without_log: false,
         }
     }
 

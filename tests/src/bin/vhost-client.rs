@@ -19,6 +19,8 @@
 //!   reopen                     ok SUMMARY         connects again after the backend's death, looks at everything, goes on
 //!   enough                     ok SUMMARY         looks at everything
 //! bench PATTERN DEPTH SECONDS  ok REQUESTS-PER-SECOND
+//! passes DEPTH COUNT SEED      ok FIRST SECOND    writes a second into COUNT blocks, and again into the same
+//! touches SEED                 ok REGION BLOCK STEADY                       microseconds of a single write
 //! ```
 
 use std::io::{BufRead, Write};
@@ -27,7 +29,9 @@ use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::Duration;
 
-use pristine_tests::client::{Client, Done, Endure, Pattern, Plan, Request, Shape, run_bench, run_model};
+use pristine_tests::client::{
+    Client, Done, Endure, Pattern, Plan, Request, Shape, run_bench, run_model, run_passes, run_touches,
+};
 use pristine_tests::random::{Random, contents, scattered};
 use sha2::{Digest, Sha256};
 
@@ -137,6 +141,15 @@ impl Session {
                 let time = Duration::from_secs_f64(seconds.parse().map_err(|_| "not a time")?);
                 let score = run_bench(&self.socket, pattern, number(depth)? as usize, time)?;
                 Ok(format!("{:.0}", score.per_second))
+            }
+            ("passes", [depth, count, seed]) => {
+                let depth = number(depth)? as usize;
+                let [first, second] = run_passes(&self.socket, depth, number(count)?, number(seed)?)?;
+                Ok(format!("{first:.0} {second:.0}"))
+            }
+            ("touches", [seed]) => {
+                let touches = run_touches(&self.socket, number(seed)?)?;
+                Ok(format!("{:.2} {:.2} {:.2}", touches.region, touches.block, touches.steady))
             }
             _ => Err(format!("what is {words:?}?")),
         }

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use super::requests::{Client, Request, Shape};
+use super::requests::{Client, Done, Request, Shape};
 use crate::random::Random;
 
 /// What is measured.
@@ -90,4 +90,112 @@ pub fn run(socket: &Path, pattern: Pattern, depth: usize, time: Duration) -> Res
             return Ok(Score { per_second });
         }
     }
+}
+
+/// Bytes of a region, whose first touch is noted durably.
+const REGION: u64 = 64 << 20;
+/// Blocks of a region whose first touch and next write are timed.
+const SAMPLES_PER_REGION: u64 = 16;
+
+/// A client on one queue with `depth` buffers.
+fn connected(socket: &Path, depth: usize) -> Result<Client, String> {
+    let mut client =
+        Client::connect(socket, Shape { queues: 1, queue_size: 512, slots: depth, slot_len: LEN })?;
+    for slot in 0..depth {
+        crate::random::fill(7, 0, client.memory.bytes_mut(slot, 0, LEN));
+    }
+    Ok(client)
+}
+
+/// Writes to `count` scattered blocks, each once, `depth` at a time, and then to all of them again in
+/// another order. Returns how many a second were the first time and the second time, in one session.
+pub fn run_passes(socket: &Path, depth: usize, count: u64, seed: u64) -> Result<[f64; 2], String> {
+    let mut client = connected(socket, depth)?;
+    let mut blocks = crate::random::scattered(seed, count, client.capacity() / LEN as u64);
+    let first = pass(&mut client, depth, &blocks)?;
+    let mut random = Random::new(seed + 1);
+    for last in (1..blocks.len()).rev() {
+        blocks.swap(last, random.below(last as u64 + 1) as usize);
+    }
+    Ok([first, pass(&mut client, depth, &blocks)?])
+}
+
+/// One write to each of `blocks`; returns how many a second.
+fn pass(client: &mut Client, depth: usize, blocks: &[u64]) -> Result<f64, String> {
+    let begin = Instant::now();
+    let mut rest = blocks.iter();
+    let mut free: Vec<usize> = (0..depth).collect();
+    let mut done = Vec::with_capacity(depth);
+    loop {
+        while let (Some(slot), Some(block)) = (free.last(), rest.as_slice().first()) {
+            client.submit(
+                0,
+                *slot,
+                &Request::Write { offset: block * LEN as u64, parts: vec![LEN], skip: 0 },
+            );
+            rest.next();
+            free.pop();
+        }
+        if client.in_flight(0) == 0 {
+            return Ok(blocks.len() as f64 / begin.elapsed().as_secs_f64());
+        }
+        client.poll(0, Duration::from_secs(30), &mut done)?;
+        if done.is_empty() {
+            return Err("the backend has stopped answering".into());
+        }
+        for done in done.drain(..) {
+            if done.result != 0 {
+                return Err(format!("a request failed: error {}", -done.result));
+            }
+            free.push(done.slot);
+        }
+    }
+}
+
+/// How long single writes take, in microseconds, medians.
+#[derive(Clone, Copy, Debug)]
+pub struct Touches {
+    /// The first one into a region.
+    pub region: f64,
+    /// The first one into a block of a region that was written to before.
+    pub block: f64,
+    /// One into a block that was written to before.
+    pub steady: f64,
+}
+
+/// Times single writes, one at a time, in every region of the disk.
+pub fn run_touches(socket: &Path, seed: u64) -> Result<Touches, String> {
+    let mut client = connected(socket, 1)?;
+    let regions = client.capacity() / REGION;
+    let blocks_of_region = REGION / LEN as u64;
+    let mut times: [Vec<f64>; 3] = Default::default();
+    let timed = |client: &mut Client, block: u64| {
+        let begin = Instant::now();
+        let write = Request::Write { offset: block * LEN as u64, parts: vec![LEN], skip: 0 };
+        client.submit(0, 0, &write);
+        let mut done = Vec::new();
+        while done.is_empty() {
+            client.poll(0, Duration::from_secs(30), &mut done)?;
+        }
+        match done[..] {
+            [Done { result: 0, .. }] => Ok(begin.elapsed().as_secs_f64() * 1e6),
+            _ => Err("a write failed".to_owned()),
+        }
+    };
+    for region in crate::random::scattered(seed, regions, regions) {
+        let mut blocks =
+            crate::random::scattered(seed + region, SAMPLES_PER_REGION * 2, blocks_of_region).into_iter();
+        let mut next = || region * blocks_of_region + blocks.next().unwrap_or(0);
+        times[0].push(timed(&mut client, next())?);
+        for _ in 0..SAMPLES_PER_REGION {
+            let block = next();
+            times[1].push(timed(&mut client, block)?);
+            times[2].push(timed(&mut client, block)?);
+        }
+    }
+    let [region, block, steady] = times.map(|mut times| {
+        times.sort_by(f64::total_cmp);
+        times[times.len() / 2]
+    });
+    Ok(Touches { region, block, steady })
 }

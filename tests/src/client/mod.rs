@@ -9,7 +9,7 @@ mod memory;
 mod model;
 mod requests;
 
-pub use bench::{Pattern, Score, run as run_bench};
+pub use bench::{Pattern, Score, Touches, run as run_bench, run_passes, run_touches};
 pub use endure::{Endure, Endured};
 pub use model::{Plan, Summary, run as run_model};
 pub use requests::{Client, Done, Request, Shape};

@@ -1,0 +1,201 @@
+//! What the log costs: writes of 4 KiB by a server that logs, and by the same server that does not.
+//!
+//! ```text
+//! cargo bench -p pristine-tests --bench log_cost --features bench-without-log -- \
+//!     [--size MIB] [--rounds N] [--depths 1,32,128] [--dir DIR]...
+//! ```
+//!
+//! In every round, at every depth, both servers have a session on a disk that is pristine, synced and in
+//! the page cache; they take turns in being the first. Each session writes once to half of the blocks,
+//! scattered, which are first touches, and then to the same blocks in another order, which is the steady
+//! state. Prints medians, and the medians of the rounds' ratios, as Markdown tables. See README.md.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use pristine_tests::PATIENCE;
+use pristine_tests::images;
+use pristine_tests::lab::Lab;
+use pristine_tests::process::Process;
+use pristine_tests::program::{run, scratch_root};
+use pristine_tests::remote::Remote;
+use session_disk::{DiskOptions, ProcessId, ProvisionOptions, SessionDisk, SessionStart, SessionSummary};
+use vhost_blk::{DeviceConfig, EndReason, Observer, Server, ServerConfig, Socket, SocketPermissions};
+
+/// Blocks of a pass at depth 1, at most: it is slow.
+const BLOCKS_AT_DEPTH_1_MAX: u64 = 32768;
+
+struct Options {
+    size: u64,
+    rounds: usize,
+    depths: Vec<usize>,
+    dirs: Vec<PathBuf>,
+}
+
+/// Rates of one session's first touches and of its other writes, in requests a second.
+#[derive(Clone, Copy)]
+struct Rates {
+    first: f64,
+    steady: f64,
+}
+
+fn main() {
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    if let [serve, disk, runtime, socket, log] = &words[..]
+        && serve == "serve"
+    {
+        return serve_disk(disk.as_ref(), runtime.as_ref(), socket.as_ref(), log == "log");
+    }
+    let options = options(words);
+    println!(
+        "| directory | depth | first touches: log, kIOPS | no log | ratio | steady: log, kIOPS | no log | ratio |"
+    );
+    println!("| --- | --- | --- | --- | --- | --- | --- | --- |");
+    let touches: Vec<String> = options.dirs.iter().map(|dir| compare_in(dir, &options)).collect();
+    println!();
+    println!("| directory | depth 1, us: first touch of a region | of a block | steady |");
+    println!("| --- | --- | --- | --- |");
+    touches.iter().for_each(|line| println!("{line}"));
+}
+
+fn options(words: Vec<String>) -> Options {
+    let mut options = Options { size: 1 << 30, rounds: 9, depths: vec![1, 32, 128], dirs: Vec::new() };
+    let mut words = words.into_iter();
+    while let Some(word) = words.next() {
+        let mut value = || words.next().unwrap_or_else(|| panic!("{word} needs a value"));
+        match word.as_str() {
+            "--size" => options.size = value().parse::<u64>().unwrap() << 20,
+            "--rounds" => options.rounds = value().parse().unwrap(),
+            "--depths" => options.depths = value().split(',').map(|depth| depth.parse().unwrap()).collect(),
+            "--dir" => options.dirs.push(value().into()),
+            "--bench" => {} // cargo's own
+            other => panic!("unknown option {other}"),
+        }
+    }
+    if options.dirs.is_empty() {
+        options.dirs = vec![PathBuf::from("/dev/shm"), scratch_root()];
+    }
+    options
+}
+
+/// Prints a row for each depth; returns the row of single writes.
+fn compare_in(dir: &Path, options: &Options) -> String {
+    let lab = Lab::in_dir(dir);
+    images::dense(&lab.base(), options.size, 1);
+    let disks = [true, false].map(|log| Subject::new(&lab, log));
+    let all = options.size / images::BLOCK / 2;
+    for &depth in &options.depths {
+        let count = if depth == 1 { all.min(BLOCKS_AT_DEPTH_1_MAX) } else { all };
+        let mut rounds = Vec::new();
+        for round in 0..options.rounds {
+            let ask = |log: usize| disks[log].rates(&lab, &format!("passes {depth} {count} {round}"));
+            rounds.push(if round % 2 == 0 {
+                let with = ask(0);
+                (with, ask(1))
+            } else {
+                let without = ask(1);
+                (ask(0), without)
+            });
+        }
+        let column = |of: &dyn Fn(&(Rates, Rates)) -> f64| median(rounds.iter().map(of).collect());
+        println!(
+            "| {} | {depth} | {:.1} | {:.1} | {:.3} | {:.1} | {:.1} | {:.3} |",
+            kind_of(dir),
+            column(&|(with, _)| with.first) / 1e3,
+            column(&|(_, without)| without.first) / 1e3,
+            column(&|(with, without)| with.first / without.first),
+            column(&|(with, _)| with.steady) / 1e3,
+            column(&|(_, without)| without.steady) / 1e3,
+            column(&|(with, without)| with.steady / without.steady),
+        );
+    }
+    let mut touches: [Vec<f64>; 3] = Default::default();
+    for round in 0..options.rounds {
+        let answer = disks[0].ask(&lab, &format!("touches {round}"));
+        for (times, word) in touches.iter_mut().zip(answer.split(' ')) {
+            times.push(word.parse().unwrap());
+        }
+    }
+    let [region, block, steady] = touches.map(median);
+    format!("| {} | {region:.1} | {block:.1} | {steady:.1} |", kind_of(dir))
+}
+
+/// A disk, served with or without a log.
+struct Subject {
+    disk: PathBuf,
+    log: bool,
+}
+
+impl Subject {
+    fn new(lab: &Lab, log: bool) -> Self {
+        let disk = lab.path(if log { "log.img" } else { "no-log.img" });
+        let options = DiskOptions { runtime_dir: Some(lab.runtime().to_owned()), ..DiskOptions::new(&disk) };
+        let provision =
+            ProvisionOptions { base: lab.base(), disk: options.clone(), size: None, adopt: false };
+        session_disk::provision(&provision).unwrap();
+        Self { disk, log }
+    }
+
+    fn rates(&self, lab: &Lab, command: &str) -> Rates {
+        let answer = self.ask(lab, command);
+        let (first, steady) = answer.split_once(' ').unwrap();
+        Rates { first: first.parse().unwrap(), steady: steady.parse().unwrap() }
+    }
+
+    /// The answer of a client with a session of its own.
+    fn ask(&self, lab: &Lab, command: &str) -> String {
+        let pinned = std::thread::available_parallelism().unwrap().get() > 1;
+        let on_cpu = |cpu| if pinned { vec!["taskset", "-c", cpu] } else { vec!["env"] };
+        let launcher = on_cpu("1");
+        let mut serve = Command::new(launcher[0]);
+        serve.args(&launcher[1..]).arg(std::env::current_exe().unwrap()).arg("serve");
+        serve.arg(&self.disk).arg(lab.runtime()).arg(lab.socket()).arg(if self.log { "log" } else { "no" });
+        let mut server = Process::spawn("the server", &serve);
+        server.wait_line("\"listening\"", PATIENCE, |line| line == "listening");
+        run(Command::new("sync").arg("-f").arg(&self.disk)).ok();
+        let mut client = Remote::start_with(&on_cpu("0"), &lab.socket());
+        let answer = client.ask(command);
+        server.kill();
+        client.kill();
+        answer
+    }
+}
+
+/// Restores the disk, reads it into the page cache, and serves it until it is killed.
+fn serve_disk(disk: &Path, runtime: &Path, socket: &Path, log: bool) {
+    let options =
+        DiskOptions { runtime_dir: Some(runtime.to_owned()), without_log: !log, ..DiskOptions::new(disk) };
+    let opened = SessionDisk::open(&options).unwrap();
+    opened.drain(&AtomicBool::new(false), &mut |_| ()).unwrap();
+    std::io::copy(&mut std::fs::File::open(disk).unwrap(), &mut std::io::sink()).unwrap();
+    let socket = Socket::bind(socket, SocketPermissions::default()).unwrap();
+    let device = DeviceConfig { num_queues: 1, queue_size: 512, ..DeviceConfig::default() };
+    let config = ServerConfig { device, ..ServerConfig::default() };
+    let mut server = Server::new(Arc::clone(&opened), socket, config, Arc::new(Silent)).unwrap();
+    println!("listening");
+    server.run().unwrap();
+}
+
+/// Has nothing to say.
+struct Silent;
+
+impl Observer for Silent {
+    fn session_started(&self, _: &SessionStart, _: Option<ProcessId>) {}
+    fn session_ended(&self, _: &SessionSummary, _: EndReason) {}
+    fn frontend_refused(&self, why: &str) {
+        eprintln!("refused: {why}");
+    }
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+/// What the directory's file system is called.
+fn kind_of(dir: &Path) -> String {
+    let finished = run(Command::new("stat").args(["-f", "-c", "%T"]).arg(dir)).ok();
+    finished.stdout.trim().to_owned()
+}
