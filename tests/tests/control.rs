@@ -145,6 +145,47 @@ fn held_disk_is_kept_through_kill_and_restart_until_it_is_released() {
     lab.assert_pristine();
 }
 
+/// A hold in the session of a server that is killed under a living VM: the session goes on with the next
+/// server, and the hold begins when the VM is gone.
+#[test]
+fn held_session_whose_server_is_killed_goes_on_and_is_kept_at_its_end() {
+    let lab = provisioned(72);
+    let server = lab.serve(NONE);
+    let mut client = writer(&lab);
+    session(&lab, "hold");
+    server.kill();
+    let mut server = lab.serve(NONE);
+    client.ask("connect");
+    client.ask("scatter 100 8");
+    let status = lab.status();
+    assert_eq!((&status["state"], &status["held"]["reason"]), (&json!("in-session"), &json!("by-operator")));
+    let written = images::sha256(&lab.disk());
+    client.leave();
+    wait_for_line(&mut server, "is held (by the operator)");
+    assert_turned_away(&lab, &mut server);
+    assert_eq!((lab.state_word(), images::sha256(&lab.disk())), ("held".into(), written));
+    session(&lab, "release");
+    lab.wait_pristine();
+    server.stop();
+    lab.assert_pristine();
+}
+
+/// A session that was to go on with the next server, its VM being alive, is ended by the operator
+/// instead: the VM does not get it back.
+#[test]
+fn session_left_open_by_a_stop_under_a_living_vm_is_ended_offline() {
+    let lab = provisioned(73);
+    let server = lab.serve(NONE);
+    let client = writer(&lab);
+    server.stop();
+    assert!(session(&lab, "end").contains("200 blocks"));
+    let server = lab.serve(NONE);
+    lab.wait_pristine();
+    server.stop();
+    client.kill();
+    lab.assert_pristine();
+}
+
 /// `session end` of a held session ends it and leaves it held; `serve --once` then does not claim to
 /// have restored it.
 #[test]

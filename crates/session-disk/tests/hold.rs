@@ -123,6 +123,24 @@ fn held_session_whose_server_is_killed_is_held_by_the_next() {
     bench.assert_restores_exactly(&disk);
 }
 
+/// A hold in a session that goes on with the next server: it begins when that one ends the session.
+#[test]
+fn held_session_that_is_taken_up_goes_on_and_is_kept_at_its_end() {
+    let (bench, disk) = in_session();
+    disk.end_session().unwrap();
+    let options = DiskOptions { resume: true, ..bench.options.clone() };
+    begin_and_write(&disk, 800, 0x52);
+    hold(&disk).unwrap();
+    drop(disk);
+    let disk = SessionDisk::open(&options).unwrap();
+    assert!(disk.session_is_open() && disk.held().is_some());
+    // Of the session before: restored, for the hold has not begun.
+    assert_eq!(drain(&disk).unwrap(), 5);
+    let content = bench.disk_content();
+    disk.end_session().unwrap();
+    assert_held(&bench, &disk, &content);
+}
+
 /// The drain in the background rests while the disk is held, and goes on after the release.
 #[test]
 fn background_drain_rests_while_the_disk_is_held() {
