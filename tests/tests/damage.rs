@@ -294,3 +294,28 @@ fn message_about_a_missing_manifest_names_the_state_directory() {
     let words = format!("--adopt --base BASE --disk {} --state-dir {elsewhere}`", lab.disk().display());
     lab.run("restore", &["--state-dir", &elsewhere]).refused(1, &[&words]);
 }
+
+/// Invariants 3 and 6: the log is damaged while the server is down and the VM lives. The session can't go
+/// on; it is not thrown away either before the VM is gone, and then restored exactly.
+#[test]
+fn session_whose_log_is_damaged_under_a_living_vm_is_held_until_the_vm_is_gone() {
+    let lab = provisioned();
+    let (server, mut client) = in_session(&lab);
+    server.kill();
+    let log = fs::File::options().read(true).write(true).open(session_log(&lab)).unwrap();
+    let mut byte = [0];
+    log.read_exact_at(&mut byte, 4096 + 17).unwrap();
+    log.write_all_at(&[byte[0] ^ 1], 4096 + 17).unwrap();
+    let written = images::sha256(&lab.disk());
+    let mut server = lab.serve(NONE);
+    assert!(client.try_ask("connect 1").is_err());
+    server.0.wait_line("a refusal", pristine_tests::PATIENCE, |line| line.contains("can't go on"));
+    let status = lab.status();
+    assert_eq!((&status["state"], &status["held"]["reason"]), (&"held".into(), &"untrusted".into()));
+    assert!(status["distrust"].is_string() || status["held"]["why"].is_string(), "{status}");
+    assert_eq!(images::sha256(&lab.disk()), written);
+    client.kill();
+    lab.wait_pristine();
+    server.stop();
+    lab.assert_pristine();
+}

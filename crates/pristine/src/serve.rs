@@ -279,6 +279,11 @@ impl Observer for Reporter {
         self.wake_drainer();
     }
 
+    fn released(&self) {
+        say!("pristine: the disk is held no longer, the process that it was held for is gone");
+        self.wake_drainer();
+    }
+
     fn frontend_refused(&self, why: &str) {
         log::warn!("a frontend was turned away: {why}");
     }

@@ -112,7 +112,13 @@ impl SessionDisk {
         };
         manifest.file = disk_witness(&disk)?.as_ref().and_then(DiskFile::of);
         let left = manifest.left.take();
+        let hold_before = manifest.held.clone();
+        manifest.held = manifest.held.filter(|reason| !reason.is_over());
+        if let (true, true, Basis::Everything(why)) = (options.resume, was_open, &verdict.basis) {
+            manifest.held = manifest.held.or_else(|| HoldReason::untrusted(why, live.owner()));
+        }
         let held = manifest.held.is_some();
+        let hold_changed = manifest.held != hold_before;
         let shared = Arc::new(Shared::new(Parts {
             geometry,
             disk_sync: open_for_sync(&disk)?,
@@ -158,7 +164,7 @@ impl SessionDisk {
         // The logs of a held disk are kept too, where they can be.
         if !(speaks_alone || held && verdict.sealed) {
             disk.checkpoint()?;
-        } else if left.is_some() {
+        } else if left.is_some() || hold_changed {
             disk.lifecycle().manifest.store(&storage, &disk.paths)?;
         }
         // From here on no log needs the page to be exact; before, a failure must leave it as it was.

@@ -3,12 +3,13 @@
 use std::fs;
 use std::path::Path;
 
+use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::Error;
 
 /// A process: its number, and when it was started.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProcessId {
     /// Process number in our pid namespace.
     pub pid: u32,

@@ -12,7 +12,7 @@ use blockio::EngineKind;
 use blockio::fault::{Fault, FaultPlan, OpClass};
 use common::{Bench, write};
 use session_disk::{
-    DiskOptions, DiskState, DrainObserver, Drainer, Error, HoldReason, Manifest, ProvisionOptions,
+    DiskOptions, DiskState, DrainObserver, Drainer, Error, HoldReason, Manifest, ProcessId, ProvisionOptions,
     SessionDisk, left_open, provision, status,
 };
 
@@ -300,6 +300,39 @@ fn hold_that_cannot_be_stored_leaves_the_drain_running() {
     std::fs::create_dir(&blocker).unwrap();
     assert!(matches!(hold(&disk), Err(Error::State { .. })));
     std::fs::remove_dir(&blocker).unwrap();
+    assert_eq!(disk.held(), None);
+    bench.assert_restores_exactly(&disk);
+}
+
+/// Invariants 3 and 6: a session whose log is damaged while no server runs can't go on, but neither is it
+/// thrown away while its VM's process lives.
+#[test]
+fn session_whose_log_is_damaged_is_held_until_its_process_is_gone() {
+    let bench = Bench::new(4 * MIB, None, false, EngineKind::Sync);
+    let mut vm = std::process::Command::new("sleep").arg("600").spawn().unwrap();
+    let options = DiskOptions { resume: true, ..bench.options.clone() };
+    let disk = SessionDisk::open(&options).unwrap();
+    disk.begin_session(ProcessId::of(vm.id())).unwrap();
+    let mut queue = disk.queue(8).unwrap();
+    write(&disk, &mut queue, 80, &[0x51; 4096]);
+    drop((queue, disk));
+    let logs = std::fs::read_dir(bench.options.paths().sessions()).unwrap();
+    let log = logs.map(|entry| entry.unwrap().path()).max().unwrap();
+    let mut bytes = std::fs::read(&log).unwrap();
+    bytes[4096 + 17] ^= 1;
+    std::fs::write(&log, bytes).unwrap();
+    let content = bench.disk_content();
+    for _restart in 0..2 {
+        let disk = SessionDisk::open(&options).unwrap();
+        assert!(!disk.session_is_open() && disk.held_for() == ProcessId::of(vm.id()));
+        assert!(disk.begin_session(None).is_err() && drain(&disk).is_err());
+        assert_eq!((disk.pending_blocks(), bench.disk_content() == content), ((4 * MIB) as u64 / 4096, true));
+        let status = session_disk::status(&bench.options).unwrap();
+        assert_eq!(status.held.unwrap().name(), "untrusted");
+    }
+    vm.kill().unwrap();
+    vm.wait().unwrap();
+    let disk = SessionDisk::open(&options).unwrap();
     assert_eq!(disk.held(), None);
     bench.assert_restores_exactly(&disk);
 }

@@ -43,6 +43,9 @@ pub(crate) trait Disk: Send + Sync {
     }
     /// Why no session can begin, if that is known before a frontend tries.
     fn turns_away(&self) -> Option<String>;
+    /// The process at whose end that is over by itself, by [`release`](Self::release).
+    fn held_for(&self) -> Option<ProcessId>;
+    fn release(&self) -> Result<(), AnyError>;
 }
 
 /// A finished request.
@@ -102,6 +105,15 @@ impl Disk for Arc<SessionDisk> {
 
     fn turns_away(&self) -> Option<String> {
         SessionDisk::turns_away(self).map(|error| error.to_string())
+    }
+
+    fn held_for(&self) -> Option<ProcessId> {
+        SessionDisk::held_for(self)
+    }
+
+    fn release(&self) -> Result<(), AnyError> {
+        SessionDisk::release(self)?;
+        Ok(())
     }
 
     fn owner(&self) -> Option<ProcessId> {

@@ -53,6 +53,8 @@ pub struct Server {
     owner: Option<Peer>,
     /// A frontend whose handshake is left unanswered.
     held: Option<(UnixStream, Peer)>,
+    /// The process that the disk is held for.
+    held_for: Option<Peer>,
     /// What a server before has left to this one, or this one leaves to the next.
     handover: Option<HandOver>,
     accept_after: Option<Instant>,
@@ -94,6 +96,7 @@ impl Server {
         } else {
             (Boundary::new(grace), None)
         };
+        let held_for = disk.held_for().map(Peer::of_process);
         Ok(Self {
             disk,
             socket,
@@ -104,6 +107,7 @@ impl Server {
             served: None,
             owner,
             held: None,
+            held_for,
             handover: None,
             accept_after: None,
             refusals: RateLimit::new(),
@@ -170,6 +174,7 @@ impl Server {
             }
             self.forward()?;
             self.watch_owner()?;
+            self.watch_hold();
             self.watch_held();
             self.accept()?;
             if let Some(reason) = self.boundary.tick(Instant::now()) {
@@ -199,8 +204,8 @@ impl Server {
                 fds.push(PollFd::from_borrowed_fd(fd, events));
             }
         }
-        if let Some(pidfd) = self.owner.as_ref().and_then(Peer::pidfd) {
-            fds.push(PollFd::from_borrowed_fd(pidfd, PollFlags::IN));
+        for process in [&self.owner, &self.held_for].into_iter().flatten() {
+            fds.extend(process.pidfd().map(|pidfd| PollFd::from_borrowed_fd(pidfd, PollFlags::IN)));
         }
         if let Some((stream, _)) = &self.held {
             fds.push(PollFd::new(stream, PollFlags::RDHUP));
@@ -346,6 +351,20 @@ impl Server {
             self.end_session(reason)?;
         }
         Ok(())
+    }
+
+    /// A disk is held no longer than the process lives for which it is.
+    fn watch_hold(&mut self) {
+        if self.held_for.as_ref().is_some_and(Peer::is_gone) {
+            self.held_for = None;
+            // The operator may have been faster.
+            if self.disk.held_for().is_some() {
+                match self.disk.release() {
+                    Ok(()) => self.observer.released(),
+                    Err(error) => log::warn!("the disk stays held: {}", chain(error.as_ref())),
+                }
+            }
+        }
     }
 
     /// Lets go of a held frontend that has hung up.

@@ -8,15 +8,23 @@
 //! part of a session is of use to nobody. Whether the drain has begun is known to `Claims` while a
 //! server runs; to the manifest (`left`) after it stopped; and after a kill the live page says whether
 //! the session was open. After a power cut nobody knows, so it has begun.
+//!
+//! A session whose VM lives and whose log can't be trusted any more is held too: it can't go on, for
+//! nobody knows what it owns, and what it has written may be dear to somebody. That hold ends with the
+//! VM's process.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use uuid::Uuid;
+
 use super::SessionDisk;
 use crate::live::LivePage;
 use crate::manifest::{EntryKind, Left, Manifest};
 use crate::open::file_number;
+use crate::process::{ProcessId, boot_id};
+use crate::recover::Distrust;
 use crate::{DiskOptions, Error};
 
 /// Why a disk is held.
@@ -25,6 +33,15 @@ use crate::{DiskOptions, Error};
 pub enum HoldReason {
     /// The operator wanted it.
     ByOperator,
+    /// A session can't go on although its VM lives.
+    Untrusted {
+        /// What is wrong with its log or state.
+        why: String,
+        /// The VM's process.
+        owner: ProcessId,
+        /// The boot of the host in which that process runs.
+        boot: Uuid,
+    },
 }
 
 impl HoldReason {
@@ -32,6 +49,23 @@ impl HoldReason {
     pub fn name(&self) -> &'static str {
         match self {
             Self::ByOperator => "by-operator",
+            Self::Untrusted { .. } => "untrusted",
+        }
+    }
+
+    /// The hold of a session of `owner`, if that process lives.
+    pub(super) fn untrusted(why: &Distrust, owner: Option<ProcessId>) -> Option<Self> {
+        let owner = owner.filter(|owner| owner.is_alive())?;
+        Some(Self::Untrusted { why: why.to_string(), owner, boot: boot_id().ok()? })
+    }
+
+    /// Whether nobody has anything from this hold any more.
+    pub(super) fn is_over(&self) -> bool {
+        match self {
+            Self::ByOperator => false,
+            Self::Untrusted { owner, boot, .. } => {
+                !owner.is_alive() || boot_id().is_ok_and(|now| now != *boot)
+            }
         }
     }
 }
@@ -40,6 +74,9 @@ impl fmt::Display for HoldReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::ByOperator => f.write_str("by the operator"),
+            Self::Untrusted { why, owner, .. } => {
+                write!(f, "until process {} is gone, whose session can't go on: {why}", owner.pid)
+            }
         }
     }
 }
@@ -74,6 +111,14 @@ impl SessionDisk {
     pub fn turns_away(&self) -> Option<Error> {
         let reason = self.held()?;
         Some(Error::Held { disk: self.paths.disk().to_owned(), reason })
+    }
+
+    /// The process whose end ends the hold by itself.
+    pub fn held_for(&self) -> Option<ProcessId> {
+        match self.held()? {
+            HoldReason::ByOperator => None,
+            HoldReason::Untrusted { owner, .. } => Some(owner),
+        }
     }
 
     /// Sequence number of the session that is open.

@@ -50,6 +50,8 @@ pub trait Observer: Send + Sync {
     /// A frontend was turned away, or its connection closed, for this reason. Not called for each
     /// one of many in quick succession.
     fn frontend_refused(&self, why: &str);
+    /// A disk that was held for a process that is gone may be restored, and take sessions.
+    fn released(&self) {}
     /// A frontend is served from now on; `continues`: in the session that is open.
     fn frontend_connected(&self, _peer: Option<ProcessId>, _continues: bool) {}
     /// The frontend that was served is gone; `session_open`: its session waits for it.

@@ -162,6 +162,14 @@ impl Disk for Arc<MemoryDisk> {
         self.state().turns_away.then(|| "the disk is held".into())
     }
 
+    fn held_for(&self) -> Option<ProcessId> {
+        None
+    }
+
+    fn release(&self) -> Result<(), AnyError> {
+        Err("nothing is held".into())
+    }
+
     fn owner(&self) -> Option<ProcessId> {
         self.state().owner
     }
