@@ -175,6 +175,8 @@ drained() { await /run/server "restored"; }
 pressure() {
     [ -z "$presser" ] || kill $presser
     presser=
+    echo 3000 >/proc/sys/vm/dirty_expire_centisecs
+    echo 500 >/proc/sys/vm/dirty_writeback_centisecs
     for kind; do
         case $kind in
             data) while :; do sync -d "$dir/disk"; usleep 3000; done & presser=$! ;;
@@ -185,6 +187,12 @@ pressure() {
                 ;;
         esac
     done
+}
+
+# The session's data is on the medium; from now on only what pristine syncs gets there.
+relax() {
+    sync -d "$dir/disk"
+    pressure none
 }
 
 say ready
