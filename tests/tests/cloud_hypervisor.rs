@@ -53,6 +53,32 @@ fn cloud_hypervisor_guest_keeps_its_session_at_reboots_and_loses_it_at_power_off
     host.finish();
 }
 
+/// Invariant 3: the server is killed while the guest reboots, and the next one goes on with the session: the
+/// VMM's process is the same, though its connection and its rings are new.
+#[test]
+fn server_killed_while_a_cloud_hypervisor_guest_reboots_goes_on_with_the_session() {
+    let Some(vmm) = program() else { return };
+    let mut host = Host::boot(&vmm, REBOOTS);
+    host.serve();
+    host.start_guest();
+    for boot in 0..3 {
+        host.said(&format!("boot{boot}"));
+        if boot < 2 {
+            host.kill("server");
+            sleep(pause(boot));
+            host.serve();
+        }
+        // Nor did the first server see more than one session begin: the guest finds its files.
+        assert_eq!(host.served_count("started"), 0, "{}", host.logs());
+    }
+    assert_eq!(host.said("job-ended"), "0", "{}", host.logs());
+    host.wait_exit();
+    host.wait("the session ends", "grep -q 'ended.*process is gone' /run/served");
+    assert_eq!(host.console_count("wrong"), 0, "{}", host.logs());
+    host.assert_pristine();
+    host.finish();
+}
+
 /// Writers that each write files anew, in turn: two through the page cache with fsync, two with O_DIRECT.
 /// What was acknowledged is remembered outside of the disk. A reader reads a file of the base. When they
 /// are ordered to, they stop, and everything is read again from the disk.
