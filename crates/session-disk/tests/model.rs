@@ -9,7 +9,7 @@
 //! disk equals the base (invariant 4).
 //!
 //! `PRISTINE_TRANSITIONS` says how many steps and requests to make, with fresh seeds; `PRISTINE_SEED` sets the
-//! first seed. A life that fails is shrunk and printed: as a file in `regressions` it is lived again by every run.
+//! first seed, `PRISTINE_SECONDS` ends it early. A life that fails is shrunk and printed: as a file in `regressions` it is lived again by every run.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
 mod common;
@@ -24,9 +24,10 @@ use std::time::{Instant, SystemTime};
 use blockio::EngineKind;
 use common::crash::random::Random;
 use common::crash::world::{Ending, Remains, World};
-use common::fast_dir;
 use common::image::Image;
 use common::life::{Counts, Life, Step};
+use common::watchdog::Watchdog;
+use common::{fast_dir, is_over, number};
 use serde::{Deserialize, Serialize};
 use session_disk::{DiskOptions, ProvisionOptions, provision};
 
@@ -191,10 +192,6 @@ fn listen_to_panics() {
     });
 }
 
-fn number(name: &str) -> Option<u64> {
-    std::env::var(name).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{name}={text} is no number")))
-}
-
 fn random_life(seed: u64) -> (Manner, Vec<Step>) {
     let mut random = Random::new(seed);
     let manner = Manner {
@@ -223,10 +220,12 @@ fn lives_of_random_steps_read_their_writes_or_the_base() {
     let wanted = wanted.unwrap_or(TRANSITIONS_DEFAULT);
     eprintln!("model: replay with PRISTINE_SEED={first} PRISTINE_TRANSITIONS={wanted}");
     listen_to_panics();
+    let watchdog = Watchdog::start();
     let (started, ground, mut counts, mut lives) = (Instant::now(), Ground::new(), Counts::default(), 0);
-    while counts.transitions < wanted {
+    while counts.transitions < wanted && !is_over(started) {
         let seed = first.wrapping_add(lives);
         lives += 1;
+        watchdog.beat(format!("PRISTINE_SEED={seed} PRISTINE_TRANSITIONS=1"));
         let (manner, steps) = random_life(seed);
         match catch_unwind(AssertUnwindSafe(|| ground.live(manner, &steps))) {
             Ok(of_life) => counts.add(of_life),

@@ -18,6 +18,7 @@ use session_disk::{DiskOptions, DiskQueue, Done, DrainObserver, Drainer, Manifes
 
 use super::crash::random::Random;
 use super::crash::recorder::Recorder;
+use super::gate::Gate;
 use super::image::{Expected, Image};
 
 pub(crate) const QUEUES: usize = 3;
@@ -61,6 +62,13 @@ pub(crate) enum What {
     FailAfter,
 }
 
+/// What of a drain is held up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Held {
+    Operations(Trouble),
+    Sync,
+}
+
 /// A step of a life.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Step {
@@ -90,13 +98,14 @@ pub(crate) enum Step {
     /// Starts a drain in the background, or stops it.
     Drainer(bool),
     Checkpoint,
-    /// A drain runs while guests make requests, some of its operations held until these are made, or
-    /// while one session ends and the next one begins.
+    /// A drain runs and is held up: some of its operations, or its sync. Meanwhile guests make requests,
+    /// or one session ends and the next one begins, with a checkpoint or not.
     DrainMeets {
-        held: Trouble,
+        held: Held,
         asks: Vec<Ask>,
         trouble: Option<Trouble>,
         next_session: bool,
+        checkpoint: bool,
     },
     /// An orderly stop and the next start, with or without the session that the one before left open.
     Restart {
@@ -203,15 +212,20 @@ impl Step {
                 Self::TroubledDrain(random.chance(70).then(|| Trouble::random(random, &[Fail, FailAfter])))
             }
             80..83 => Self::Drainer(threads && random.chance(60)),
-            83..88 if threads => Self::DrainMeets {
-                held: Trouble {
-                    first: random.of(0..12),
-                    every: *random.pick(&[1, 3, 1000, 1000]),
-                    what: *random.pick(&[LateStart, LateEnd]),
+            83..89 if threads => Self::DrainMeets {
+                held: if random.chance(40) {
+                    Held::Sync
+                } else {
+                    Held::Operations(Trouble {
+                        first: random.of(0..12),
+                        every: *random.pick(&[1, 3, 1000, 1000]),
+                        what: *random.pick(&[LateStart, LateEnd]),
+                    })
                 },
                 asks: Ask::some(random, blocks, 8),
                 trouble: random.chance(70).then(|| Trouble::random(random, &[Fail, FailAfter])),
                 next_session: random.chance(25),
+                checkpoint: random.chance(40),
             },
             83..90 => Self::Checkpoint,
             90..94 => Self::Restart { resume: random.chance(50) },
@@ -277,6 +291,7 @@ pub(crate) struct Life<'a> {
     windows: &'a Windows,
     options: DiskOptions,
     plan: Arc<FaultPlan>,
+    gate: Arc<Gate>,
     disk: Option<Arc<SessionDisk>>,
     drainer: Option<Drainer>,
     session: Option<Session<'a>>,
@@ -308,12 +323,14 @@ impl<'a> Life<'a> {
         known: Option<Known<'a>>,
     ) -> Self {
         let plan = FaultPlan::new();
-        let options = DiskOptions { faults: Some(plan.clone()), ..options };
+        let gate = Gate::new(options.disk.clone(), options.tape);
+        let options = DiskOptions { faults: Some(plan.clone()), tape: Some(gate.clone()), ..options };
         let mut life = Self {
             base,
             windows,
             options,
             plan,
+            gate,
             disk: None,
             drainer: None,
             session: None,
@@ -428,8 +445,8 @@ impl<'a> Life<'a> {
                 }
             }
             Step::Checkpoint => self.disk().checkpoint().unwrap(),
-            Step::DrainMeets { held, asks, trouble, next_session } => {
-                self.drain_meets(*held, asks, *trouble, *next_session);
+            Step::DrainMeets { held, asks, trouble, next_session, checkpoint } => {
+                self.drain_meets(*held, asks, *trouble, *next_session, *checkpoint);
             }
             Step::Restart { resume } => self.restart(*resume),
         }
@@ -594,24 +611,41 @@ impl<'a> Life<'a> {
         self.plan.clear();
     }
 
-    /// A drain of which some operations are held, and what happens meanwhile.
-    fn drain_meets(&mut self, held: Trouble, asks: &[Ask], trouble: Option<Trouble>, next_session: bool) {
+    /// A drain that is held up, and what happens meanwhile.
+    fn drain_meets(
+        &mut self,
+        held: Held,
+        asks: &[Ask],
+        trouble: Option<Trouble>,
+        next_session: bool,
+        checkpoint: bool,
+    ) {
         self.drainer = None;
         self.counts.drains += 1;
-        let (disk, plan) = (self.disk(), Arc::clone(&self.plan));
-        plan.rule(held.rule());
+        let (disk, plan, gate) = (self.disk(), Arc::clone(&self.plan), Arc::clone(&self.gate));
+        match held {
+            Held::Operations(trouble) => plan.rule(trouble.rule()),
+            // Its first sync is that of a batch; without one a checkpoint's would be held, and its lock with it.
+            Held::Sync if disk.pending_blocks() > 0 => gate.arm(),
+            Held::Sync => {}
+        }
         std::thread::scope(|scope| {
-            let release = Released(&plan);
+            let release = Released(&plan, &gate);
             let drain = scope.spawn(|| disk.drain(&AtomicBool::new(false), &mut |_| ()));
-            while plan.held() == 0 && !drain.is_finished() {
+            while plan.held() == 0 && !gate.has_stopped() && !drain.is_finished() {
                 std::thread::yield_now();
             }
             plan.clear();
             if next_session {
                 self.end();
-                self.begin();
             } else {
                 self.in_flight(asks, trouble, || ());
+            }
+            if checkpoint {
+                disk.checkpoint().unwrap();
+            }
+            if next_session {
+                self.begin();
             }
             drop(release);
             let drained = drain.join().unwrap();
@@ -664,20 +698,20 @@ impl<'a> Life<'a> {
 }
 
 /// Ends all holds when it goes, also when a check has failed.
-struct Released<'a>(&'a FaultPlan);
+struct Released<'a>(&'a FaultPlan, &'a Gate);
 
 impl Drop for Released<'_> {
     fn drop(&mut self) {
         self.0.clear();
         self.0.release_all();
+        self.1.open();
     }
 }
 
 impl Drop for Life<'_> {
     fn drop(&mut self) {
         // Queues wait for their I/O when they go, also when a check has failed.
-        self.plan.clear();
-        self.plan.release_all();
+        drop(Released(&self.plan, &self.gate));
     }
 }
 

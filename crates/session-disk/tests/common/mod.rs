@@ -2,9 +2,11 @@
 #![allow(dead_code, reason = "each test uses its part")]
 
 pub(crate) mod crash;
+pub(crate) mod gate;
 pub(crate) mod image;
 pub(crate) mod life;
 pub(crate) mod schedule;
+pub(crate) mod watchdog;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -20,6 +22,16 @@ pub(crate) struct Bench {
     pub(crate) dir: tempfile::TempDir,
     pub(crate) base: Vec<u8>,
     pub(crate) options: DiskOptions,
+}
+
+/// A number out of the environment.
+pub(crate) fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{name}={text} is no number")))
+}
+
+/// Whether a hunt that began at `started` has used up its time.
+pub(crate) fn is_over(started: std::time::Instant) -> bool {
+    number("PRISTINE_SECONDS").is_some_and(|seconds| started.elapsed().as_secs() >= seconds)
 }
 
 /// A directory in memory, where there is such a file system: these tests do many thousand syncs.

@@ -12,7 +12,8 @@
 //! Invariants: 1 and 2 (whatever differs from the base is pending: no read returns it), 3
 //! (what was acknowledged in a session that goes on), 4 (exact once drained), and that a crash alone never makes the state so untrustworthy that everything has to be restored.
 //!
-//! `PRISTINE_CRASH_CUTS` says how many moments to look at, with fresh seeds; `PRISTINE_SEED` sets the first seed.
+//! `PRISTINE_CRASH_CUTS` says how many moments to look at, with fresh seeds; `PRISTINE_SEED` sets the first seed,
+//! `PRISTINE_SECONDS` ends it early.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
 #[path = "../common/mod.rs"]
@@ -26,9 +27,10 @@ use std::time::{Instant, SystemTime};
 use blockio::EngineKind;
 use common::crash::random::Random;
 use common::crash::world::{Ending, Remains, World};
-use common::fast_dir;
 use common::image::Image;
 use common::life::{Known, Life, Step};
+use common::watchdog::Watchdog;
+use common::{fast_dir, is_over, number};
 use session_disk::{Basis, DiskState, Error, ProvisionOptions, provision, status};
 
 /// Four regions of intents, the last one short, as the last block is.
@@ -258,10 +260,6 @@ fn short(event: &impl Debug) -> String {
     }
 }
 
-fn number(name: &str) -> Option<u64> {
-    std::env::var(name).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{name}={text} is no number")))
-}
-
 /// Invariants 1, 2, 4 and 6 through power cuts and kills at any moment, also of the recovery.
 #[test]
 fn disk_whose_world_ends_at_any_moment_leaks_nothing_and_is_restored_exactly() {
@@ -271,10 +269,11 @@ fn disk_whose_world_ends_at_any_moment_leaks_nothing_and_is_restored_exactly() {
     let wanted = wanted.unwrap_or(CUTS_DEFAULT);
     eprintln!("crash simulator: replay with PRISTINE_SEED={first} PRISTINE_CRASH_CUTS={wanted}");
     let started = Instant::now();
-    let ground = Ground::new();
+    let (ground, watchdog) = (Ground::new(), Watchdog::start());
     let mut simulator = Simulator { ground: &ground, counts: Counts::default() };
     let mut seed = first;
-    while simulator.counts.moments < wanted {
+    while simulator.counts.moments < wanted && !is_over(started) {
+        watchdog.beat(format!("PRISTINE_SEED={seed} PRISTINE_CRASH_CUTS={wanted}"));
         // Few cuts in each of many lives find more than many cuts in few.
         simulator.life(seed, 12.min(wanted - simulator.counts.moments));
         seed = seed.wrapping_add(1);
