@@ -26,6 +26,7 @@ use std::time::{Instant, SystemTime};
 
 use blockio::EngineKind;
 use common::crash::random::Random;
+use common::crash::recorder::{Change, Event, Moment};
 use common::crash::world::{Ending, Remains, World};
 use common::image::Image;
 use common::life::{Known, Life, Step};
@@ -33,13 +34,14 @@ use common::watchdog::Watchdog;
 use common::{fast_dir, is_over, number};
 use session_disk::{Basis, DiskState, Error, ProvisionOptions, provision, status};
 
-/// Four regions of intents, the last one short, as the last block is.
-const DISK_SIZE: u64 = (200 << 20) + 1536;
+/// Seven regions of intents, the last one short, as the last block is.
+const DISK_SIZE: u64 = (400 << 20) + 1536;
 /// The base ends within a block, five before the disk's last.
-const BASE_SIZE: u64 = (200 << 20) - 5 * 4096 + 1024;
-/// Windows at the beginning, across two of the regions' borders, and at the end.
-const WINDOWS: [Range<u64>; 4] = [0..12, 16378..16390, 32766..32772, 51190..51201];
-const WINDOW_BLOCKS: u64 = 12 + 12 + 6 + 11;
+const BASE_SIZE: u64 = (400 << 20) - 5 * 4096 + 1024;
+/// Windows in all regions, two of them across borders.
+const WINDOWS: [Range<u64>; 6] =
+    [0..8, 16380..16388, 32770..32774, 49148..49156, 65540..65544, 102393..102401];
+const WINDOW_BLOCKS: u64 = 8 + 8 + 4 + 8 + 4 + 8;
 
 /// Crashes in the recovery from a crash in the recovery from a crash.
 const DEPTH_MAX: usize = 3;
@@ -140,9 +142,8 @@ impl<'a> Simulator<'a> {
     ) {
         let moments = world.recorder.moments();
         let all = moments.len() as u64 + 1;
-        // Most of them once the disk is made.
-        let mut place = || if random.chance(90) { random.of(made as u64..all) } else { random.of(0..all) };
-        let mut cuts: Vec<usize> = (0..most.min(all)).map(|_| place() as usize).collect();
+        let cuts = (0..most.min(all)).map(|_| self.place(&moments, made, random));
+        let mut cuts: Vec<usize> = cuts.collect();
         cuts.sort_unstable();
         cuts.dedup();
         world.at_cuts(&moments, &cuts, |place, look| {
@@ -160,6 +161,24 @@ impl<'a> Simulator<'a> {
             let known = life.known_at(place).filter(|_| ending == Ending::Kill && random.chance(60));
             self.survive(&remains, place >= made, ending, known, depth, random);
         });
+    }
+
+    /// A place to cut at: mostly once the disk is made, and often beside what the crash order hangs on.
+    fn place(&self, moments: &[Moment], made: usize, random: &mut Random) -> usize {
+        let turns: Vec<usize> = (made..moments.len())
+            .filter(|place| match &moments[*place].event {
+                Event::Begin(_, Change::Sync | Change::SyncDir | Change::Rename { .. } | Change::Remove) => {
+                    true
+                }
+                Event::Begin(_, Change::Write { durable, .. }) => *durable,
+                _ => false,
+            })
+            .collect();
+        match random.of(0..10) {
+            0 => random.of(0..moments.len() as u64 + 1) as usize,
+            1..6 if !turns.is_empty() => (*random.pick(&turns) + random.of(0..4) as usize).min(moments.len()),
+            _ => random.of(made as u64..moments.len() as u64 + 1) as usize,
+        }
     }
 
     /// What is left is taken over by the real recovery, and nothing of before is read ever again; but if
