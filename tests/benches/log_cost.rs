@@ -5,10 +5,11 @@
 //!     [--size MIB] [--rounds N] [--depths 1,32,128] [--dir DIR]...
 //! ```
 //!
-//! In every round, at every depth, both servers have a session on a disk that is pristine, synced and in
-//! the page cache; they take turns in being the first. Each session writes once to half of the blocks,
-//! scattered, which are first touches, and then to the same blocks in another order, which is the steady
-//! state. Prints medians, and the medians of the rounds' ratios, as Markdown tables. See README.md.
+//! In every round, at every depth, both servers have a session on the same disk, which is restored,
+//! synced and in the page cache; they take turns in being the first. Each session writes once to half of
+//! the blocks, scattered, which are first touches, and then to the same blocks in another order, which
+//! is the steady state. Prints medians, and the medians of the rounds' ratios, as Markdown tables. See
+//! README.md.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -84,20 +85,16 @@ fn options(words: Vec<String>) -> Options {
 fn compare_in(dir: &Path, options: &Options) -> String {
     let lab = Lab::in_dir(dir);
     images::dense(&lab.base(), options.size, 1);
-    let disks = [true, false].map(|log| Subject::new(&lab, log));
+    let disk = Subject::new(&lab);
     let all = options.size / images::BLOCK / 2;
     for &depth in &options.depths {
         let count = if depth == 1 { all.min(BLOCKS_AT_DEPTH_1_MAX) } else { all };
         let mut rounds = Vec::new();
         for round in 0..options.rounds {
-            let ask = |log: usize| disks[log].rates(&lab, &format!("passes {depth} {count} {round}"));
-            rounds.push(if round % 2 == 0 {
-                let with = ask(0);
-                (with, ask(1))
-            } else {
-                let without = ask(1);
-                (ask(0), without)
-            });
+            let rates = |log| disk.rates(log, &format!("passes {depth} {count} {round}"));
+            let first = rates(round % 2 == 0);
+            let second = rates(round % 2 != 0);
+            rounds.push(if round % 2 == 0 { (first, second) } else { (second, first) });
         }
         let column = |of: &dyn Fn(&(Rates, Rates)) -> f64| median(rounds.iter().map(of).collect());
         println!(
@@ -113,7 +110,7 @@ fn compare_in(dir: &Path, options: &Options) -> String {
     }
     let mut touches: [Vec<f64>; 3] = Default::default();
     for round in 0..options.rounds {
-        let answer = disks[0].ask(&lab, &format!("touches {round}"));
+        let answer = disk.ask(true, &format!("touches {round}"));
         for (times, word) in touches.iter_mut().zip(answer.split(' ')) {
             times.push(word.parse().unwrap());
         }
@@ -122,39 +119,39 @@ fn compare_in(dir: &Path, options: &Options) -> String {
     format!("| {} | {region:.1} | {block:.1} | {steady:.1} |", kind_of(dir))
 }
 
-/// A disk, served with or without a log.
-struct Subject {
-    disk: PathBuf,
-    log: bool,
+/// A disk that is served with or without a log. One disk for both: two that are equal differ by several
+/// percent, depending on where the host has put their pages.
+struct Subject<'a> {
+    lab: &'a Lab,
 }
 
-impl Subject {
-    fn new(lab: &Lab, log: bool) -> Self {
-        let disk = lab.path(if log { "log.img" } else { "no-log.img" });
-        let options = DiskOptions { runtime_dir: Some(lab.runtime().to_owned()), ..DiskOptions::new(&disk) };
-        let provision =
-            ProvisionOptions { base: lab.base(), disk: options.clone(), size: None, adopt: false };
+impl<'a> Subject<'a> {
+    fn new(lab: &'a Lab) -> Self {
+        let options =
+            DiskOptions { runtime_dir: Some(lab.runtime().to_owned()), ..DiskOptions::new(lab.disk()) };
+        let provision = ProvisionOptions { base: lab.base(), disk: options, size: None, adopt: false };
         session_disk::provision(&provision).unwrap();
-        Self { disk, log }
+        Self { lab }
     }
 
-    fn rates(&self, lab: &Lab, command: &str) -> Rates {
-        let answer = self.ask(lab, command);
+    fn rates(&self, log: bool, command: &str) -> Rates {
+        let answer = self.ask(log, command);
         let (first, steady) = answer.split_once(' ').unwrap();
         Rates { first: first.parse().unwrap(), steady: steady.parse().unwrap() }
     }
 
     /// The answer of a client with a session of its own.
-    fn ask(&self, lab: &Lab, command: &str) -> String {
+    fn ask(&self, log: bool, command: &str) -> String {
+        let lab = self.lab;
         let pinned = std::thread::available_parallelism().unwrap().get() > 1;
         let on_cpu = |cpu| if pinned { vec!["taskset", "-c", cpu] } else { vec!["env"] };
         let launcher = on_cpu("1");
         let mut serve = Command::new(launcher[0]);
         serve.args(&launcher[1..]).arg(std::env::current_exe().unwrap()).arg("serve");
-        serve.arg(&self.disk).arg(lab.runtime()).arg(lab.socket()).arg(if self.log { "log" } else { "no" });
+        serve.arg(lab.disk()).arg(lab.runtime()).arg(lab.socket()).arg(if log { "log" } else { "no log" });
         let mut server = Process::spawn("the server", &serve);
         server.wait_line("\"listening\"", PATIENCE, |line| line == "listening");
-        run(Command::new("sync").arg("-f").arg(&self.disk)).ok();
+        run(Command::new("sync").arg("-f").arg(lab.disk())).ok();
         let mut client = Remote::start_with(&on_cpu("0"), &lab.socket());
         let answer = client.ask(command);
         server.kill();

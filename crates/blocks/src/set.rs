@@ -156,6 +156,33 @@ impl BlockSet {
         }
     }
 
+    /// Sets in `bytes`, whose first bit is `first_block`, the bits of the set's blocks. A word at a time,
+    /// however the set looks.
+    pub fn or_into(&self, first_block: u64, bytes: &mut [u8]) {
+        for (block, chunk) in (first_block..).step_by(64).zip(bytes.chunks_mut(8)) {
+            let word = self.bits_from(block).to_le_bytes();
+            chunk.iter_mut().zip(word).for_each(|(to, from)| *to |= from);
+        }
+    }
+
+    /// Whether the set has every block whose bit is set in `bytes`, whose first bit is `first_block`.
+    pub fn contains_bytes(&self, first_block: u64, bytes: &[u8]) -> bool {
+        (first_block..).step_by(64).zip(bytes.chunks(8)).all(|(block, chunk)| {
+            let mut word = [0; 8];
+            word.iter_mut().zip(chunk).for_each(|(to, from)| *to = *from);
+            u64::from_le_bytes(word) & !self.bits_from(block) == 0
+        })
+    }
+
+    /// The bits of the 64 blocks from `block` on.
+    fn bits_from(&self, block: u64) -> u64 {
+        let (index, shift) = ((block / WORD_BITS) as usize, block % WORD_BITS);
+        match shift {
+            0 => self.word(index),
+            _ => self.word(index) >> shift | self.word(index + 1) << (WORD_BITS - shift),
+        }
+    }
+
     fn clip(&self, extent: Extent) -> Extent {
         extent.intersection(Extent::new(0, self.blocks))
     }
@@ -310,7 +337,22 @@ mod tests {
             prop_assert_eq!(at, probe.end());
             let copy = BlockSet::new(bound);
             copy.insert_bytes(0, &set.to_bytes());
-            prop_assert_eq!(content(&copy), model);
+            prop_assert_eq!(content(&copy), model.clone());
+            // From any block on, over bits that are set already.
+            let (mut part, other) = (vec![0; probe.count() as usize / 8], (probe.first() % 7) as u8);
+            part.fill(other);
+            set.or_into(probe.first(), &mut part);
+            for (index, byte) in part.iter().enumerate() {
+                for bit in 0..8 {
+                    let block = probe.first() + index as u64 * 8 + bit;
+                    let expected = other >> bit & 1 == 1 || model.contains(&block);
+                    prop_assert_eq!(byte >> bit & 1 == 1, expected, "block {}", block);
+                }
+            }
+            let blocks = (probe.first()..).take(part.len() * 8);
+            let has_all = blocks.clone().zip(part.iter().flat_map(|byte| (0..8).map(move |bit| byte >> bit & 1)))
+                .all(|(block, bit)| bit == 0 || model.contains(&block));
+            prop_assert_eq!(set.contains_bytes(probe.first(), &part), has_all);
         }
     }
 }

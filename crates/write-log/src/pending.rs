@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use blocks::{BlockSet, Extent};
+use blocks::BlockSet;
 
 use crate::{
     DiskDir, LogDir, LogError, LogFile, LogHeader, LogKind, LogWriter,
@@ -63,7 +63,7 @@ impl LogWriter {
 
     /// Writes all of `set` as a bitmap; returns the number of its blocks.
     fn write_bitmap_of(&mut self, set: &BlockSet) -> Result<u64, LogError> {
-        let (mark, distinct) = self.write_bitmap(self.mark(), set.runs(), std::iter::empty::<Extent>())?;
+        let (mark, distinct) = self.write_bitmap(self.mark(), set, std::iter::empty())?;
         self.commit(mark);
         Ok(distinct)
     }

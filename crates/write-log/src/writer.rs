@@ -226,16 +226,16 @@ impl LogWriter {
         Ok(())
     }
 
-    /// Writes the union of two series of runs, each ascending, as a bitmap from `start` on.
-    /// Returns the place after it and the number of blocks.
+    /// Writes the union of a set and of runs in ascending order as a bitmap from `start` on. Returns the
+    /// place after it and the number of blocks.
     pub(crate) fn write_bitmap(
         &mut self,
         start: Mark,
-        runs: impl Iterator<Item = Extent>,
+        set: &BlockSet,
         more: impl Iterator<Item = Extent>,
     ) -> Result<(Mark, u64), LogError> {
         let area = self.layout.area_offset(self.layout.area_of(start.epoch));
-        let (mut runs, mut more) = (ChunkFiller::new(runs), ChunkFiller::new(more));
+        let mut more = ChunkFiller::new(more);
         let (mut place, mut distinct) = (start, 0);
         for chunk in bitmap::chunks(self.header.geometry) {
             self.buf.clear();
@@ -244,7 +244,7 @@ impl LogWriter {
                 let head = buf.len();
                 buf.resize(head + chunk.count().div_ceil(8) as usize, 0);
                 if let Some(bits) = buf.get_mut(head..) {
-                    runs.fill(chunk, bits);
+                    set.or_into(chunk.first(), bits);
                     more.fill(chunk, bits);
                     distinct += bitmap::count_ones(bits);
                 }
@@ -333,7 +333,7 @@ impl LogWriter {
         self.erase_tail()?;
         let start = Mark::start(self.header_crc, epoch);
         self.other_has_remains = true;
-        let (after, _) = self.write_bitmap(start, owned.runs(), more.into_iter())?;
+        let (after, _) = self.write_bitmap(start, owned, more.into_iter())?;
         self.sync()?;
         (self.other_has_remains, self.seal_has_remains) = (false, false);
         self.commit(after);
@@ -355,6 +355,7 @@ impl LogWriter {
         };
         walk_area(&*self.file, &mut walk, offset, |content, _, _| match content {
             Content::Extents(payload) => u64s(payload).map(frame::extent_of).for_each(&mut check),
+            Content::Bitmap { first, bits } if owned.contains_bytes(first, bits) => {}
             Content::Bitmap { first, bits } => bitmap::runs_of(first, bits).for_each(&mut check),
             Content::Seal { .. } => {}
         })
