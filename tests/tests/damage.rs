@@ -314,6 +314,9 @@ fn session_whose_log_is_damaged_under_a_living_vm_is_held_until_the_vm_is_gone()
     assert_eq!((&status["state"], &status["held"]["reason"]), (&"held".into(), &"untrusted".into()));
     assert!(status["distrust"].is_string() || status["held"]["why"].is_string(), "{status}");
     assert_eq!(images::sha256(&lab.disk()), written);
+    server.kill();
+    lab.run("restore", NONE).refused(1, &["can't go on", "session release"]);
+    let server = lab.serve(NONE);
     client.kill();
     lab.wait_pristine();
     server.stop();

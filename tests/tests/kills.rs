@@ -123,3 +123,18 @@ fn session_after_a_kill_of_server_and_client_reads_the_base_only() {
     lab.run("restore", &[""; 0]).ok();
     lab.assert_pristine();
 }
+
+/// `restore` makes a disk pristine whatever the VM of a dead server is up to, and says so; that VM is not
+/// served in another session.
+#[test]
+fn restore_under_a_living_vm_ends_its_session_and_says_so() {
+    let lab = lab();
+    let server = lab.serve(&[]);
+    let mut client = Remote::connected(&lab.socket(), 1);
+    client.ask("scatter 300 9");
+    server.kill();
+    let restored = lab.run("restore", &[""; 0]).ok();
+    assert!(restored.stderr.contains("that VM loses its disk"), "{restored:#?}");
+    lab.assert_pristine();
+    client.kill();
+}

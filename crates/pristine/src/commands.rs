@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use blocks::BLOCK_SIZE;
 use indicatif::BinaryBytes;
-use session_disk::{Basis, DiskOptions, DiskState, Error, Manifest, ProvisionOptions, SessionDisk, Status};
+use session_disk::{Basis, DiskOptions, DiskState, Error, ProvisionOptions, SessionDisk, Status};
 
 use crate::args::{DiskArgs, ProvisionArgs, ReportArgs};
 use crate::failure::Failure;
@@ -82,9 +82,16 @@ pub(crate) fn restore(args: &DiskArgs) -> Result<ExitCode, Failure> {
     let _signals = StopOnSignal::start(Arc::clone(&stop), || ())?;
     let started = Instant::now();
     let options = args.options();
+    let status = session_disk::status(&options)?;
     // A held disk is left alone; that the drain refuses it is not enough, for opening settles logs.
-    if let Some(reason) = Manifest::load(&options.paths())?.held {
+    if let Some(reason) = status.held {
         return Err(Error::Held { disk: options.disk, reason }.into());
+    }
+    if let Some(vm) = status.session_owner_pid.filter(|_| status.server_pid.is_none()) {
+        let disk = options.disk.display();
+        log::warn!(
+            "{disk}: its session is ended although its VM, process {vm}, runs: that VM loses its disk"
+        );
     }
     let disk = SessionDisk::open(&options)?;
     let restored = drain(&disk, "restoring", &stop)?;

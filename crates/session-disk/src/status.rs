@@ -105,7 +105,7 @@ pub fn status(options: &DiskOptions) -> Result<Status, Error> {
         server_pid: None,
         session_owner_pid: None,
         logs: manifest.logs.len(),
-        held: manifest.held.clone(),
+        held: manifest.held.clone().filter(|reason| !reason.is_over()),
         drain_failing: false,
         drain_error: None,
         drain_next_attempt_unix_ms: None,

@@ -60,7 +60,7 @@ impl HoldReason {
     }
 
     /// Whether nobody has anything from this hold any more.
-    pub(super) fn is_over(&self) -> bool {
+    pub(crate) fn is_over(&self) -> bool {
         match self {
             Self::ByOperator => false,
             Self::Untrusted { owner, boot, .. } => {
