@@ -2,7 +2,8 @@
 //! at random moments of a disk's life, and after the next boot `restore` makes the disk exact.
 //!
 //! `PRISTINE_POWER_CUTS` (2) on each file system, `PRISTINE_POWER_SEED` (1). One boot looks at what the
-//! last cut left, restores it, and begins what the next cut ends.
+//! last cut left, restores it, and begins what the next cut ends. Every other cut takes the cache of the
+//! machine's disk as well. A seed repeats the steps and the delays, not what the machine made of them.
 //!
 //! `PRISTINE_NO_INTENTS_BIN`: a `pristine` that was built with `--features test-no-intents`. With it the
 //! same cuts must leak, or this test could not fail (`ci/power-proof`).
@@ -24,6 +25,10 @@ fn from_env(name: &str, default: u64) -> u64 {
 /// Invariants 2, 4 and 6: what a power cut at any moment leaves is found, never read, and restored.
 fn assert_restorable_after_power_cuts(file_system: &str) {
     let (cuts, seed) = (from_env("PRISTINE_POWER_CUTS", 2), from_env("PRISTINE_POWER_SEED", 1));
+    println!(
+        "again: PRISTINE_POWER_SEED={seed} PRISTINE_POWER_CUTS={cuts} cargo test -p pristine-tests --test power_cut \
+         {file_system}"
+    );
     let mut life = Life::new(file_system, pristine_binary(), seed, moments::shuffled(seed));
     let result = life.run(cuts);
     println!("{file_system}, seed {seed}: {:#?}", life.counts);
