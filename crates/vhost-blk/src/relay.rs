@@ -91,6 +91,8 @@ pub(crate) struct Relay {
     setup: Option<Setup>,
     /// What it had set up with a server before, to be said again before it says more.
     replay: VecDeque<Message>,
+    /// Answers to what was said again, which the frontend has had already. They come before others.
+    stale: usize,
 }
 
 impl Relay {
@@ -98,6 +100,7 @@ impl Relay {
         Self {
             setup: None,
             replay: VecDeque::new(),
+            stale: 0,
             frontend,
             library,
             requests: Lane::default(),
@@ -188,6 +191,10 @@ impl Relay {
         match lane.reader.read(&self.library) {
             Received::Message(message) => {
                 self.owed = self.owed.saturating_sub(1);
+                if self.stale > 0 {
+                    self.stale -= 1;
+                    return Ok(true);
+                }
                 lane.writer.put(message);
                 lane.writer.flush(&self.frontend).map_err(|_| Ending::Frontend)?;
                 Ok(true)
@@ -201,7 +208,9 @@ impl Relay {
         if !self.requests.writer.flush(&self.library).map_err(|_| Ending::Library)? {
             return Ok(false);
         }
-        let message = match self.postponed.take().or_else(|| self.replay.pop_front()) {
+        let again = self.postponed.is_none().then(|| self.replay.pop_front()).flatten();
+        self.stale += usize::from(again.as_ref().is_some_and(|message| self.is_answered(message)));
+        let message = match self.postponed.take().or(again) {
             Some(message) => message,
             None => match self.requests.reader.read(&self.frontend) {
                 Received::Message(message) => message,

@@ -16,6 +16,8 @@ const RING_MASK: u32 = 0xff;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Kind {
     Owner,
+    /// Asked for, not set: but the library answers REPLY_ACK only after it has offered its features.
+    Offer,
     ProtocolFeatures,
     Features,
     MemoryTable,
@@ -47,6 +49,7 @@ impl Setup {
         let region = u64::from(message.payload_word(3)) << 32 | u64::from(message.payload_word(2));
         let (kind, index) = match FrontendReq::try_from(message.request()) {
             Ok(FrontendReq::SET_OWNER) => (Kind::Owner, 0),
+            Ok(FrontendReq::GET_FEATURES) => (Kind::Offer, 0),
             Ok(FrontendReq::SET_PROTOCOL_FEATURES) => (Kind::ProtocolFeatures, 0),
             Ok(FrontendReq::SET_FEATURES) => (Kind::Features, 0),
             Ok(FrontendReq::SET_MEM_TABLE) => {
@@ -128,6 +131,7 @@ mod tests {
         setup.note(&ring(FrontendReq::SET_VRING_ENABLE, 0, 1));
         let expected = [
             (FrontendReq::SET_OWNER, 0),
+            (FrontendReq::GET_FEATURES, 0),
             (FrontendReq::SET_FEATURES, 9),
             (FrontendReq::SET_VRING_NUM, 0),
             (FrontendReq::SET_VRING_NUM, 1),

@@ -109,6 +109,46 @@ fn guest_of_a_server_that_died_is_interrupted_once_in_any_case() {
     assert!(driver.wait_call(0, PATIENCE));
 }
 
+/// Invariant 3: an upgrade. The frontend stays connected, and gets the answers that it asks for with
+/// REPLY_ACK: without them Cloud Hypervisor would wait for ever. And none that it did not ask for.
+#[test]
+fn frontend_that_was_handed_over_gets_its_answers() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("s");
+    let mut config = ServerConfig { hand_over: true, ..ServerConfig::default() };
+    config.device.num_queues = 2;
+    let server = |disk: Arc<MemoryDisk>| {
+        let socket = Socket::bind(&path, SocketPermissions::default()).unwrap();
+        Server::with_disk(Arc::new(disk), socket, config, Arc::new(Events::default())).unwrap()
+    };
+    let mut first = server(MemoryDisk::new(DISK_LEN));
+    let stop = first.stop_handle();
+    let first = std::thread::spawn(move || first.run().map(|_| first.hand_over()));
+    let mut driver = Driver::connect(&path, 2);
+    driver.negotiate(|offered| offered).unwrap();
+    driver.set_up_inflight().unwrap();
+    driver.start_queues().unwrap();
+    assert_eq!(driver.write(0, 0, &[1; 512]), 0);
+    stop.stop();
+    let handover = first.join().unwrap().unwrap().expect("the frontend was not left connected");
+    let mut next = server(MemoryDisk::in_session(DISK_LEN, driver.token()));
+    next.take_over(handover);
+    let stop = next.stop_handle();
+    let next = std::thread::spawn(move || next.run());
+    let (done, answered) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        driver.frontend.set_vring_enable(1, false).unwrap();
+        driver.frontend.set_vring_enable(1, true).unwrap();
+        assert_eq!(driver.frontend.get_features().unwrap(), driver.features);
+        assert_eq!(driver.write(1, 0, &[2; 512]), 0);
+        assert_eq!(driver.read(0, 0, 512), Ok(vec![2; 512]));
+        done.send(()).unwrap();
+    });
+    answered.recv_timeout(PATIENCE).expect("the frontend was not answered");
+    stop.stop();
+    assert!(matches!(next.join().unwrap(), Ok(Exit::Stopped)));
+}
+
 /// Invariant 2: a guest whose session has ended is not served in another one.
 #[test]
 fn frontend_with_the_table_of_a_session_that_is_over_is_refused() {
