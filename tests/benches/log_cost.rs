@@ -7,8 +7,8 @@
 //!
 //! In every round, at every depth, both servers have a session on the same disk, which is restored,
 //! synced and in the page cache; they take turns in being the first. Each session writes once to half of
-//! the blocks, scattered, which are first touches, and then to the same blocks in another order, which
-//! is the steady state. Prints medians, and the medians of the rounds' ratios, as Markdown tables. See
+//! the blocks, scattered, which are first touches, and then to the same blocks in other orders, which is
+//! the steady state. Prints medians, and the medians of the rounds' ratios, as Markdown tables. See
 //! README.md.
 
 use std::path::{Path, PathBuf};
@@ -54,15 +54,15 @@ fn main() {
         "| directory | depth | first touches: log, kIOPS | no log | ratio | steady: log, kIOPS | no log | ratio |"
     );
     println!("| --- | --- | --- | --- | --- | --- | --- | --- |");
-    let touches: Vec<String> = options.dirs.iter().map(|dir| compare_in(dir, &options)).collect();
+    let touches: Vec<String> = options.dirs.iter().flat_map(|dir| compare_in(dir, &options)).collect();
     println!();
-    println!("| directory | depth 1, us: first touch of a region | of a block | steady |");
-    println!("| --- | --- | --- | --- |");
+    println!("| directory | depth 1, us | first touch of a region | of a block | later writes |");
+    println!("| --- | --- | --- | --- | --- |");
     touches.iter().for_each(|line| println!("{line}"));
 }
 
 fn options(words: Vec<String>) -> Options {
-    let mut options = Options { size: 1 << 30, rounds: 9, depths: vec![1, 32, 128], dirs: Vec::new() };
+    let mut options = Options { size: 1 << 30, rounds: 15, depths: vec![1, 32, 128], dirs: Vec::new() };
     let mut words = words.into_iter();
     while let Some(word) = words.next() {
         let mut value = || words.next().unwrap_or_else(|| panic!("{word} needs a value"));
@@ -81,8 +81,8 @@ fn options(words: Vec<String>) -> Options {
     options
 }
 
-/// Prints a row for each depth; returns the row of single writes.
-fn compare_in(dir: &Path, options: &Options) -> String {
+/// Prints a row for each depth; returns the rows of single writes.
+fn compare_in(dir: &Path, options: &Options) -> [String; 2] {
     let lab = Lab::in_dir(dir);
     images::dense(&lab.base(), options.size, 1);
     let disk = Subject::new(&lab);
@@ -108,15 +108,19 @@ fn compare_in(dir: &Path, options: &Options) -> String {
             column(&|(with, without)| with.steady / without.steady),
         );
     }
-    let mut touches: [Vec<f64>; 3] = Default::default();
-    for round in 0..options.rounds {
-        let answer = disk.ask(true, &format!("touches {round}"));
-        for (times, word) in touches.iter_mut().zip(answer.split(' ')) {
-            times.push(word.parse().unwrap());
+    let single = |log| {
+        let mut touches: [Vec<f64>; 3] = Default::default();
+        for round in 0..options.rounds {
+            let answer = disk.ask(log, &format!("touches {round}"));
+            for (times, word) in touches.iter_mut().zip(answer.split(' ')) {
+                times.push(word.parse().unwrap());
+            }
         }
-    }
-    let [region, block, steady] = touches.map(median);
-    format!("| {} | {region:.1} | {block:.1} | {steady:.1} |", kind_of(dir))
+        let [region, block, steady] = touches.map(median);
+        let name = if log { "log" } else { "no log" };
+        format!("| {} | {name} | {region:.1} | {block:.1} | {steady:.1} |", kind_of(dir))
+    };
+    [single(true), single(false)]
 }
 
 /// A disk that is served with or without a log. One disk for both: two that are equal differ by several

@@ -108,7 +108,7 @@ pub(crate) struct DirArgs {
     /// pristine under XDG_RUNTIME_DIR]
     #[arg(long, value_name = "DIR")]
     pub(crate) runtime_dir: Option<PathBuf>,
-    /// How many retired logs to keep for audit
+    /// How many retired logs to keep for audit, while there is room for those that are needed
     #[arg(long, value_name = "N", default_value_t = 8)]
     pub(crate) keep_logs: usize,
 }

@@ -19,7 +19,7 @@
 //!   reopen                     ok SUMMARY         connects again after the backend's death, looks at everything, goes on
 //!   enough                     ok SUMMARY         looks at everything
 //! bench PATTERN DEPTH SECONDS  ok REQUESTS-PER-SECOND
-//! passes DEPTH COUNT SEED      ok FIRST SECOND    writes a second into COUNT blocks, and again into the same
+//! passes DEPTH COUNT SEED      ok FIRST STEADY    writes a second into COUNT blocks, and then into the same
 //! touches SEED                 ok REGION BLOCK STEADY                       microseconds of a single write
 //! ```
 

@@ -97,6 +97,9 @@ const REGION: u64 = 64 << 20;
 /// Blocks of a region whose first touch and next write are timed.
 const SAMPLES_PER_REGION: u64 = 16;
 
+/// How often each block is written to after its first touch.
+const STEADY_PASSES: u64 = 3;
+
 /// A client on one queue with `depth` buffers.
 fn connected(socket: &Path, depth: usize) -> Result<Client, String> {
     let mut client =
@@ -107,17 +110,22 @@ fn connected(socket: &Path, depth: usize) -> Result<Client, String> {
     Ok(client)
 }
 
-/// Writes to `count` scattered blocks, each once, `depth` at a time, and then to all of them again in
-/// another order. Returns how many a second were the first time and the second time, in one session.
+/// Writes to `count` scattered blocks, each once, `depth` at a time, and then to all of them again
+/// [`STEADY_PASSES`] times in other orders. Returns how many a second were the first time and then, in
+/// one session.
 pub fn run_passes(socket: &Path, depth: usize, count: u64, seed: u64) -> Result<[f64; 2], String> {
     let mut client = connected(socket, depth)?;
     let mut blocks = crate::random::scattered(seed, count, client.capacity() / LEN as u64);
     let first = pass(&mut client, depth, &blocks)?;
     let mut random = Random::new(seed + 1);
-    for last in (1..blocks.len()).rev() {
-        blocks.swap(last, random.below(last as u64 + 1) as usize);
+    let mut seconds = 0.0;
+    for _ in 0..STEADY_PASSES {
+        for last in (1..blocks.len()).rev() {
+            blocks.swap(last, random.below(last as u64 + 1) as usize);
+        }
+        seconds += count as f64 / pass(&mut client, depth, &blocks)?;
     }
-    Ok([first, pass(&mut client, depth, &blocks)?])
+    Ok([first, (STEADY_PASSES * count) as f64 / seconds])
 }
 
 /// One write to each of `blocks`; returns how many a second.
