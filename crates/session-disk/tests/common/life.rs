@@ -677,6 +677,11 @@ impl<'a> Life<'a> {
         self.disk = None;
     }
 
+    /// Stops in order, in mid-session. Nothing can be done with this life any more.
+    pub(crate) fn disk_stops(&mut self) {
+        self.quiet_stop();
+    }
+
     /// Ends the session and stops in order. Nothing can be done with this life any more.
     pub(crate) fn stop(&mut self) {
         self.end();

@@ -29,7 +29,7 @@ use common::crash::random::Random;
 use common::crash::recorder::{Change, Event, Moment};
 use common::crash::world::{Ending, Remains, World};
 use common::image::Image;
-use common::life::{Known, Life, Step};
+use common::life::{Ask, Held, Kind, Known, Life, Step};
 use common::watchdog::Watchdog;
 use common::{fast_dir, is_over, number};
 use session_disk::{Basis, DiskState, Error, ProvisionOptions, provision, status};
@@ -45,7 +45,7 @@ const WINDOW_BLOCKS: u64 = 8 + 8 + 4 + 8 + 4 + 8;
 
 /// Crashes in the recovery from a crash in the recovery from a crash.
 const DEPTH_MAX: usize = 3;
-const CUTS_DEFAULT: u64 = 1500;
+const CUTS_DEFAULT: u64 = 1000;
 const SEED_DEFAULT: u64 = 1;
 
 /// What all lives start from.
@@ -130,6 +130,27 @@ impl<'a> Simulator<'a> {
         self.cut(&world, &life, made, most, 0, &mut random);
     }
 
+    /// A life of these steps, cut at every moment from the first step on, by power cuts and by kills.
+    fn whole_life(&mut self, what: &str, steps: &[Step], random: &mut Random) {
+        let _context = Context(what.to_owned());
+        self.counts.lives += 1;
+        let world = World::new(&Remains::default());
+        provision(&self.ground.provision_options(&world, false)).unwrap();
+        let mut life = Life::open(world.options(EngineKind::Sync), &self.ground.image, &WINDOWS);
+        life.step(&Step::Drain);
+        let made = world.recorder.position();
+        life.record(world.recorder.clone());
+        for step in steps {
+            life.step(step);
+        }
+        self.counts.steps += life.counts.transitions;
+        life.die(&[], None);
+        let places: Vec<usize> = (made..world.recorder.position() + 1).collect();
+        for ending in [Ending::PowerCut, Ending::Kill] {
+            self.cut_at(&world, &life, made, &places, Some(ending), 0, random);
+        }
+    }
+
     /// Ends a world at some of its moments, and has the recovery go on from there.
     fn cut(
         &mut self,
@@ -146,11 +167,28 @@ impl<'a> Simulator<'a> {
         let mut cuts: Vec<usize> = cuts.collect();
         cuts.sort_unstable();
         cuts.dedup();
-        world.at_cuts(&moments, &cuts, |place, look| {
-            let ending = if random.chance(55) { Ending::PowerCut } else { Ending::Kill };
+        self.cut_at(world, life, made, &cuts, None, depth, random);
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "where we are")]
+    fn cut_at(
+        &mut self,
+        world: &World,
+        life: &Life<'a>,
+        made: usize,
+        cuts: &[usize],
+        ending: Option<Ending>,
+        depth: usize,
+        random: &mut Random,
+    ) {
+        let moments = world.recorder.moments();
+        world.at_cuts(&moments, cuts, |place, look| {
+            let either = if random.chance(55) { Ending::PowerCut } else { Ending::Kill };
+            let ending = ending.unwrap_or(either);
             let last: Vec<_> = (place.saturating_sub(6)..place).map(|n| short(&moments[n].event)).collect();
+            let all = moments.len();
             let _context =
-                Context(format!("{ending:?} at {place} of {} (depth {depth}), after {last:#?}", all - 1));
+                Context(format!("{ending:?} at {place} of {all} (depth {depth}), after {last:#?}"));
             self.counts.moments += 1;
             self.counts.nested += u64::from(depth > 0);
             match ending {
@@ -298,4 +336,80 @@ fn disk_whose_world_ends_at_any_moment_leaks_nothing_and_is_restored_exactly() {
         seed = seed.wrapping_add(1);
     }
     eprintln!("crash simulator: {:?} in {:.1} s", simulator.counts, started.elapsed().as_secs_f64());
+}
+
+fn write(queue: usize, at: u64, sectors: u64) -> Ask {
+    Ask { queue, at, sectors, kind: Kind::Write }
+}
+
+fn burst(asks: Vec<Ask>) -> Step {
+    Step::Burst { asks, trouble: None, checkpoint: false }
+}
+
+/// Invariants 1, 2, 3, 4 and 6: every moment of lives that go through all of the crash order.
+#[test]
+fn disk_whose_world_ends_at_every_moment_of_a_life_leaks_nothing_and_is_restored_exactly() {
+    let (ground, watchdog, started) = (Ground::new(), Watchdog::start(), Instant::now());
+    let mut simulator = Simulator { ground: &ground, counts: Counts::default() };
+    let random = &mut Random::new(number("PRISTINE_SEED").unwrap_or(SEED_DEFAULT));
+    // Three windows; the third is the second session's own.
+    let (first, second, third) = (0, 64, 128);
+    let one_session = [Step::Begin, burst(vec![write(0, first, 8), write(1, second + 3, 12)]), Step::End];
+    let rests = [Step::Drain, Step::Restart { resume: false }];
+    let met = |next_session, checkpoint| Step::DrainMeets {
+        held: Held::Sync,
+        asks: vec![write(2, first, 8), write(0, third + 2, 3)],
+        trouble: None,
+        next_session,
+        checkpoint,
+    };
+    let lives: [(&str, Vec<Step>); 4] = [
+        ("a session is drained", vec![burst(vec![])]),
+        (
+            "a pending block is taken, in whole and in part",
+            vec![
+                Step::Begin,
+                burst(vec![write(0, first, 8), write(0, second + 8, 3), write(1, third, 9)]),
+                Step::End,
+            ],
+        ),
+        (
+            "a session ends while the drain syncs",
+            vec![Step::Begin, burst(vec![write(0, third, 8)]), met(true, true), Step::End],
+        ),
+        (
+            "a session writes while the drain syncs",
+            vec![Step::Begin, met(false, true), Step::Checkpoint, Step::End],
+        ),
+    ];
+    for (what, steps) in lives {
+        watchdog.beat(what.to_owned());
+        let steps: Vec<Step> = one_session.iter().chain(&steps).chain(&rests).cloned().collect();
+        simulator.whole_life(what, &steps, random);
+    }
+    eprintln!("crash simulator: {:?} in {:.1} s", simulator.counts, started.elapsed().as_secs_f64());
+}
+
+/// Invariant 4, and what a stop promises: an open session's log is durable then, so that a power cut costs
+/// no more than what the session wrote.
+#[test]
+fn disk_stopped_in_mid_session_is_exact_after_a_power_cut() {
+    let ground = Ground::new();
+    let mut random = Random::new(SEED_DEFAULT);
+    let world = World::new(&Remains::default());
+    provision(&ground.provision_options(&world, false)).unwrap();
+    let mut life = Life::open(world.options(EngineKind::Sync), &ground.image, &WINDOWS);
+    life.step(&Step::Drain);
+    life.step(&Step::Begin);
+    life.step(&burst(vec![write(0, 0, 8), write(1, 67, 12)]));
+    life.disk_stops();
+    let end = world.recorder.position();
+    for _ in 0..20 {
+        world.at_cuts(&world.recorder.moments(), &[end], |_, look| {
+            let world = World::new(&look.end(Ending::PowerCut, &mut random));
+            let mut life = Life::open(world.options(EngineKind::Sync), &ground.image, &WINDOWS);
+            assert_eq!((life.disk().basis(), life.disk().pending_blocks()), (&Basis::ExactLogs, 3));
+            life.assert_restores_exactly();
+        });
+    }
 }
