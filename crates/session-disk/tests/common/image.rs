@@ -121,6 +121,14 @@ impl<'a> Expected<'a> {
         (block * 8..block * 8 + 8).any(|sector| self.written.contains_key(&sector))
     }
 
+    /// Checks what a block of the file at `path` holds.
+    pub(crate) fn check_disk(&self, path: &Path, block: u64) {
+        let offset = block * BLOCK_SIZE;
+        let mut bytes = vec![0; (self.base.size - offset).min(BLOCK_SIZE) as usize];
+        std::fs::File::open(path).unwrap().read_exact_at(&mut bytes, offset).unwrap();
+        self.check(block * 8, &bytes);
+    }
+
     /// Checks bytes that were read from sector `first` on.
     pub(crate) fn check(&self, first: u64, bytes: &[u8]) {
         for (sector, bytes) in (first..).zip(bytes.chunks(512)) {

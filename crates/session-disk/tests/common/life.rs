@@ -14,7 +14,9 @@ use blockio::fault::{Fault, FaultPlan, OpInfo};
 use blocks::BLOCK_SIZE;
 use rustix::event::{PollFd, PollFlags, poll};
 use serde::{Deserialize, Serialize};
-use session_disk::{DiskOptions, DiskQueue, Done, DrainObserver, Drainer, Manifest, Request, SessionDisk};
+use session_disk::{
+    DiskOptions, DiskQueue, Done, DrainObserver, Drainer, Error, HoldReason, Manifest, Request, SessionDisk,
+};
 
 use super::crash::random::Random;
 use super::crash::recorder::Recorder;
@@ -98,6 +100,9 @@ pub(crate) enum Step {
     /// Starts a drain in the background, or stops it.
     Drainer(bool),
     Checkpoint,
+    /// What the session leaves is to be kept, and may go.
+    Hold,
+    Release,
     /// A drain runs and is held up: some of its operations, or its sync. Meanwhile guests make requests,
     /// or one session ends and the next one begins, with a checkpoint or not.
     DrainMeets {
@@ -228,7 +233,9 @@ impl Step {
                 checkpoint: random.chance(40),
             },
             83..90 => Self::Checkpoint,
-            90..94 => Self::Restart { resume: random.chance(50) },
+            90..92 => Self::Hold,
+            92..95 => Self::Release,
+            95..97 => Self::Restart { resume: random.chance(50) },
             _ => Self::random_kill(random, blocks),
         }
     }
@@ -295,6 +302,8 @@ pub(crate) struct Life<'a> {
     disk: Option<Arc<SessionDisk>>,
     drainer: Option<Drainer>,
     session: Option<Session<'a>>,
+    /// What the last session has written, if that is held.
+    kept: Option<Known<'a>>,
     /// Tells the places in a tape, if what was known when is to be told later.
     recorder: Option<Arc<Recorder>>,
     chapters: Vec<Chapter<'a>>,
@@ -334,6 +343,7 @@ impl<'a> Life<'a> {
             disk: None,
             drainer: None,
             session: None,
+            kept: None,
             recorder: None,
             chapters: Vec::new(),
             counts: Counts::default(),
@@ -413,8 +423,33 @@ impl<'a> Life<'a> {
             }
             self.read_windows();
         } else {
-            self.session = None;
+            let ended = self.session.take().map(Session::known);
+            if disk.held().is_some() && ended.is_some() {
+                self.kept = ended;
+            }
         }
+        self.check_kept();
+    }
+
+    /// What is held is as the session has left it.
+    fn check_kept(&self) {
+        if let Some(kept) = &self.kept {
+            for block in &kept.owned {
+                kept.expected.check_disk(&self.options.disk, *block);
+            }
+        }
+    }
+
+    fn release(&mut self) {
+        self.check_kept();
+        self.kept = None;
+        // Refused if nothing is held.
+        let _ = self.disk().release();
+    }
+
+    /// Whether the drain has to wait for a release.
+    fn drain_rests(&self) -> bool {
+        self.session.is_none() && self.disk().held().is_some()
     }
 
     pub(crate) fn disk(&self) -> Arc<SessionDisk> {
@@ -433,7 +468,7 @@ impl<'a> Life<'a> {
                 self.counts.power_cuts += 1;
                 std::fs::remove_dir_all(self.options.runtime_dir.as_ref().unwrap()).unwrap();
                 self.close_chapter();
-                self.session = None;
+                (self.session, self.kept) = (None, None);
                 self.reopen(false, false);
             }
             Step::Drain => self.drain(),
@@ -448,15 +483,18 @@ impl<'a> Life<'a> {
             Step::DrainMeets { held, asks, trouble, next_session, checkpoint } => {
                 self.drain_meets(*held, asks, *trouble, *next_session, *checkpoint);
             }
+            // Refused if there is nothing to keep.
+            Step::Hold => _ = self.disk().hold(HoldReason::ByOperator),
+            Step::Release => self.release(),
             Step::Restart { resume } => self.restart(*resume),
         }
     }
 
     pub(crate) fn begin(&mut self) {
-        if self.session.is_some() {
+        let disk = self.disk();
+        if self.session.is_some() || disk.turns_away().is_some() {
             return;
         }
-        let disk = self.disk();
         disk.begin_session(None).unwrap();
         self.counts.sessions += 1;
         let queues = (0..QUEUES).map(|_| disk.queue(8).unwrap()).collect();
@@ -472,8 +510,9 @@ impl<'a> Life<'a> {
         }
         self.read_windows();
         self.close_chapter();
-        self.session = None;
+        let ended = self.session.take().map(Session::known);
         self.disk().end_session().unwrap();
+        self.kept = ended.filter(|_| self.disk().held().is_some());
         if let Some(drainer) = &self.drainer {
             drainer.wake();
         }
@@ -592,6 +631,13 @@ impl<'a> Life<'a> {
     fn drain(&mut self) {
         self.drainer = None;
         self.counts.drains += 1;
+        if self.drain_rests() {
+            assert!(matches!(
+                self.disk().drain(&AtomicBool::new(false), &mut |_| ()),
+                Err(Error::Held { .. })
+            ));
+            return;
+        }
         self.disk().drain(&AtomicBool::new(false), &mut |_| ()).unwrap();
     }
 
@@ -621,6 +667,9 @@ impl<'a> Life<'a> {
         checkpoint: bool,
     ) {
         self.drainer = None;
+        if self.drain_rests() {
+            return;
+        }
         self.counts.drains += 1;
         let (disk, plan, gate) = (self.disk(), Arc::clone(&self.plan), Arc::clone(&self.gate));
         match held {
@@ -649,7 +698,8 @@ impl<'a> Life<'a> {
             }
             drop(release);
             let drained = drain.join().unwrap();
-            assert!(trouble.is_some() || drained.is_ok(), "{drained:?}");
+            let was_stopped = matches!(drained, Err(Error::Held { .. }));
+            assert!(trouble.is_some() || was_stopped || drained.is_ok(), "{drained:?}");
         });
     }
 
@@ -692,6 +742,7 @@ impl<'a> Life<'a> {
     pub(crate) fn assert_restores_exactly(&mut self) {
         self.end();
         self.drainer = None;
+        self.release();
         self.drain();
         assert_eq!(self.disk().pending_blocks(), 0);
         assert_eq!(
@@ -720,7 +771,11 @@ impl Drop for Life<'_> {
     }
 }
 
-impl Session<'_> {
+impl<'a> Session<'a> {
+    fn known(self) -> Known<'a> {
+        Known { expected: self.expected, owned: self.owned }
+    }
+
     fn answered(&mut self, kind: Kind, sectors: Range<u64>, bytes: &[u8], buf: &GuestBuf, good: bool) {
         let touched = sectors.start / 8..sectors.end.div_ceil(8);
         match kind {

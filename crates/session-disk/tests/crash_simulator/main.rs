@@ -258,6 +258,8 @@ impl<'a> Simulator<'a> {
         if goes_on {
             self.counts.resumed += 1;
         } else {
+            // What the last session left may be held.
+            life.step(&Step::Release);
             life.begin();
         }
         for block in differing {
