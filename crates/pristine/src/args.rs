@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use session_disk::{DiskOptions, FlushPolicy};
+use session_disk::{Changes, DiskOptions, FlushPolicy};
 
 /// Non-persistent VM disks at native speed: a vhost-user-blk backend.
 ///
@@ -47,9 +47,10 @@ Also understood without the word serve, as QEMU's conventions for backend progra
   pristine --print-capabilities")]
     Serve(ServeArgs),
     /// Finish, offline, all that a crash or a stop left to be restored
-    #[command(after_help = "Example:
-  pristine restore --disk vm1.raw && pristine verify --disk vm1.raw")]
-    Restore(DiskArgs),
+    #[command(after_help = "Examples:
+  pristine restore --disk vm1.raw && pristine verify --disk vm1.raw
+  pristine restore --disk vm1.raw --discard-kept")]
+    Restore(RestoreArgs),
     /// Compare a disk with its base: exit 0 if every byte is equal, else 1 and what differs
     #[command(after_help = "Examples:
   pristine verify --disk vm1.raw
@@ -60,8 +61,8 @@ Also understood without the word serve, as QEMU's conventions for backend progra
   pristine status --disk vm1.raw
   pristine status --disk vm1.raw --json
 
-States: pristine, in-session, restoring (a server is at it), interrupted (restore or serve goes on), held (kept as the
-session left it until `pristine session release`).")]
+States: pristine, in-session, restoring (a server is at it), interrupted (restore or serve goes on), held (as the session
+left it until `pristine session release`), kept (changed by sessions of `serve --reset-on never`).")]
     Status(ReportArgs),
     /// End a session, or keep what it leaves
     Session(SessionArgs),
@@ -75,7 +76,7 @@ impl Command {
         let (disk, dirs) = match self {
             Self::Provision(args) => (&args.disk.disk, &args.disk.dirs),
             Self::Serve(args) => (args.disk.as_ref()?, &args.dirs),
-            Self::Restore(args) => (&args.disk, &args.dirs),
+            Self::Restore(RestoreArgs { disk, .. }) => (&disk.disk, &disk.dirs),
             Self::Verify(args) | Self::Status(args) => (&args.disk.disk, &args.disk.dirs),
             Self::Session(args) => match &args.command {
                 SessionCommand::End(args) | SessionCommand::Hold(args) | SessionCommand::Release(args) => {
@@ -156,6 +157,24 @@ pub(crate) struct ProvisionArgs {
     pub(crate) adopt: bool,
 }
 
+#[derive(Debug, Args)]
+pub(crate) struct RestoreArgs {
+    #[command(flatten)]
+    pub(crate) disk: DiskArgs,
+    /// Give up, and restore, the changes that sessions of `serve --reset-on never` have made
+    #[arg(long)]
+    pub(crate) discard_kept: bool,
+}
+
+/// When a session's changes are given up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ResetOn {
+    /// When its VM's process has ended
+    Exit,
+    /// Never: they are kept, and a guest's flush makes them durable
+    Never,
+}
+
 /// Which engine does the I/O.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(crate) enum Engine {
@@ -170,7 +189,7 @@ pub(crate) enum Engine {
 /// What a guest's FLUSH does.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(crate) enum Flush {
-    /// Nothing, as the session dies with the host anyway
+    /// Nothing, as the session dies with the host anyway; with --reset-on never: fdatasync
     Auto,
     /// fdatasync of the session disk
     Always,
@@ -222,6 +241,10 @@ pub(crate) struct ServeArgs {
     /// What a guest's flush does
     #[arg(long, value_enum, default_value_t = Flush::Auto)]
     pub(crate) flush: Flush,
+    /// When a session's changes are given up; never: what was to be restored before is restored first, and `pristine
+    /// restore --discard-kept` gives them up
+    #[arg(long, value_enum, default_value_t = ResetOn::Exit)]
+    pub(crate) reset_on: ResetOn,
     /// Restore after the first session, then exit
     #[arg(long)]
     pub(crate) once: bool,
@@ -257,6 +280,10 @@ impl ServeArgs {
                 Engine::Sync => Some(blockio::EngineKind::Sync),
             },
             flush: self.flush.into(),
+            changes: match self.reset_on {
+                ResetOn::Exit => Changes::Reset,
+                ResetOn::Never => Changes::Keep,
+            },
             resume: true,
             ..disk_options(disk, &self.dirs)
         }

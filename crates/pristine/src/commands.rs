@@ -7,9 +7,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use blocks::BLOCK_SIZE;
 use indicatif::BinaryBytes;
-use session_disk::{Basis, DiskOptions, DiskState, Error, ProvisionOptions, SessionDisk, Status};
+use session_disk::{Basis, Changes, DiskOptions, DiskState, Error, ProvisionOptions, SessionDisk, Status};
 
-use crate::args::{DiskArgs, ProvisionArgs, ReportArgs};
+use crate::args::{ProvisionArgs, ReportArgs, RestoreArgs};
 use crate::failure::Failure;
 use crate::progress::Progress;
 use crate::session;
@@ -77,11 +77,14 @@ pub(crate) fn provision(args: &ProvisionArgs) -> Result<ExitCode, Failure> {
     })
 }
 
-pub(crate) fn restore(args: &DiskArgs) -> Result<ExitCode, Failure> {
+pub(crate) fn restore(args: &RestoreArgs) -> Result<ExitCode, Failure> {
     let stop = Arc::new(AtomicBool::new(false));
     let _signals = StopOnSignal::start(Arc::clone(&stop), || ())?;
     let started = Instant::now();
-    let options = args.options();
+    let mut options = args.disk.options();
+    if args.discard_kept {
+        options.changes = Changes::GiveUp;
+    }
     let status = session_disk::status(&options)?;
     // A held disk is left alone; that the drain refuses it is not enough, for opening settles logs.
     if let Some(reason) = status.held {
@@ -97,7 +100,7 @@ pub(crate) fn restore(args: &DiskArgs) -> Result<ExitCode, Failure> {
     let restored = drain(&disk, "restoring", &stop)?;
     say!(
         "{}: pristine; restored {} in {}",
-        args.disk.display(),
+        options.disk.display(),
         amount(restored),
         seconds(started.elapsed())
     );
@@ -170,6 +173,7 @@ fn print_status(options: &DiskOptions, status: &Status) {
         DiskState::InSession => "in session",
         DiskState::Restoring => "restoring",
         DiskState::Interrupted => "interrupted: `pristine restore` or the next `pristine serve` goes on",
+        DiskState::Kept => "kept: changed by sessions, until `pristine restore --discard-kept`",
         DiskState::Held => "held: kept as the session left it until `pristine session release`",
     };
     say!("disk     {}, {}", options.disk.display(), BinaryBytes(status.size));

@@ -15,7 +15,7 @@ use session_disk::{
 };
 use vhost_blk::{DeviceConfig, EndReason, Exit, Observer, Server, ServerConfig, Socket, SocketPermissions};
 
-use crate::args::ServeArgs;
+use crate::args::{ResetOn, ServeArgs};
 use crate::commands::{amount, seconds};
 use crate::control_socket::Operator;
 use crate::failure::Failure;
@@ -36,6 +36,14 @@ pub(crate) fn serve(args: &ServeArgs) -> Result<ExitCode, Failure> {
     // away: Cloud Hypervisor gives up a disk whose server accepts and then ends.
     let place = Place::find(args)?;
     let disk = SessionDisk::open(&args.options(path))?;
+    if args.reset_on == ResetOn::Never && !restore_first(&disk)? {
+        disk.stop()?;
+        say!(
+            "pristine: stopped; {} left for the next start or `pristine restore`",
+            amount(disk.pending_blocks())
+        );
+        return Ok(ExitCode::SUCCESS);
+    }
     let name = place.to_string();
     let socket = place.take(args).inspect_err(|_| {
         let _ = disk.stop();
@@ -79,9 +87,10 @@ pub(crate) fn serve(args: &ServeArgs) -> Result<ExitCode, Failure> {
     let exit = result.map_err(|error| Failure::of(&error))?;
     let held = disk.turns_away();
     if exit == Exit::SessionEnded && held.is_none() {
-        drain_before_exit(&disk, &stop)?;
+        // `--once`: pristine, or as its policy has it.
+        drain_before(&disk, &stop)?;
     }
-    let left = disk.pending_blocks() + disk.dirty_blocks();
+    let (kept, left) = (disk.kept_blocks(), disk.pending_blocks() + disk.dirty_blocks());
     if let Some(session) = disk.stop()? {
         if let Some(Err(error)) = handover.map(notify::keep) {
             log::warn!("the VM has to connect again, the service manager can't keep its connection: {error}");
@@ -91,12 +100,25 @@ pub(crate) fn serve(args: &ServeArgs) -> Result<ExitCode, Failure> {
         say!("pristine: stopped; {why}");
         // With --once the disk was to be pristine by now.
         return Ok(if exit == Exit::SessionEnded { ExitCode::FAILURE } else { ExitCode::SUCCESS });
+    } else if disk.keeps_changes() && kept + left > 0 {
+        say!("pristine: stopped; {} changed and kept", amount(disk.kept_blocks()));
     } else if left > 0 {
         say!("pristine: stopped; {} left for the next start or `pristine restore`", amount(left));
     } else {
         say!("pristine: stopped; the disk is pristine");
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Restores what is pending, before changes are kept; whether it is done. What is held, or of a session that
+/// goes on, waits.
+fn restore_first(disk: &SessionDisk) -> Result<bool, Failure> {
+    if disk.pending_blocks() == 0 || disk.session_is_open() || disk.turns_away().is_some() {
+        return Ok(true);
+    }
+    let stop = Arc::new(AtomicBool::new(false));
+    let _signals = StopOnSignal::start(Arc::clone(&stop), || ())?;
+    drain_before(disk, &stop)
 }
 
 /// Where frontends are to connect.
@@ -156,15 +178,15 @@ fn config(args: &ServeArgs) -> ServerConfig {
     }
 }
 
-/// `--once`: what the session dirtied is restored before the program exits.
-fn drain_before_exit(disk: &SessionDisk, stop: &AtomicBool) -> Result<(), Failure> {
+/// Restores all before the program goes on; `false`: it was stopped.
+fn drain_before(disk: &SessionDisk, stop: &AtomicBool) -> Result<bool, Failure> {
     let pending = disk.pending_blocks();
     let mut progress = Progress::new("restoring", pending * blocks::BLOCK_SIZE);
     let result =
         disk.drain(stop, &mut |left| progress.set((pending - left.min(pending)) * blocks::BLOCK_SIZE));
     match result {
-        Err(session_disk::Error::Stopped) => Ok(()),
-        result => Ok(result.map(|_| ())?),
+        Err(session_disk::Error::Stopped) => Ok(false),
+        result => Ok(result.map(|_| true)?),
     }
 }
 
@@ -271,6 +293,9 @@ impl Observer for Reporter {
             amount(summary.dirty_blocks),
             amount(pending),
         );
+        if self.disk.keeps_changes() {
+            say!("pristine: {} changed and kept", amount(self.disk.kept_blocks()));
+        }
         if let Some(why) = self.disk.turns_away() {
             say!("pristine: {why}");
         }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use control::{Client, ClientError};
 use indicatif::BinaryBytes;
-use session_disk::{DiskOptions, HoldReason, Manifest, SessionDisk, Status, left_open, server_of};
+use session_disk::{Changes, DiskOptions, HoldReason, Manifest, SessionDisk, Status, left_open, server_of};
 
 use crate::args::{SessionArgs, SessionCommand};
 use crate::commands::{amount, seconds};
@@ -16,7 +16,7 @@ const GOES_ON: &str = "`pristine restore` or the next `pristine serve` goes on";
 pub(crate) fn run(args: &SessionArgs) -> Result<ExitCode, Failure> {
     let (SessionCommand::End(disk) | SessionCommand::Hold(disk) | SessionCommand::Release(disk)) =
         &args.command;
-    let options = disk.options();
+    let options = DiskOptions { changes: Changes::AsBefore, ..disk.options() };
     let name = options.disk.display().to_string();
     match (&args.command, client(&options)?) {
         (SessionCommand::End(_), Some(mut server)) => end(&name, &mut server)?,

@@ -1,6 +1,7 @@
 //! A session disk and its life: open, session, session end, checkpoint, stop; in `hold`, being held.
 
 mod hold;
+mod keep;
 
 use std::fs;
 use std::io;
@@ -24,11 +25,12 @@ use crate::open::{
 };
 use crate::process::ProcessId;
 use crate::recover::{Basis, GoesOn};
-use crate::shared::{Parts, QueueCounters, Shared};
+use crate::shared::{FlushPolicy, Parts, QueueCounters, Shared};
 use crate::storage::Storage;
 use crate::{DiskOptions, DiskQueue, Error, Paths, SessionStart, SessionSummary};
 
 pub use hold::{Held, HoldReason, Released, left_open};
+pub use keep::Changes;
 
 /// A session that is open.
 #[derive(Debug)]
@@ -44,6 +46,8 @@ struct OpenSession {
 struct Lifecycle {
     manifest: Manifest,
     session: Option<OpenSession>,
+    /// Blocks that sessions before the open one changed, if changes are kept.
+    kept: BlockSet,
     queues: Vec<Weak<QueueCounters>>,
 }
 
@@ -54,6 +58,7 @@ pub struct SessionDisk {
     paths: Paths,
     keep_logs: usize,
     resume: bool,
+    changes: Changes,
     lifecycle: Mutex<Lifecycle>,
     basis: Basis,
     #[cfg(feature = "bench-without-log")]
@@ -100,8 +105,12 @@ impl SessionDisk {
         let was_open = before.session_open;
         let before = if options.resume { before } else { before.session_over() };
         let verdict = judge(&storage, &paths, &manifest, geometry, &disk, before)?;
+        let kept_before = manifest.kept;
+        let (pending, kept) =
+            keep::divide(&mut manifest, verdict.pending, verdict.session.is_some(), options)?;
         if let Basis::Everything(why) = &verdict.basis {
-            log::warn!("{}: {why}; all of its blocks will be restored", options.disk.display());
+            let what = if manifest.kept { "are kept as changed" } else { "will be restored" };
+            log::warn!("{}: {why}; all of its blocks {what}", options.disk.display());
         }
         if !paths.intents().exists() {
             Intents::create(&storage, &paths.intents(), geometry, true)?;
@@ -118,7 +127,7 @@ impl SessionDisk {
             manifest.held = manifest.held.or_else(|| HoldReason::untrusted(why, live.owner()));
         }
         let held = manifest.held.is_some();
-        let hold_changed = manifest.held != hold_before;
+        let says_more = left.is_some() || manifest.held != hold_before || manifest.kept != kept_before;
         let shared = Arc::new(Shared::new(Parts {
             geometry,
             disk_sync: open_for_sync(&disk)?,
@@ -128,8 +137,11 @@ impl SessionDisk {
             engine,
             faults: options.faults.clone(),
             storage: storage.clone(),
-            flush: options.flush,
-            pending: verdict.pending,
+            flush: match options.flush {
+                FlushPolicy::Auto if options.changes == Changes::Keep => FlushPolicy::Always,
+                flush => flush,
+            },
+            pending,
             intents: Intents::open(&storage, &paths.intents(), geometry)?,
             live,
         }));
@@ -138,12 +150,13 @@ impl SessionDisk {
         shared.claims.set_drain(rests, !(held || left.is_some() || was_open));
         let session = verdict.session.map(|session| take_up(&shared, &paths, session)).transpose()?;
         let resumed = session.is_some();
-        let lifecycle = Lifecycle { manifest, session, queues: Vec::new() };
+        let lifecycle = Lifecycle { manifest, session, kept, queues: Vec::new() };
         let disk = Self {
             shared,
             paths,
             keep_logs: options.keep_logs,
             resume: options.resume,
+            changes: options.changes,
             lifecycle: Mutex::new(lifecycle),
             basis: verdict.basis,
             #[cfg(feature = "bench-without-log")]
@@ -164,11 +177,12 @@ impl SessionDisk {
         // The logs of a held disk are kept too, where they can be.
         if !(speaks_alone || held && verdict.sealed) {
             disk.checkpoint()?;
-        } else if left.is_some() || hold_changed {
+        } else if says_more {
             disk.lifecycle().manifest.store(&storage, &disk.paths)?;
         }
         // From here on no log needs the page to be exact; before, a failure must leave it as it was.
         live.take_over(disk_id, number)?;
+        live.set_dirty(disk.kept_blocks());
         live.set_pending(disk.shared.pending.count());
         live.set_pristine(disk.lifecycle().manifest.logs.is_empty());
         Ok(Arc::new(disk))
@@ -285,6 +299,7 @@ impl SessionDisk {
         }
         self.shared.check_base()?;
         let mut manifest = lifecycle.manifest.clone();
+        self.keep_in(&mut manifest)?;
         let entry = next_entry(&mut manifest, EntryKind::Session);
         let header = self.log_header(&manifest, entry);
         let logs = self.shared.storage.logs(&self.paths.sessions());
@@ -326,7 +341,7 @@ impl SessionDisk {
         self.shared.live.token()
     }
 
-    /// Ends the session: step 8. Everything that it owns is pending from now on. Nothing is synced.
+    /// Ends the session: step 8. Everything that it owns is pending from now on, or kept. No data is synced.
     ///
     /// # Errors
     /// If none is open, or a queue has requests that are not reaped.
@@ -354,24 +369,23 @@ impl SessionDisk {
             // fails and we are killed before the next checkpoint, it counts as damaged: all is pending.
             if let Err(error) = writer.seal(dirty_blocks) {
                 log::warn!("write log {}: {error}", writer.path().display());
-            } else if held && let Err(error) = writer.sync() {
-                log::warn!("write log {}: {error}", writer.path().display());
             }
         }
         self.shared.claims.end_session(held, || {
-            self.shared.pending.insert_set(&self.shared.owned);
+            let set = if lifecycle.manifest.kept { &lifecycle.kept } else { &self.shared.pending };
+            set.insert_set(&self.shared.owned);
             self.shared.owned.clear();
         });
         lifecycle.session = None;
         self.shared.live.set_session_open(false);
         self.shared.live.set_owner(None);
         self.shared.live.set_token(None);
-        self.shared.live.set_dirty(0);
+        self.shared.live.set_dirty(lifecycle.kept.count());
         self.shared.live.set_pending(self.shared.pending.count());
         Ok(summary)
     }
 
-    /// Replaces all logs but the open session's by what is pending now: steps 9 and 10.
+    /// Replaces all logs but the open session's by what is pending or kept now: steps 9 and 10.
     ///
     /// When nothing is pending they are retired. What a guest took meanwhile is in the open session's log, and the
     /// intents cover that log in a power cut.
@@ -383,6 +397,7 @@ impl SessionDisk {
         let session = lifecycle.session.as_ref().map(|session| session.entry);
         let snapshot = BlockSet::new(self.shared.geometry.blocks());
         self.shared.claims.freeze(|| snapshot.insert_set(&self.shared.pending));
+        snapshot.insert_set(&lifecycle.kept);
         let mut manifest = lifecycle.manifest.clone();
         manifest.logs.clear();
         if !snapshot.is_empty() {
@@ -394,6 +409,7 @@ impl SessionDisk {
         manifest.logs.extend(session);
         manifest.pristine_since = None;
         if manifest.logs.is_empty() {
+            manifest.kept = false;
             self.shared.sync_disk_and_times()?;
             manifest.pristine_since = disk_witness(&self.shared.disk)?;
         }
@@ -472,6 +488,9 @@ impl SessionDisk {
         } else {
             (!self.shared.pending.is_empty() && !self.shared.claims.drain_began()).then_some(Left::Ended)
         };
+        if lifecycle.manifest.kept {
+            self.shared.sync_disk()?;
+        }
         if left.is_some() {
             lifecycle.manifest.left = left;
             lifecycle.manifest.store(&self.shared.storage, &self.paths)?;

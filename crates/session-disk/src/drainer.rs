@@ -153,6 +153,13 @@ fn drain_all(disk: &SessionDisk, control: &Control, observer: &dyn DrainObserver
     if shared.claims.drain_rests() {
         return shared.sync_disk();
     }
+    if disk.keeps_changes() && shared.pending.is_empty() {
+        // Nothing is to be restored; what sessions have written is to outlast the host.
+        shared.sync_disk()?;
+        // Logs that name nothing are retired: then the disk is pristine.
+        let old_logs_max = if disk.kept_blocks() == 0 { 0 } else { OLD_LOGS_MAX };
+        return if disk.old_logs() > old_logs_max { disk.checkpoint() } else { Ok(()) };
+    }
     if !shared.pending.is_empty() {
         // Made anew each time: between sessions an idle disk keeps no ring and no buffers for it.
         let mut drain = Drain::new(Arc::clone(shared))?;

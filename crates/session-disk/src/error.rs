@@ -98,6 +98,12 @@ pub enum Error {
         /// Why.
         reason: HoldReason,
     },
+    /// Sessions have left changes that are kept.
+    #[error("{disk} has changes of earlier sessions that are kept", disk = .disk.display())]
+    Kept {
+        /// The disk.
+        disk: PathBuf,
+    },
     /// An operation in the wrong state: a defect of the caller.
     #[error("{0}")]
     WrongState(&'static str),
@@ -126,6 +132,11 @@ impl Error {
             Self::DamagedManifest { .. } => Some(format!(
                 "no block of the disk can be trusted: `pristine provision --adopt --base BASE {disk}` \
                  restores all of it"
+            )),
+            Self::Kept { disk } => Some(format!(
+                "go on with them with `pristine serve --reset-on never`, or give them up with \
+                 `pristine restore --discard-kept --disk {}`",
+                disk.display()
             )),
             Self::NewerManifest { .. } => Some("use the version of pristine that wrote it".into()),
             Self::Base(BaseError::Changed { path, .. }) => Some(format!(

@@ -9,6 +9,7 @@
 //! - [`provision`] makes a disk, [`SessionDisk::open`] takes one over, [`verify`] and [`status`] look at one.
 //! - [`SessionDisk::begin_session`] and [`SessionDisk::end_session`] bound what a guest owns.
 //! - [`SessionDisk::hold`] keeps what a session left as it is, [`SessionDisk::release`] lets it go.
+//! - With [`Changes::Keep`] what sessions change is kept, until it is given up.
 //! - [`DiskQueue`] serves one virtqueue; [`Drainer`] restores in the background.
 //!
 //! The crash order is written above the code that keeps it: `queue` (steps 1 to 6), `drain` (7),
@@ -36,7 +37,7 @@ mod status;
 mod storage;
 mod verify;
 
-pub use disk::{Held, HoldReason, Released, SessionDisk, left_open};
+pub use disk::{Changes, Held, HoldReason, Released, SessionDisk, left_open};
 pub use drainer::{DrainObserver, DrainTrouble, Drainer};
 pub use error::Error;
 pub use intents::REGION_SIZE;

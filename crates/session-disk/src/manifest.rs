@@ -51,6 +51,9 @@ pub struct Manifest {
     /// Why nothing is restored and no session begins, if that is so, or will be at the session's end.
     #[serde(default)]
     pub held: Option<HoldReason>,
+    /// Whether what the logs name are changes that are kept: the disk's content, not to be restored.
+    #[serde(default)]
+    pub kept: bool,
     /// How a server that stopped in order left the last session, if nothing of it was restored.
     /// `None` while a server runs, so that a kill leaves it `None`.
     #[serde(default)]
@@ -226,6 +229,7 @@ mod tests {
             logs: vec![LogEntry { sequence: 2, uuid: Uuid::from_u128(2), kind: EntryKind::Session }],
             pristine_since: None,
             held: Some(HoldReason::ByOperator),
+            kept: false,
             left: Some(Left::Ended),
         }
     }

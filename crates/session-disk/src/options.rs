@@ -9,6 +9,7 @@ use blockio::fault::FaultPlan;
 use blockio::tape::Tape;
 
 use crate::Paths;
+use crate::disk::Changes;
 use crate::shared::FlushPolicy;
 
 /// How a disk is opened.
@@ -29,6 +30,8 @@ pub struct DiskOptions {
     pub flush: FlushPolicy,
     /// How many retired logs stay for audit.
     pub keep_logs: usize,
+    /// What becomes of sessions' changes.
+    pub changes: Changes,
     /// Take up a session that a server before has left open, if its log is exact: its VM may come
     /// back. Without this, such a session has ended.
     pub resume: bool,
@@ -53,6 +56,7 @@ impl DiskOptions {
             engine: None,
             flush: FlushPolicy::Auto,
             keep_logs: 8,
+            changes: Changes::Reset,
             resume: false,
             faults: None,
             tape: None,

@@ -137,6 +137,7 @@ fn make(options: &ProvisionOptions, made: &mut Made) -> Result<(u64, u64), Error
         logs: Vec::new(),
         pristine_since: None,
         held: None,
+        kept: false,
         left: None,
     };
     if pending.is_empty() {

@@ -28,6 +28,8 @@ pub enum DiskState {
     Interrupted,
     /// What the last session left is kept as it is, until it is released.
     Held,
+    /// Sessions have changed blocks, and the changes are kept; nobody has a session.
+    Kept,
 }
 
 impl DiskState {
@@ -42,7 +44,7 @@ impl DiskState {
 pub struct Status {
     /// In one word.
     pub state: DiskState,
-    /// Blocks that the open session owns.
+    /// Blocks that the open session owns; without one, those whose changes are kept.
     pub dirty_blocks: u64,
     /// Blocks that are not restored yet.
     pub pending_blocks: u64,
@@ -123,6 +125,7 @@ pub fn status(options: &DiskOptions) -> Result<Status, Error> {
         status.state = match (live.session_is_open(), live.is_pristine()) {
             (true, _) => DiskState::InSession,
             (false, _) if status.held.is_some() => DiskState::Held,
+            (false, _) if manifest.kept && status.dirty_blocks > 0 => DiskState::Kept,
             (false, true) => DiskState::Pristine,
             (false, false) => DiskState::Restoring,
         };
@@ -135,6 +138,12 @@ pub fn status(options: &DiskOptions) -> Result<Status, Error> {
     status.session_owner_pid = owner.filter(|owner| owner.is_alive()).map(|owner| owner.pid);
     status.pending_blocks = verdict.pending.count();
     status.state = if status.held.is_some() { DiskState::Held } else { DiskState::of(&verdict) };
+    if manifest.kept && status.pending_blocks > 0 {
+        (status.dirty_blocks, status.pending_blocks) = (status.pending_blocks, 0);
+        if status.held.is_none() {
+            status.state = DiskState::Kept;
+        }
+    }
     if let Basis::Everything(why) = verdict.basis {
         status.distrust = Some(why.to_string());
     }

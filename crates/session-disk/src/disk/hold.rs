@@ -134,12 +134,18 @@ impl SessionDisk {
     pub fn hold(&self, reason: HoldReason) -> Result<Held, Error> {
         let mut lifecycle = self.lifecycle();
         let session = lifecycle.session.as_ref().map(|session| session.entry.sequence);
-        let blocks = if session.is_some() { self.dirty_blocks() } else { self.pending_blocks() };
+        let blocks = match session {
+            Some(_) => self.dirty_blocks(),
+            None => self.pending_blocks() + lifecycle.kept.count(),
+        };
         if lifecycle.manifest.held.is_some() {
             return Ok(Held { already: true, session, blocks });
         }
         // The drain first: what it has once begun can't be kept any more.
-        if session.is_none() && (blocks == 0 || !self.shared.claims.rest_if_not_begun()) {
+        if session.is_none()
+            && !lifecycle.manifest.kept
+            && (blocks == 0 || !self.shared.claims.rest_if_not_begun())
+        {
             return Err(nothing_to_hold(self.paths.disk(), blocks));
         }
         let mut manifest = lifecycle.manifest.clone();
