@@ -1,33 +1,29 @@
-//! A session disk and its life: open, session, session end, checkpoint, stop; in `hold`, being held.
+//! A session disk and its life: taken over (`start`), in a session (`session`), checkpoint, drain, stop;
+//! held (`hold`), or with its changes kept (`keep`).
 
 mod hold;
 mod keep;
+mod session;
+mod start;
 
 use std::fs;
 use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
-use blockio::{EngineKind, File};
 use blocks::{BlockSet, Geometry};
 use uuid::Uuid;
 use write_log::{LogError, LogHeader, LogId, LogWriter};
 
 use crate::drain::Drain;
-use crate::intents::Intents;
-use crate::live::{LiveMark, LivePage};
-use crate::manifest::{DiskFile, EntryKind, Left, LogEntry, Manifest};
-use crate::open::{
-    check_size, describe, disk_witness, drop_oldest_retired, file_number, judge, lock_state_dir, open_base,
-    open_disk, open_for_sync, prune_logs, refuse_same_file, remove_log,
-};
+use crate::manifest::{EntryKind, Left, LogEntry, Manifest};
+use crate::open::{disk_witness, drop_oldest_retired, prune_logs, remove_log};
 use crate::process::ProcessId;
-use crate::recover::{Basis, GoesOn};
-use crate::shared::{FlushPolicy, Parts, QueueCounters, Shared};
-use crate::storage::Storage;
-use crate::{DiskOptions, DiskQueue, Error, Paths, SessionStart, SessionSummary};
+use crate::recover::Basis;
+use crate::shared::{QueueCounters, Shared};
+use crate::{DiskQueue, Error, Paths};
 
 pub use hold::{Held, HoldReason, Released, left_open};
 pub use keep::Changes;
@@ -68,126 +64,6 @@ pub struct SessionDisk {
 }
 
 impl SessionDisk {
-    /// Takes the disk over: locks it, finds out what is pending, and makes that durable.
-    ///
-    /// # Errors
-    /// If the disk was not provisioned, is in use, its base changed, or its state can't be read. A
-    /// state that can be read but not trusted is no error: then all blocks are pending.
-    ///
-    /// With [`DiskOptions::resume`], a session that is open and whose log is exact goes on: see
-    /// [`session_is_open`](Self::session_is_open).
-    pub fn open(options: &DiskOptions) -> Result<Arc<Self>, Error> {
-        #[cfg(feature = "test-no-intents")]
-        log::error!("{}: this build keeps no intents and leaks in a power cut", options.disk.display());
-        let (paths, storage) = (options.paths(), Storage::new(options.tape.clone()));
-        // A first look, to know the live page's name; it is read again under the lock.
-        let disk_id = Manifest::load_from(&storage, &paths)?.disk;
-        let number = file_number(&options.disk)?;
-        let live = LivePage::inspect(&paths.live_page(disk_id), disk_id, number);
-        let disk = open_disk(&options.disk, options.direct, live.as_ref())?;
-        drop(live);
-        let state_lock = lock_state_dir(&paths)?;
-        let mut manifest = Manifest::load_from(&storage, &paths)?;
-        let geometry = check_size(&disk, &manifest)?;
-        if u64::from(disk.alignment().offset) > 512
-            && !geometry.size().is_multiple_of(disk.alignment().offset.into())
-        {
-            return Err(Error::Refused(format!(
-                "{}: direct I/O needs a size that is a multiple of {} bytes; serve it without --direct",
-                options.disk.display(),
-                disk.alignment().offset
-            )));
-        }
-        let base = open_base(&manifest)?;
-        refuse_same_file(&options.disk, &manifest.base.path)?;
-        paths.create_state_dirs(&storage)?;
-        let (live, before) = LivePage::open(&paths, manifest.disk, number)?;
-        let was_open = before.session_open;
-        let before = if options.resume { before } else { before.session_over() };
-        let verdict = judge(&storage, &paths, &manifest, geometry, &disk, before)?;
-        let kept_before = manifest.kept;
-        let (pending, kept) =
-            keep::divide(&mut manifest, verdict.pending, verdict.session.is_some(), options)?;
-        if let Basis::Everything(why) = &verdict.basis {
-            let what = if manifest.kept { "are kept as changed" } else { "will be restored" };
-            log::warn!("{}: {why}; all of its blocks {what}", options.disk.display());
-        }
-        if !paths.intents().exists() {
-            Intents::create(&storage, &paths.intents(), geometry, true)?;
-        }
-        let engine = match options.engine {
-            Some(engine) => engine,
-            None => best_engine(&disk),
-        };
-        manifest.file = disk_witness(&disk)?.as_ref().and_then(DiskFile::of);
-        let left = manifest.left.take();
-        let hold_before = manifest.held.clone();
-        manifest.held = manifest.held.filter(|reason| !reason.is_over());
-        if let (true, true, Basis::Everything(why)) = (options.resume, was_open, &verdict.basis) {
-            manifest.held = manifest.held.or_else(|| HoldReason::untrusted(why, live.owner()));
-        }
-        let held = manifest.held.is_some();
-        let says_more = left.is_some() || manifest.held != hold_before || manifest.kept != kept_before;
-        let shared = Arc::new(Shared::new(Parts {
-            geometry,
-            disk_sync: open_for_sync(&disk)?,
-            disk,
-            base,
-            base_identity: manifest.base.identity.clone(),
-            engine,
-            faults: options.faults.clone(),
-            storage: storage.clone(),
-            flush: match options.flush {
-                FlushPolicy::Auto if options.changes == Changes::Keep => FlushPolicy::Always,
-                flush => flush,
-            },
-            pending,
-            intents: Intents::open(&storage, &paths.intents(), geometry)?,
-            live,
-        }));
-        // An open session that goes on is held from its end on.
-        let rests = held && verdict.session.is_none();
-        shared.claims.set_drain(rests, !(held || left.is_some() || was_open));
-        let session = verdict.session.map(|session| take_up(&shared, &paths, session)).transpose()?;
-        let resumed = session.is_some();
-        let lifecycle = Lifecycle { manifest, session, kept, queues: Vec::new() };
-        let disk = Self {
-            shared,
-            paths,
-            keep_logs: options.keep_logs,
-            resume: options.resume,
-            changes: options.changes,
-            lifecycle: Mutex::new(lifecycle),
-            basis: verdict.basis,
-            #[cfg(feature = "bench-without-log")]
-            without_log: options.without_log,
-            _state_lock: state_lock,
-        };
-        let live = &disk.shared.live;
-        if resumed {
-            // Nothing is concluded that the next start could not conclude again: the logs stay.
-            live.go_on();
-            live.set_pending(disk.shared.pending.count());
-            live.set_dirty(disk.shared.owned.count());
-            disk.shared.open.store(true, Ordering::SeqCst);
-            return Ok(Arc::new(disk));
-        }
-        // Step 10: in memory alone the next kill would forget what was concluded.
-        let speaks_alone = disk.lifecycle().manifest.speaks_alone(&disk.basis);
-        // The logs of a held disk are kept too, where they can be.
-        if !(speaks_alone || held && verdict.sealed) {
-            disk.checkpoint()?;
-        } else if says_more {
-            disk.lifecycle().manifest.store(&storage, &disk.paths)?;
-        }
-        // From here on no log needs the page to be exact; before, a failure must leave it as it was.
-        live.take_over(disk_id, number)?;
-        live.set_dirty(disk.kept_blocks());
-        live.set_pending(disk.shared.pending.count());
-        live.set_pristine(disk.lifecycle().manifest.logs.is_empty());
-        Ok(Arc::new(disk))
-    }
-
     fn lifecycle(&self) -> MutexGuard<'_, Lifecycle> {
         self.lifecycle.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
@@ -279,110 +155,6 @@ impl SessionDisk {
         let mut lifecycle = self.lifecycle();
         lifecycle.queues.retain(|queue| queue.strong_count() > 0);
         lifecycle.queues.push(Arc::downgrade(counters));
-    }
-
-    /// Opens a session: from now on requests are taken. Its log's room is reserved, and the manifest
-    /// names it, before the first of them.
-    ///
-    /// # Errors
-    /// If one is open already, or the log can't be made; then nothing has changed.
-    pub fn begin_session(&self, owner: Option<ProcessId>) -> Result<SessionStart, Error> {
-        let mut lifecycle = self.lifecycle();
-        if lifecycle.session.is_some() {
-            return Err(Error::WrongState("a session is open already"));
-        }
-        if self.shared.is_poisoned() {
-            return Err(Error::Poisoned(self.shared.disk.path().to_owned()));
-        }
-        if let Some(reason) = &lifecycle.manifest.held {
-            return Err(Error::Held { disk: self.paths.disk().to_owned(), reason: reason.clone() });
-        }
-        self.shared.check_base()?;
-        let mut manifest = lifecycle.manifest.clone();
-        self.keep_in(&mut manifest)?;
-        let entry = next_entry(&mut manifest, EntryKind::Session);
-        let header = self.log_header(&manifest, entry);
-        let logs = self.shared.storage.logs(&self.paths.sessions());
-        let writer = self.with_room(&lifecycle, || LogWriter::create_in(&*logs, &header))?;
-        // The mark comes first: were we killed between the two, the earlier logs are sealed and speak
-        // for themselves.
-        self.shared.live.set_mark(LiveMark { sequence: entry.sequence, mark: writer.mark() });
-        manifest.pristine_since = None;
-        self.replace_manifest(&manifest)?;
-        lifecycle.manifest = manifest;
-        self.shared.live.set_pristine(false);
-        *self.shared.log() = Some(writer);
-        let bytes_before = self.bytes_written(&lifecycle);
-        lifecycle.session = Some(OpenSession { entry, started: SystemTime::now(), bytes_before });
-        self.shared.live.set_owner(owner);
-        self.shared.live.set_token(None);
-        self.shared.live.set_dirty(0);
-        self.shared.live.set_session_open(true);
-        #[cfg(feature = "bench-without-log")]
-        if self.without_log {
-            self.shared.owned.insert(self.shared.geometry.all());
-        }
-        self.shared.open.store(true, Ordering::SeqCst);
-        Ok(SessionStart { sequence: entry.sequence, pending_blocks: self.shared.pending.count() })
-    }
-
-    /// Notes a new owner of the open session: the same process under a new connection.
-    pub fn set_owner(&self, owner: Option<ProcessId>) {
-        self.shared.live.set_owner(owner);
-    }
-
-    /// Notes by which in-flight table the open session's frontend can be known again.
-    pub fn set_token(&self, token: Option<Uuid>) {
-        self.shared.live.set_token(token);
-    }
-
-    /// The token that was noted last in the open session.
-    pub fn token(&self) -> Option<Uuid> {
-        self.shared.live.token()
-    }
-
-    /// Ends the session: step 8. Everything that it owns is pending from now on, or kept. No data is synced.
-    ///
-    /// # Errors
-    /// If none is open, or a queue has requests that are not reaped.
-    pub fn end_session(&self) -> Result<SessionSummary, Error> {
-        let mut lifecycle = self.lifecycle();
-        let Some(session) = &lifecycle.session else {
-            return Err(Error::WrongState("no session is open"));
-        };
-        // Closed first, counted then: a queue counts first and looks then.
-        self.shared.open.store(false, Ordering::SeqCst);
-        if lifecycle.in_flight() > 0 {
-            self.shared.open.store(true, Ordering::SeqCst);
-            return Err(Error::WrongState("a queue has requests in flight"));
-        }
-        let held = lifecycle.manifest.held.is_some();
-        let dirty_blocks = self.shared.owned.count();
-        let summary = SessionSummary {
-            sequence: session.entry.sequence,
-            dirty_blocks,
-            bytes_written: self.bytes_written(&lifecycle).saturating_sub(session.bytes_before),
-            duration: session.started.elapsed().unwrap_or_default(),
-        };
-        if let Some(mut writer) = self.shared.log().take() {
-            // Sealed, it is exact without the live page's mark, which will be the next log's. If that
-            // fails and we are killed before the next checkpoint, it counts as damaged: all is pending.
-            if let Err(error) = writer.seal(dirty_blocks) {
-                log::warn!("write log {}: {error}", writer.path().display());
-            }
-        }
-        self.shared.claims.end_session(held, || {
-            let set = if lifecycle.manifest.kept { &lifecycle.kept } else { &self.shared.pending };
-            set.insert_set(&self.shared.owned);
-            self.shared.owned.clear();
-        });
-        lifecycle.session = None;
-        self.shared.live.set_session_open(false);
-        self.shared.live.set_owner(None);
-        self.shared.live.set_token(None);
-        self.shared.live.set_dirty(lifecycle.kept.count());
-        self.shared.live.set_pending(self.shared.pending.count());
-        Ok(summary)
     }
 
     /// Replaces all logs but the open session's by what is pending or kept now: steps 9 and 10.
@@ -569,33 +341,6 @@ impl Lifecycle {
 impl Drop for SessionDisk {
     fn drop(&mut self) {
         self.shared.live.set_server(None);
-    }
-}
-
-/// Goes on with an open session where its log says that it was. What a server before has appended
-/// and not counted is erased.
-fn take_up(shared: &Shared, paths: &Paths, session: GoesOn) -> Result<OpenSession, Error> {
-    let log = paths.sessions().join(session.entry.id().file_name());
-    let file = shared.storage.open_log(&log)?;
-    let (writer, owned) = LogWriter::resume_on(file, log, session.mark)?;
-    shared.owned.insert_set(&owned);
-    *shared.log() = Some(writer);
-    let started = UNIX_EPOCH + Duration::from_nanos(session.begun_unix_ns);
-    Ok(OpenSession { entry: session.entry, started, bytes_before: 0 })
-}
-
-/// io_uring, but on a file system that can't answer "this would block" (tmpfs, where nothing does)
-/// it would hand each operation to a thread: several times the cost of doing it at once.
-fn best_engine(disk: &File) -> EngineKind {
-    if !disk.supports_nowait() {
-        return EngineKind::Sync;
-    }
-    match blockio::new_engine(EngineKind::IoUring, 1, Vec::new()) {
-        Ok(_) => EngineKind::IoUring,
-        Err(error) => {
-            log::warn!("io_uring is not to be had ({}): I/O is synchronous and slower", describe(&error));
-            EngineKind::Sync
-        }
     }
 }
 

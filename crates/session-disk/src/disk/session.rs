@@ -1,0 +1,119 @@
+//! A session's beginning and end.
+
+use std::sync::atomic::Ordering;
+use std::time::SystemTime;
+
+use uuid::Uuid;
+use write_log::LogWriter;
+
+use super::{OpenSession, SessionDisk, next_entry};
+use crate::live::LiveMark;
+use crate::manifest::EntryKind;
+use crate::process::ProcessId;
+use crate::{Error, SessionStart, SessionSummary};
+
+impl SessionDisk {
+    /// Opens a session: from now on requests are taken. Its log's room is reserved, and the manifest
+    /// names it, before the first of them.
+    ///
+    /// # Errors
+    /// If one is open already, or the log can't be made; then nothing has changed.
+    pub fn begin_session(&self, owner: Option<ProcessId>) -> Result<SessionStart, Error> {
+        let mut lifecycle = self.lifecycle();
+        if lifecycle.session.is_some() {
+            return Err(Error::WrongState("a session is open already"));
+        }
+        if self.shared.is_poisoned() {
+            return Err(Error::Poisoned(self.shared.disk.path().to_owned()));
+        }
+        if let Some(reason) = &lifecycle.manifest.held {
+            return Err(Error::Held { disk: self.paths.disk().to_owned(), reason: reason.clone() });
+        }
+        self.shared.check_base()?;
+        let mut manifest = lifecycle.manifest.clone();
+        self.keep_in(&mut manifest)?;
+        let entry = next_entry(&mut manifest, EntryKind::Session);
+        let header = self.log_header(&manifest, entry);
+        let logs = self.shared.storage.logs(&self.paths.sessions());
+        let writer = self.with_room(&lifecycle, || LogWriter::create_in(&*logs, &header))?;
+        // The mark comes first: were we killed between the two, the earlier logs are sealed and speak
+        // for themselves.
+        self.shared.live.set_mark(LiveMark { sequence: entry.sequence, mark: writer.mark() });
+        manifest.pristine_since = None;
+        self.replace_manifest(&manifest)?;
+        lifecycle.manifest = manifest;
+        self.shared.live.set_pristine(false);
+        *self.shared.log() = Some(writer);
+        let bytes_before = self.bytes_written(&lifecycle);
+        lifecycle.session = Some(OpenSession { entry, started: SystemTime::now(), bytes_before });
+        self.shared.live.set_owner(owner);
+        self.shared.live.set_token(None);
+        self.shared.live.set_dirty(0);
+        self.shared.live.set_session_open(true);
+        #[cfg(feature = "bench-without-log")]
+        if self.without_log {
+            self.shared.owned.insert(self.shared.geometry.all());
+        }
+        self.shared.open.store(true, Ordering::SeqCst);
+        Ok(SessionStart { sequence: entry.sequence, pending_blocks: self.shared.pending.count() })
+    }
+
+    /// Notes a new owner of the open session: the same process under a new connection.
+    pub fn set_owner(&self, owner: Option<ProcessId>) {
+        self.shared.live.set_owner(owner);
+    }
+
+    /// Notes by which in-flight table the open session's frontend can be known again.
+    pub fn set_token(&self, token: Option<Uuid>) {
+        self.shared.live.set_token(token);
+    }
+
+    /// The token that was noted last in the open session.
+    pub fn token(&self) -> Option<Uuid> {
+        self.shared.live.token()
+    }
+
+    /// Ends the session: step 8. Everything that it owns is pending from now on, or kept. No data is synced.
+    ///
+    /// # Errors
+    /// If none is open, or a queue has requests that are not reaped.
+    pub fn end_session(&self) -> Result<SessionSummary, Error> {
+        let mut lifecycle = self.lifecycle();
+        let Some(session) = &lifecycle.session else {
+            return Err(Error::WrongState("no session is open"));
+        };
+        // Closed first, counted then: a queue counts first and looks then.
+        self.shared.open.store(false, Ordering::SeqCst);
+        if lifecycle.in_flight() > 0 {
+            self.shared.open.store(true, Ordering::SeqCst);
+            return Err(Error::WrongState("a queue has requests in flight"));
+        }
+        let held = lifecycle.manifest.held.is_some();
+        let dirty_blocks = self.shared.owned.count();
+        let summary = SessionSummary {
+            sequence: session.entry.sequence,
+            dirty_blocks,
+            bytes_written: self.bytes_written(&lifecycle).saturating_sub(session.bytes_before),
+            duration: session.started.elapsed().unwrap_or_default(),
+        };
+        if let Some(mut writer) = self.shared.log().take() {
+            // Sealed, it is exact without the live page's mark, which will be the next log's. If that
+            // fails and we are killed before the next checkpoint, it counts as damaged: all is pending.
+            if let Err(error) = writer.seal(dirty_blocks) {
+                log::warn!("write log {}: {error}", writer.path().display());
+            }
+        }
+        self.shared.claims.end_session(held, || {
+            let set = if lifecycle.manifest.kept { &lifecycle.kept } else { &self.shared.pending };
+            set.insert_set(&self.shared.owned);
+            self.shared.owned.clear();
+        });
+        lifecycle.session = None;
+        self.shared.live.set_session_open(false);
+        self.shared.live.set_owner(None);
+        self.shared.live.set_token(None);
+        self.shared.live.set_dirty(lifecycle.kept.count());
+        self.shared.live.set_pending(self.shared.pending.count());
+        Ok(summary)
+    }
+}

@@ -1,0 +1,170 @@
+//! Taking a disk over: what it was left as becomes what it is.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, UNIX_EPOCH};
+
+use blockio::{EngineKind, File};
+use write_log::LogWriter;
+
+use super::{HoldReason, Lifecycle, OpenSession, SessionDisk, keep};
+use crate::intents::Intents;
+use crate::live::LivePage;
+use crate::manifest::{DiskFile, Manifest};
+use crate::open::{
+    check_size, describe, disk_witness, file_number, judge, lock_state_dir, open_base, open_disk,
+    open_for_sync, refuse_same_file,
+};
+use crate::recover::{Basis, GoesOn};
+use crate::shared::{FlushPolicy, Parts, Shared};
+use crate::storage::Storage;
+use crate::{Changes, DiskOptions, Error, Paths};
+
+impl SessionDisk {
+    /// Takes the disk over: locks it, finds out what is pending, and makes that durable.
+    ///
+    /// # Errors
+    /// If the disk was not provisioned, is in use, its base changed, or its state can't be read. A
+    /// state that can be read but not trusted is no error: then all blocks are pending.
+    ///
+    /// With [`DiskOptions::resume`], a session that is open and whose log is exact goes on: see
+    /// [`session_is_open`](Self::session_is_open).
+    pub fn open(options: &DiskOptions) -> Result<Arc<Self>, Error> {
+        #[cfg(feature = "test-no-intents")]
+        log::error!("{}: this build keeps no intents and leaks in a power cut", options.disk.display());
+        let (paths, storage) = (options.paths(), Storage::new(options.tape.clone()));
+        // A first look, to know the live page's name; it is read again under the lock.
+        let disk_id = Manifest::load_from(&storage, &paths)?.disk;
+        let number = file_number(&options.disk)?;
+        let live = LivePage::inspect(&paths.live_page(disk_id), disk_id, number);
+        let disk = open_disk(&options.disk, options.direct, live.as_ref())?;
+        drop(live);
+        let state_lock = lock_state_dir(&paths)?;
+        let mut manifest = Manifest::load_from(&storage, &paths)?;
+        let geometry = check_size(&disk, &manifest)?;
+        if u64::from(disk.alignment().offset) > 512
+            && !geometry.size().is_multiple_of(disk.alignment().offset.into())
+        {
+            return Err(Error::Refused(format!(
+                "{}: direct I/O needs a size that is a multiple of {} bytes; serve it without --direct",
+                options.disk.display(),
+                disk.alignment().offset
+            )));
+        }
+        let base = open_base(&manifest)?;
+        refuse_same_file(&options.disk, &manifest.base.path)?;
+        paths.create_state_dirs(&storage)?;
+        let (live, before) = LivePage::open(&paths, manifest.disk, number)?;
+        let was_open = before.session_open;
+        let before = if options.resume { before } else { before.session_over() };
+        let verdict = judge(&storage, &paths, &manifest, geometry, &disk, before)?;
+        let kept_before = manifest.kept;
+        let (pending, kept) =
+            keep::divide(&mut manifest, verdict.pending, verdict.session.is_some(), options)?;
+        if let Basis::Everything(why) = &verdict.basis {
+            let what = if manifest.kept { "are kept as changed" } else { "will be restored" };
+            log::warn!("{}: {why}; all of its blocks {what}", options.disk.display());
+        }
+        if !paths.intents().exists() {
+            Intents::create(&storage, &paths.intents(), geometry, true)?;
+        }
+        let engine = match options.engine {
+            Some(engine) => engine,
+            None => best_engine(&disk),
+        };
+        manifest.file = disk_witness(&disk)?.as_ref().and_then(DiskFile::of);
+        let left = manifest.left.take();
+        let hold_before = manifest.held.clone();
+        manifest.held = manifest.held.filter(|reason| !reason.is_over());
+        if let (true, true, Basis::Everything(why)) = (options.resume, was_open, &verdict.basis) {
+            manifest.held = manifest.held.or_else(|| HoldReason::untrusted(why, live.owner()));
+        }
+        let held = manifest.held.is_some();
+        let says_more = left.is_some() || manifest.held != hold_before || manifest.kept != kept_before;
+        let shared = Arc::new(Shared::new(Parts {
+            geometry,
+            disk_sync: open_for_sync(&disk)?,
+            disk,
+            base,
+            base_identity: manifest.base.identity.clone(),
+            engine,
+            faults: options.faults.clone(),
+            storage: storage.clone(),
+            flush: match options.flush {
+                FlushPolicy::Auto if options.changes == Changes::Keep => FlushPolicy::Always,
+                flush => flush,
+            },
+            pending,
+            intents: Intents::open(&storage, &paths.intents(), geometry)?,
+            live,
+        }));
+        // An open session that goes on is held from its end on.
+        let rests = held && verdict.session.is_none();
+        shared.claims.set_drain(rests, !(held || left.is_some() || was_open));
+        let session = verdict.session.map(|session| take_up(&shared, &paths, session)).transpose()?;
+        let resumed = session.is_some();
+        let lifecycle = Lifecycle { manifest, session, kept, queues: Vec::new() };
+        let disk = Self {
+            shared,
+            paths,
+            keep_logs: options.keep_logs,
+            resume: options.resume,
+            changes: options.changes,
+            lifecycle: Mutex::new(lifecycle),
+            basis: verdict.basis,
+            #[cfg(feature = "bench-without-log")]
+            without_log: options.without_log,
+            _state_lock: state_lock,
+        };
+        let live = &disk.shared.live;
+        if resumed {
+            // Nothing is concluded that the next start could not conclude again: the logs stay.
+            live.go_on();
+            live.set_pending(disk.shared.pending.count());
+            live.set_dirty(disk.shared.owned.count());
+            disk.shared.open.store(true, Ordering::SeqCst);
+            return Ok(Arc::new(disk));
+        }
+        // Step 10: in memory alone the next kill would forget what was concluded.
+        let speaks_alone = disk.lifecycle().manifest.speaks_alone(&disk.basis);
+        // The logs of a held disk are kept too, where they can be.
+        if !(speaks_alone || held && verdict.sealed) {
+            disk.checkpoint()?;
+        } else if says_more {
+            disk.lifecycle().manifest.store(&storage, &disk.paths)?;
+        }
+        // From here on no log needs the page to be exact; before, a failure must leave it as it was.
+        live.take_over(disk_id, number)?;
+        live.set_dirty(disk.kept_blocks());
+        live.set_pending(disk.shared.pending.count());
+        live.set_pristine(disk.lifecycle().manifest.logs.is_empty());
+        Ok(Arc::new(disk))
+    }
+}
+
+/// Goes on with an open session where its log says that it was. What a server before has appended
+/// and not counted is erased.
+fn take_up(shared: &Shared, paths: &Paths, session: GoesOn) -> Result<OpenSession, Error> {
+    let log = paths.sessions().join(session.entry.id().file_name());
+    let file = shared.storage.open_log(&log)?;
+    let (writer, owned) = LogWriter::resume_on(file, log, session.mark)?;
+    shared.owned.insert_set(&owned);
+    *shared.log() = Some(writer);
+    let started = UNIX_EPOCH + Duration::from_nanos(session.begun_unix_ns);
+    Ok(OpenSession { entry: session.entry, started, bytes_before: 0 })
+}
+
+/// io_uring, but on a file system that can't answer "this would block" (tmpfs, where nothing does)
+/// it would hand each operation to a thread: several times the cost of doing it at once.
+fn best_engine(disk: &File) -> EngineKind {
+    if !disk.supports_nowait() {
+        return EngineKind::Sync;
+    }
+    match blockio::new_engine(EngineKind::IoUring, 1, Vec::new()) {
+        Ok(_) => EngineKind::IoUring,
+        Err(error) => {
+            log::warn!("io_uring is not to be had ({}): I/O is synchronous and slower", describe(&error));
+            EngineKind::Sync
+        }
+    }
+}
