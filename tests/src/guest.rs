@@ -1,5 +1,6 @@
 //! A real Linux guest in QEMU, with one vhost-user disk, that runs a shell script and powers off.
 
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -19,6 +20,7 @@ use crate::program::{scratch_dir, scratch_root};
 pub struct Guest {
     qemu: Process,
     _dir: Option<TempDir>,
+    monitor: Option<TempDir>,
 }
 
 /// How a guest is to be built.
@@ -30,11 +32,13 @@ pub struct Options {
     pub reboots: bool,
     /// Whether QEMU connects again, after a second, when the server goes away.
     pub reconnects: bool,
+    /// Whether QEMU stays when the guest powers off, as with `-no-shutdown`.
+    pub stays: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { queues: 2, reboots: false, reconnects: false }
+        Self { queues: 2, reboots: false, reconnects: false, stays: false }
     }
 }
 
@@ -73,12 +77,17 @@ impl Guest {
         if !options.reboots {
             qemu.arg("-no-reboot");
         }
-        Self { qemu: Process::spawn("guest", &qemu), _dir: Some(dir) }
+        if options.stays {
+            qemu.arg("-no-shutdown");
+        }
+        let monitor = tempfile::Builder::new().prefix("pm").tempdir().unwrap();
+        qemu.arg("-monitor").arg(format!("unix:{}/m,server=on,wait=off", monitor.path().display()));
+        Self { qemu: Process::spawn("guest", &qemu), _dir: Some(dir), monitor: Some(monitor) }
     }
 
     /// A guest that was booted by other means, but with the prepared initramfs.
     pub(crate) fn of(qemu: Process) -> Self {
-        Self { qemu, _dir: None }
+        Self { qemu, _dir: None, monitor: None }
     }
 
     /// The next thing that the guest says, whatever it is, if it says something within `limit`; `Err`
@@ -122,6 +131,27 @@ impl Guest {
         };
         let line = self.qemu.wait_line(&format!("\"{wanted}\""), PATIENCE, is_it);
         line[wanted.len()..].trim().to_owned()
+    }
+
+    /// Gives QEMU's monitor a command, such as `stop`, and returns what it answers.
+    pub fn monitor(&self, command: &str) -> String {
+        use std::io::{Read, Write};
+        let socket = self.monitor.as_ref().unwrap().path().join("m");
+        let mut monitor = UnixStream::connect(socket).unwrap();
+        monitor.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut answer = String::new();
+        // A prompt before, and one after.
+        let mut read_to_prompt = |monitor: &mut UnixStream| {
+            answer.clear();
+            let mut byte = [0];
+            while !answer.ends_with("(qemu) ") && monitor.read(&mut byte).unwrap() == 1 {
+                answer.push(byte[0].into());
+            }
+        };
+        read_to_prompt(&mut monitor);
+        writeln!(monitor, "{command}").unwrap();
+        read_to_prompt(&mut monitor);
+        answer
     }
 
     /// Types a line at the guest's console.
