@@ -189,9 +189,11 @@ pressure() {
     done
 }
 
+flush() { sync -d "$dir/disk"; }
+
 # The session's data is on the medium; from now on only what pristine syncs gets there.
 relax() {
-    sync -d "$dir/disk"
+    flush
     pressure none
 }
 

@@ -33,7 +33,10 @@ fn assert_restorable_after_power_cuts(file_system: &str) {
     let result = life.run(cuts);
     println!("{file_system}, seed {seed}: {:#?}", life.counts);
     result.unwrap_or_else(|leak| panic!("{leak}"));
-    assert!(life.counts.with_session_data.0 > 0, "no cut left data of a session: this proves nothing");
+    assert!(
+        cuts < 2 || life.counts.with_session_data.0 > 0,
+        "no cut left data of a session: this proves nothing"
+    );
 }
 
 #[test]

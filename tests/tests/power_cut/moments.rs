@@ -34,10 +34,10 @@ pub(crate) enum Moment {
 
 const MOMENTS: [Moment; 16] = [
     FirstTouches,
+    SteadyWrites,
     Recovery,
     NextSession,
     ProvisionLazy,
-    SteadyWrites,
     SessionStart,
     SessionEnd,
     Drain,
@@ -63,12 +63,12 @@ pub(crate) struct Steps {
     pub(crate) provisions: bool,
 }
 
-/// All moments; but for the first two, in an order that depends on the seed.
+/// All moments; but for the first three, in an order that depends on the seed.
 pub(crate) fn shuffled(seed: u64) -> Vec<Moment> {
     let mut moments = MOMENTS.to_vec();
     let mut random = Random::new(seed);
-    for last in (3..moments.len()).rev() {
-        moments.swap(last, 2 + random.below(last as u64 - 1) as usize);
+    for last in (4..moments.len()).rev() {
+        moments.swap(last, 3 + random.below(last as u64 - 2) as usize);
     }
     moments
 }
@@ -97,7 +97,8 @@ pub(crate) fn steps(moment: Moment, next_disk: u64, loses_cache: bool, random: &
     let dirty = format!("dirty {}", [100, 1000, 3000][random.below(3) as usize]);
     let (before, under_way, delay_ms_max): (&[&str], &[&str], u64) = match moment {
         FirstTouches => (&[serve, &one, &dirty, "end"], &[&other], 1500),
-        SteadyWrites => (&[serve, &one, &dirty], &["wait_a_while"], 2000),
+        // For certain with data of a session on the medium.
+        SteadyWrites => (&[serve, &one, &dirty, "flush"], &["wait_a_while"], 2000),
         SessionStart => (&[serve], &[&one], 500),
         SessionEnd => (&[serve, &one, &dirty], &["end"], 300),
         Drain => (&[serve, &one, &dirty, "relax", "end"], &["drained"], 500),
