@@ -10,7 +10,7 @@ use crate::guest::Guest;
 use crate::initramfs::{guest_dir, write_with};
 use crate::lab::Lab;
 use crate::outer::{Machine, Plan, make_file_system};
-use crate::program::pristine_binary;
+use crate::program::{manager_binary, pristine_binary};
 
 /// Names the program: `PRISTINE_CLOUD_HYPERVISOR=/path/to/cloud-hypervisor`.
 pub const VARIABLE: &str = "PRISTINE_CLOUD_HYPERVISOR";
@@ -20,6 +20,8 @@ const SHELL: &str = "
     mount -t ext4 /dev/vda /mnt
     mkdir -p /run; mount -t tmpfs run /run
     truncate -s 64k /run/order
+    mkfifo /run/manager; exec 8<>/run/manager
+    mkdir -p /tmp
     cd /mnt
     say kvm $(ls /dev/kvm)
     while read -r line && [ \"$line\" != end ]; do
@@ -61,6 +63,8 @@ impl Host {
             programs: vec![
                 ("bin/pristine".into(), pristine_binary().to_owned()),
                 ("bin/cloud-hypervisor".into(), vmm.to_owned()),
+                ("bin/service-manager".into(), manager_binary()),
+                ("bin/bash".into(), "/bin/bash".into()),
             ],
             files: vec![
                 ("guest/vmlinuz".into(), fs::read(guest_dir().join("vmlinuz")).unwrap()),
@@ -104,11 +108,46 @@ impl Host {
         self.wait("the server listens", "grep -q listening /run/served");
     }
 
+    /// Starts a server as a service: by a manager that keeps its connections over a restart.
+    pub fn serve_as_service(&mut self) {
+        self.run(
+            "service-manager pristine serve --disk disk --socket-path /run/s </run/manager \
+             >/run/served 2>&1 & echo $! >/run/server",
+        );
+        self.wait_managed("is ready", 1);
+    }
+
+    /// Has the manager end the service, and start it again.
+    pub fn upgrade(&mut self) {
+        let before = self.served_count("manager:.*is ready");
+        self.run("echo upgrade >&8");
+        self.wait_managed("is ready", before + 1);
+    }
+
+    /// Has the manager end the service, and itself.
+    pub fn end_service(&mut self) {
+        self.run("echo end >&8");
+        self.wait("the manager ends", "! kill -0 $(cat /run/server) 2>/dev/null");
+    }
+
+    fn wait_managed(&mut self, what: &str, count: u32) {
+        let counted = format!("$(grep -c 'manager:.*{what}' /run/served)");
+        self.wait(&format!("the service {what}"), &format!("[ {counted} -ge {count} ]"));
+    }
+
+    /// How often the guest's disk had to connect again.
+    #[track_caller]
+    pub fn reconnections(&mut self) -> u32 {
+        self.run(&format!("grep -c 'attempting reconnection' /run/vmm.{}; true", self.guests))
+            .parse()
+            .unwrap()
+    }
+
     /// Starts Cloud Hypervisor.
     pub fn start_guest(&mut self) {
         self.guests += 1;
         self.run(&format!(
-            "cloud-hypervisor --kernel /guest/vmlinuz --initramfs /guest/initramfs \
+            "cloud-hypervisor -v --kernel /guest/vmlinuz --initramfs /guest/initramfs \
              --cmdline 'console=ttyS0 quiet panic=-1' --cpus boot=1 --memory size=256M,shared=on \
              --disk vhost_user=on,socket=/run/s,num_queues=1,queue_size=128 path=/run/order,image_type=raw \
              --console off --serial tty </dev/null >/run/console.{n} 2>/run/vmm.{n} & echo $! >/run/vmm",
@@ -169,6 +208,12 @@ impl Host {
     pub fn assert_pristine(&mut self) {
         self.wait_state("pristine");
         self.terminate("server");
+        self.assert_restored();
+    }
+
+    /// Panics unless the last server has ended well and the disk equals the base.
+    #[track_caller]
+    pub fn assert_restored(&mut self) {
         self.run("grep -q 'stopped; the disk is pristine' /run/served");
         self.run("pristine verify --disk disk");
         self.run("cmp base disk");

@@ -53,6 +53,11 @@ pub fn storm_binary() -> PathBuf {
     profile_dir().join("guest-storm")
 }
 
+/// The `service-manager` program, which runs in machines that have none.
+pub fn manager_binary() -> PathBuf {
+    profile_dir().join("service-manager")
+}
+
 /// Builds `program` as this test was built.
 fn built(program: &str) -> PathBuf {
     let dir = profile_dir();

@@ -2,7 +2,8 @@
 //! either process mean to its guest's session.
 //!
 //! Runs where `PRISTINE_CLOUD_HYPERVISOR` names the program, and is skipped elsewhere. `PRISTINE_KILLS`
-//! is how often the server is ended under a writing guest (3), two times of three with `kill -9`.
+//! is how often the server is ended under a writing guest (3), two times of three with `kill -9`;
+//! `PRISTINE_UPGRADES` how often it is upgraded (3).
 
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -184,7 +185,45 @@ fn server_ended_under_a_writing_cloud_hypervisor_guest_loses_nothing() {
             served - listening
         );
     }
-    wait_for_writes(&mut host, 2);
+    println!("{kills} ends of the server, {} reconnections", host.reconnections());
+    assert_eq!(host.reconnections(), kills);
+    assert_nothing_lost(&mut host);
+    host.assert_pristine();
+    host.finish();
+}
+
+/// Invariant 3: an upgrade under a writing guest, by a service manager that keeps the connection: Cloud
+/// Hypervisor does not even connect again.
+#[test]
+fn upgrade_under_a_writing_cloud_hypervisor_guest_keeps_its_connection_and_loses_nothing() {
+    let Some(vmm) = program() else { return };
+    let upgrades = std::env::var("PRISTINE_UPGRADES").map_or(3, |upgrades| upgrades.parse().unwrap());
+    let mut host = Host::boot(&vmm, WRITERS);
+    host.serve_as_service();
+    host.start_guest();
+    host.said("writing");
+    for round in 0..upgrades {
+        wait_for_writes(&mut host, 2);
+        sleep(pause(round));
+        let begin = host.uptime();
+        let before = host.console_count("tick");
+        host.upgrade();
+        host.wait_console_count("tick", before + 1);
+        println!("upgrade {round}: {:.2} s with the guest's next write", host.uptime() - begin);
+    }
+    assert_eq!(host.reconnections(), 0, "{}", host.logs());
+    assert_nothing_lost(&mut host);
+    host.wait_state("pristine");
+    host.end_service();
+    host.assert_restored();
+    println!("{upgrades} upgrades");
+    host.finish();
+}
+
+/// Stops the writers and lets the guest check everything; returns when its session has ended.
+#[track_caller]
+fn assert_nothing_lost(host: &mut Host) {
+    wait_for_writes(host, 2);
     host.order("stop");
     let files: u32 = host.said("verified").parse().unwrap();
     assert_eq!(host.said("kernel-errors"), "0", "{}", host.logs());
@@ -194,9 +233,7 @@ fn server_ended_under_a_writing_cloud_hypervisor_guest_loses_nothing() {
     assert!(files > 20, "only {files} files: the test proves little");
     host.wait_exit();
     host.wait("the session ends", "grep -q 'ended.*process is gone' /run/served");
-    host.assert_pristine();
-    println!("{kills} ends of the server, {files} files verified");
-    host.finish();
+    println!("{files} files verified");
 }
 
 /// Between a kill and what follows it: another time in each round.
