@@ -59,6 +59,14 @@ fn encode_sector(bits: &[u8], index: usize) -> [u8; SECTOR] {
     sector
 }
 
+/// The bytes of the file for these regions.
+fn encode(regions: &BlockSet) -> Vec<u8> {
+    let bits = regions.to_bytes();
+    (0..regions.bound().div_ceil(SECTOR_BITS))
+        .flat_map(|index| encode_sector(&bits, index as usize))
+        .collect()
+}
+
 /// The bytes of the file, as far as they count.
 fn read(storage: &Storage, path: &Path, geometry: Geometry) -> io::Result<Vec<u8>> {
     let len = region_count(geometry).div_ceil(SECTOR_BITS) * SECTOR as u64;
@@ -100,10 +108,7 @@ impl Intents {
         if all_regions {
             regions.insert(Extent::new(0, regions.bound()));
         }
-        let bits = regions.to_bytes();
-        let sectors = region_count(geometry).div_ceil(SECTOR_BITS) as usize;
-        let bytes: Vec<u8> = (0..sectors).flat_map(|index| encode_sector(&bits, index)).collect();
-        storage.replace(path, &bytes).map_err(|error| Error::state("create", path, error))?;
+        storage.replace(path, &encode(&regions)).map_err(|error| Error::state("create", path, error))?;
         path.parent().map_or(Ok(()), |dir| storage.sync_dir(dir))
     }
 
@@ -117,6 +122,13 @@ impl Intents {
             .map_err(|error| Error::state("open", path, error))?;
         let bytes = read(storage, path, geometry).map_err(|error| Error::state("read", path, error))?;
         let durable = decode(&bytes, region_count(geometry));
+        if !durable.is_empty() {
+            // They were read, but may be in the page cache only: a server was killed while it wrote them, or
+            // its write failed. Written once more they are durable, also where a sync would find nothing to do.
+            storage
+                .write_durably(&file, path, &encode(&durable), 0)
+                .map_err(|error| Error::state("write", path, error))?;
+        }
         Ok(Self { durable, file: Mutex::new(file), path: path.to_owned(), storage: storage.clone() })
     }
 

@@ -415,3 +415,37 @@ fn disk_stopped_in_mid_session_is_exact_after_a_power_cut() {
         });
     }
 }
+
+/// Invariant 2: a server is killed while an intent is written, which is in the page cache then and not on the
+/// medium. The next one must not take it for durable, or a power cut brings the blocks of its region back.
+#[test]
+fn intent_whose_write_was_cut_by_a_kill_is_durable_before_the_next_write_into_its_region() {
+    let ground = Ground::new();
+    let random = &mut Random::new(SEED_DEFAULT);
+    let session = [Step::Begin, burst(vec![write(0, 0, 8)])];
+    let world = World::new(&Remains::default());
+    provision(&ground.provision_options(&world, false)).unwrap();
+    let mut life = Life::open(world.options(EngineKind::Sync), &ground.image, &WINDOWS);
+    life.step(&Step::Drain);
+    let from = world.recorder.position();
+    session.iter().for_each(|step| life.step(step));
+    let moments = world.recorder.moments();
+    let is_intent =
+        |moment: &Moment| matches!(&moment.event, Event::Begin(_, Change::Write { durable, .. }) if *durable);
+    let intent = from + moments[from..].iter().position(is_intent).unwrap();
+    for _ in 0..60 {
+        world.at_cuts(&moments, &[intent + 1], |_, look| {
+            let world = World::new(&look.end(Ending::Kill, random));
+            let mut life = Life::open(world.options(EngineKind::Sync), &ground.image, &WINDOWS);
+            session.iter().for_each(|step| life.step(step));
+            let moments = world.recorder.moments();
+            world.at_cuts(&moments, &[moments.len()], |_, look| {
+                let world = World::new(&look.end(Ending::PowerCut, random));
+                let mut life = Life::open(world.options(EngineKind::Sync), &ground.image, &WINDOWS);
+                life.begin();
+                life.read_windows();
+                life.assert_restores_exactly();
+            });
+        });
+    }
+}
