@@ -216,7 +216,7 @@ fn upgrade_under_a_writing_cloud_hypervisor_guest_keeps_its_connection_and_loses
     host.wait_state("pristine");
     host.end_service();
     host.assert_restored();
-    println!("{upgrades} upgrades");
+    println!("{upgrades} upgrades: {}", host.run("grep manager: /run/served"));
     host.finish();
 }
 

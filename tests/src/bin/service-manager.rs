@@ -4,7 +4,7 @@
 
 use std::io::BufRead;
 use std::process::{Child, Command};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pristine_tests::service::ServiceManager;
 use rustix::process::{Pid, Signal, kill_process};
@@ -16,6 +16,7 @@ fn main() {
     let mut manager = ServiceManager::new().unwrap();
     let mut service = start(&mut manager, &command);
     for line in std::io::stdin().lock().lines() {
+        let begin = Instant::now();
         kill_process(Pid::from_child(&service), Signal::TERM).unwrap();
         let status = loop {
             // It may have more to say than is kept for a manager that does not listen.
@@ -25,7 +26,8 @@ fn main() {
                 None => std::thread::sleep(Duration::from_millis(1)),
             }
         };
-        println!("manager: the service has ended, {status}; {} descriptors are kept", manager.kept());
+        let (kept, took) = (manager.kept(), begin.elapsed());
+        println!("manager: the service has ended after {took:.2?}, {status}; {kept} descriptors are kept");
         if line.unwrap() == "end" {
             return;
         }
@@ -34,10 +36,11 @@ fn main() {
 }
 
 fn start(manager: &mut ServiceManager, command: &Command) -> Child {
+    let begin = Instant::now();
     let (mut started, kept) = manager.starts(command);
     let service = started.spawn().unwrap();
     drop(kept);
     manager.wait_for("READY=1");
-    println!("manager: the service is ready");
+    println!("manager: after {:.2?} the service is ready", begin.elapsed());
     service
 }
