@@ -250,17 +250,27 @@ fn session_left_open_by_a_dead_server_is_controlled_offline() {
     lab.assert_pristine();
 }
 
-/// A session that a server left open when it was stopped in order is held offline, as it is.
+/// Invariant 3: a session that goes on with the next server, for its VM lives, is held and released offline
+/// without being ended.
 #[test]
-fn session_left_open_by_a_stop_is_held_offline() {
+fn session_left_open_under_a_living_vm_is_held_and_released_offline_and_goes_on() {
     let lab = provisioned(66);
     let server = lab.serve(NONE);
-    let client = writer(&lab);
+    let mut client = writer(&lab);
+    server.kill();
+    assert!(session(&lab, "hold").contains("from the end of session"));
+    assert!(session(&lab, "hold").contains("already held"));
+    assert!(session(&lab, "release").contains("restored when it ends"));
+    session(&lab, "hold");
+    let mut server = lab.serve(NONE);
+    client.ask("connect");
+    client.ask("scatter 100 8");
+    assert_eq!(server.0.output().matches(" started").count(), 0, "{}", server.0.output());
     let written = images::sha256(&lab.disk());
+    client.leave();
+    wait_for_line(&mut server, "is held (by the operator)");
     server.stop();
-    assert!(session(&lab, "hold").contains("200 blocks"));
     assert_eq!((lab.state_word(), images::sha256(&lab.disk())), ("held".into(), written));
-    client.kill();
     session(&lab, "release");
     lab.run("restore", NONE).ok();
     lab.assert_pristine();

@@ -66,6 +66,30 @@ fn serve_with_a_listening_socket_as_descriptor_serves() {
     server.stop();
 }
 
+/// Invariant 7: `--fd` with a socket that systemd has activated. Its number is used for the disk by and by,
+/// and nobody may take it for the socket again: the disk stays open and locked.
+#[test]
+fn serve_with_a_socket_from_systemd_keeps_the_disk_locked() {
+    let lab = provisioned();
+    let listener = std::os::unix::net::UnixListener::bind(lab.socket()).unwrap();
+    let script = format!(
+        "exec 3<&{}; LISTEN_PID=$$ LISTEN_FDS=1 LISTEN_FDNAMES=vm1.socket exec {} serve --disk {} --runtime-dir {} --fd 3",
+        listener.as_raw_fd(),
+        pristine_binary().display(),
+        lab.disk().display(),
+        lab.runtime().display(),
+    );
+    rustix::io::fcntl_setfd(&listener, rustix::io::FdFlags::empty()).unwrap();
+    let server = Server::start(Command::new("bash").args(["-c", &script]));
+    drop(listener);
+    sees_the_base(&lab);
+    let locked = std::fs::File::open(lab.disk()).unwrap();
+    let lock = rustix::fs::flock(&locked, rustix::fs::FlockOperation::NonBlockingLockExclusive);
+    assert_eq!(lock, Err(rustix::io::Errno::WOULDBLOCK));
+    server.stop();
+    lab.assert_pristine();
+}
+
 /// `--read-only`: the guest is told so, and no session is ever dirty.
 #[test]
 fn serve_read_only_offers_a_read_only_device() {

@@ -19,6 +19,8 @@ use crate::Error;
 
 const PAGE_SIZE: usize = 4096;
 const WORD_BYTES: usize = size_of::<AtomicU64>();
+/// What `statfs` says of memory files.
+const TMPFS_MAGIC: rustix::fs::FsWord = 0x0102_1994;
 /// No shared memory is longer, in bytes.
 const SHARED_BYTES_MAX: u64 = 64 << 20;
 
@@ -125,32 +127,37 @@ impl SharedMemory {
     /// # Errors
     /// What the kernel says; `InvalidInput` if it is nothing or more than 64 MiB.
     pub fn create(name: &str, bytes: u64) -> io::Result<Self> {
-        let bytes = bytes.checked_next_multiple_of(PAGE_SIZE as u64).unwrap_or(u64::MAX);
-        if bytes == 0 || bytes > SHARED_BYTES_MAX {
-            return Err(io::ErrorKind::InvalidInput.into());
-        }
+        let bytes = Self::whole_pages(bytes).ok_or(io::ErrorKind::InvalidInput)?;
         let fd = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
         rustix::fs::ftruncate(&fd, bytes)?;
         rustix::fs::fcntl_add_seals(&fd, Self::SEALS | SealFlags::SEAL)?;
-        Self::adopt(fd)
+        Self::adopt(fd, bytes)
     }
 
-    /// Memory that another process sends back, or that another process made alike.
+    fn whole_pages(bytes: u64) -> Option<u64> {
+        let bytes = bytes.checked_next_multiple_of(PAGE_SIZE as u64)?;
+        (1..=SHARED_BYTES_MAX).contains(&bytes).then_some(bytes)
+    }
+
+    /// Memory of `bytes` bytes that another process sends back, or that another process made alike.
     ///
     /// # Errors
-    /// What the kernel says; `InvalidData` if its length is not sealed, or not a multiple of the
-    /// page size up to 64 MiB.
-    pub fn adopt(fd: OwnedFd) -> io::Result<Self> {
+    /// What the kernel says; `InvalidData` if its length is not sealed, or is not `bytes` in whole
+    /// pages, or if it is not ordinary memory.
+    pub fn adopt(fd: OwnedFd, bytes: u64) -> io::Result<Self> {
         let invalid = |what| io::Error::new(io::ErrorKind::InvalidData, what);
         // What can't be sealed, such as a file on a disk, can't be asked for its seals.
         let seals = rustix::fs::fcntl_get_seals(&fd).unwrap_or(SealFlags::empty());
         if !seals.contains(Self::SEALS) {
             return Err(invalid("the length of the memory is not sealed"));
         }
-        let bytes = rustix::fs::fstat(&fd)?.st_size;
-        let bytes = u64::try_from(bytes).ok().filter(|bytes| (1..=SHARED_BYTES_MAX).contains(bytes));
-        let bytes = bytes.filter(|bytes| bytes.is_multiple_of(PAGE_SIZE as u64));
-        let bytes = bytes.ok_or_else(|| invalid("the memory has a length that is not possible"))?;
+        // Huge pages may not be there when they are touched, whatever was reserved: a SIGBUS.
+        if rustix::fs::fstatfs(&fd)?.f_type != TMPFS_MAGIC {
+            return Err(invalid("it is not ordinary memory"));
+        }
+        let found = rustix::fs::fstat(&fd)?.st_size;
+        let bytes = Self::whole_pages(bytes).filter(|bytes| i64::try_from(*bytes) == Ok(found));
+        let bytes = bytes.ok_or_else(|| invalid("the memory has another length"))?;
         // Room now: storing into memory that is not to be had would be a SIGBUS.
         rustix::fs::fallocate(&fd, FallocateFlags::empty(), 0, bytes)?;
         let words = Words::map(&fd, bytes as usize)?;
@@ -227,7 +234,8 @@ mod tests {
         let fd = made.as_fd().try_clone_to_owned().unwrap();
         assert!(rustix::fs::ftruncate(&fd, 0).is_err());
         drop(made);
-        let adopted = SharedMemory::adopt(fd).unwrap();
+        assert!(SharedMemory::adopt(fd.try_clone().unwrap(), 4096).is_err());
+        let adopted = SharedMemory::adopt(fd, 5000).unwrap();
         assert_eq!((adopted.bytes(), adopted.word(1023).unwrap().load(Ordering::Acquire)), (8192, 77));
     }
 
@@ -236,15 +244,15 @@ mod tests {
     fn memory_that_could_be_cut_is_refused() {
         let unsealed = rustix::fs::memfd_create("test", MemfdFlags::ALLOW_SEALING).unwrap();
         rustix::fs::ftruncate(&unsealed, 4096).unwrap();
-        assert!(SharedMemory::adopt(unsealed).is_err());
+        assert!(SharedMemory::adopt(unsealed, 4096).is_err());
         let file = tempfile::tempfile().unwrap();
         file.set_len(4096).unwrap();
-        assert!(SharedMemory::adopt(file.into()).is_err());
+        assert!(SharedMemory::adopt(file.into(), 4096).is_err());
         for bytes in [0, 1000] {
             let odd = rustix::fs::memfd_create("test", MemfdFlags::ALLOW_SEALING).unwrap();
             rustix::fs::ftruncate(&odd, bytes).unwrap();
             rustix::fs::fcntl_add_seals(&odd, SealFlags::SHRINK | SealFlags::GROW).unwrap();
-            assert!(SharedMemory::adopt(odd).is_err());
+            assert!(SharedMemory::adopt(odd, bytes).is_err());
         }
         assert!(SharedMemory::create("test", 0).is_err() && SharedMemory::create("test", 1 << 40).is_err());
     }

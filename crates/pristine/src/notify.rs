@@ -43,19 +43,32 @@ pub(crate) fn descriptors_kept_max() -> usize {
     std::env::var("FDSTORE").ok().and_then(|max| max.parse().ok()).unwrap_or(0)
 }
 
-/// Gives a frontend's connection to the service manager, for the next start of the service.
+/// Gives a frontend's connection to the service manager, for the next start of the service. If that
+/// fails, the frontend is disconnected.
 pub(crate) fn keep(handover: HandOver) -> io::Result<()> {
-    let socket = connect().ok_or(io::ErrorKind::NotConnected)??;
     let (fds, max) = (handover.into_fds()?, descriptors_kept_max());
-    if fds.len() > max {
-        let what =
-            format!("it keeps at most {max} descriptors, expected FileDescriptorStoreMax={}", fds.len());
-        return Err(io::Error::other(what));
-    }
-    for (index, fd) in fds.iter().enumerate() {
-        send_with(&socket, &format!("FDSTORE=1\nFDNAME={KEPT}{index}"), fd)?;
-    }
-    Ok(())
+    let send = || -> io::Result<()> {
+        if fds.len() > max {
+            let wanted = fds.len();
+            let what = format!("it keeps {max} descriptors, expected FileDescriptorStoreMax={wanted}");
+            return Err(io::Error::other(what));
+        }
+        let socket = connect().ok_or(io::ErrorKind::NotConnected)??;
+        let names = (0..fds.len()).map(|index| format!("FDSTORE=1\nFDNAME={KEPT}{index}"));
+        names.zip(&fds).try_for_each(|(state, fd)| send_with(&socket, &state, fd))
+    };
+    send().inspect_err(|_| {
+        // The manager may have copies: closing ours would not tell the frontend.
+        if let Some(frontend) = fds.get(1) {
+            let _ = rustix::net::shutdown(frontend, rustix::net::Shutdown::Both);
+        }
+        (0..fds.len()).for_each(forget);
+    })
+}
+
+/// Tells the manager to keep a descriptor no longer.
+fn forget(index: usize) {
+    notify(&format!("FDSTOREREMOVE=1\nFDNAME={KEPT}{index}"));
 }
 
 fn send_with(socket: &UnixDatagram, state: &str, fd: &OwnedFd) -> io::Result<()> {
@@ -67,32 +80,39 @@ fn send_with(socket: &UnixDatagram, state: &str, fd: &OwnedFd) -> io::Result<()>
     Ok(())
 }
 
-/// The connection that the service manager has kept, if it has. It keeps it no longer.
+/// The connection that the service manager has kept, if it has. It keeps it no longer. To be called
+/// before anything is opened.
 pub(crate) fn kept() -> Option<HandOver> {
     let variable = |name| std::env::var(name).ok();
     if variable("LISTEN_PID")?.parse() != Ok(std::process::id()) {
         return None;
     }
-    let count = variable("LISTEN_FDS")?.parse().ok()?;
+    let count: usize = variable("LISTEN_FDS")?.parse().ok()?;
     let names = variable("LISTEN_FDNAMES").unwrap_or_default();
-    let fds = match inherited_fds(LISTEN_FDS_START, count) {
-        Ok(fds) => fds,
-        Err(error) => {
-            log::warn!("descriptors from the service manager: {error}");
-            return None;
-        }
-    };
-    let mut kept: Vec<(usize, OwnedFd)> = names
-        .split(':')
-        .zip(fds)
-        .filter_map(|(name, fd)| Some((name.strip_prefix(KEPT)?.parse().ok()?, fd)))
-        .collect();
-    if kept.is_empty() {
+    let names: Vec<&str> = names.split(':').collect();
+    if names.len() != count {
         return None;
     }
-    kept.iter().for_each(|(index, _)| notify(&format!("FDSTOREREMOVE=1\nFDNAME={KEPT}{index}")));
-    kept.sort_by_key(|(index, _)| *index);
-    let handover = HandOver::from_fds(kept.into_iter().map(|(_, fd)| fd).collect());
+    // Others, such as a listening socket that --fd names, are not ours to take.
+    let index_of = |name: &str| name.strip_prefix(KEPT)?.parse::<usize>().ok();
+    let mut places: Vec<(usize, i32)> = (LISTEN_FDS_START..)
+        .zip(names)
+        .filter_map(|(number, name)| Some((index_of(name)?, number)))
+        .collect();
+    if places.is_empty() {
+        return None;
+    }
+    places.sort_unstable();
+    let numbers: Vec<i32> = places.iter().map(|(_, number)| *number).collect();
+    let fds = inherited_fds(&numbers);
+    places.iter().for_each(|(index, _)| forget(*index));
+    let whole = places.iter().map(|(index, _)| *index).eq(0..places.len());
+    let handover = fds.and_then(|fds| {
+        if !whole {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "some of it is missing"));
+        }
+        HandOver::from_fds(fds)
+    });
     handover
         .map_err(|error| log::warn!("the connection that was kept over the restart can't be used: {error}"))
         .ok()

@@ -32,6 +32,8 @@ pub(crate) fn serve(args: &ServeArgs) -> Result<ExitCode, Failure> {
         return Ok(ExitCode::SUCCESS);
     }
     let Some(path) = &args.disk else { return Err(Failure::usage("--disk is missing")) };
+    // Before any number of a descriptor is used for something else.
+    let handover = notify::kept();
     // A path that can't be bound must change nothing, and a disk that can't be opened must turn nobody
     // away: Cloud Hypervisor gives up a disk whose server accepts and then ends.
     let place = Place::find(args)?;
@@ -74,7 +76,7 @@ pub(crate) fn serve(args: &ServeArgs) -> Result<ExitCode, Failure> {
         say!("pristine: restoring {} in the background", amount(disk.pending_blocks()));
     }
     notify::notify("READY=1");
-    if let Some(handover) = notify::kept() {
+    if let Some(handover) = handover {
         server.take_over(handover);
     }
     let result = server.run();

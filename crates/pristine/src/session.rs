@@ -5,7 +5,10 @@ use std::time::Duration;
 
 use control::{Client, ClientError};
 use indicatif::BinaryBytes;
-use session_disk::{Changes, DiskOptions, HoldReason, Manifest, SessionDisk, Status, left_open, server_of};
+use session_disk::{
+    Changes, DiskOptions, Held, HoldReason, Manifest, SessionDisk, Status, left_open, server_of,
+    set_hold_of_open_session,
+};
 
 use crate::args::{SessionArgs, SessionCommand};
 use crate::commands::{amount, seconds};
@@ -96,6 +99,10 @@ fn hold_offline(name: &str, options: &DiskOptions) -> Result<(), Failure> {
         // Without taking it over, which would change files.
         return Err(Failure::new(format!("{name}: there is nothing to hold: the disk is pristine")));
     }
+    if let Some(held) = set_hold_of_open_session(options, Some(HoldReason::ByOperator))? {
+        say_held(name, held.already, held.session, held.blocks);
+        return Ok(());
+    }
     let disk = SessionDisk::open(options)?;
     let held = disk.hold(HoldReason::ByOperator);
     disk.stop()?;
@@ -114,16 +121,24 @@ fn say_held(name: &str, already: bool, session: Option<u64>, blocks: u64) {
 
 fn release(name: &str, client: &mut Client) -> Result<(), Failure> {
     let released = client.session_release()?;
-    match released.session {
-        Some(sequence) => say!("{name}: released; what session {sequence} writes is restored when it ends"),
-        None => say!("{name}: released; {} to restore", amount(released.pending_blocks)),
-    }
+    say_released(name, released.session, released.pending_blocks);
     Ok(())
+}
+
+fn say_released(name: &str, session: Option<u64>, pending: u64) {
+    match session {
+        Some(sequence) => say!("{name}: released; what session {sequence} writes is restored when it ends"),
+        None => say!("{name}: released; {} to restore", amount(pending)),
+    }
 }
 
 fn release_offline(name: &str, options: &DiskOptions) -> Result<(), Failure> {
     if Manifest::load(&options.paths())?.held.is_none() {
         return Err(Failure::new(format!("{name}: nothing is held")));
+    }
+    if let Some(Held { session: Some(session), .. }) = set_hold_of_open_session(options, None)? {
+        say_released(name, Some(session), 0);
+        return Ok(());
     }
     let disk = SessionDisk::open(options)?;
     let released = disk.release();

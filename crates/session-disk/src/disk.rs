@@ -25,7 +25,7 @@ use crate::recover::Basis;
 use crate::shared::{QueueCounters, Shared};
 use crate::{DiskQueue, Error, Paths};
 
-pub use hold::{Held, HoldReason, Released, left_open};
+pub use hold::{Held, HoldReason, Released, left_open, set_hold_of_open_session};
 pub use keep::Changes;
 
 /// A session that is open.
@@ -244,6 +244,7 @@ impl SessionDisk {
         if let Some(session) = &lifecycle.session
             && self.resume
             && self.session_owner().is_none_or(ProcessId::is_alive)
+            && !self.shared.is_poisoned()
         {
             // The live page vouches for the log as long as the host runs.
             *log = None;

@@ -37,7 +37,7 @@ mod status;
 mod storage;
 mod verify;
 
-pub use disk::{Changes, Held, HoldReason, Released, SessionDisk, left_open};
+pub use disk::{Changes, Held, HoldReason, Released, SessionDisk, left_open, set_hold_of_open_session};
 pub use drainer::{DrainObserver, DrainTrouble, Drainer};
 pub use error::Error;
 pub use intents::REGION_SIZE;

@@ -119,10 +119,11 @@ pub(crate) fn file_number(disk: &Path) -> Result<u64, Error> {
     Ok(if metadata.rdev() != 0 { metadata.rdev() } else { metadata.ino() })
 }
 
-/// Locks a state directory for one server: two disks must not share one.
+/// Locks a state directory for one server: two disks must not share one. The lock is on the directory of
+/// the logs, for who makes a socket beside the manifest locks the state directory for a moment.
 pub(crate) fn lock_state_dir(paths: &Paths) -> Result<fs::File, Error> {
-    let dir = paths.state_dir();
-    let file = fs::File::open(dir).map_err(|error| Error::state("open", dir, error))?;
+    let (dir, logs) = (paths.state_dir(), paths.sessions());
+    let file = fs::File::open(&logs).map_err(|error| Error::state("open", &logs, error))?;
     match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(file),
         Err(rustix::io::Errno::WOULDBLOCK) => {

@@ -35,7 +35,8 @@ pub struct HandOver {
 }
 
 impl HandOver {
-    /// What has to be kept for the next server, in this order.
+    /// What has to be kept for the next server, in this order. The second one is the frontend's
+    /// connection: whoever kept a copy and gives up must shut it down, or the frontend waits for ever.
     ///
     /// # Errors
     /// If there is no memory for it.
@@ -90,25 +91,25 @@ impl HandOver {
     }
 }
 
-/// Takes `count` descriptors from number `first` on, which this process inherited for nothing else.
+/// Takes these descriptors, which this process inherited for nothing else. To be called before it opens
+/// anything: a number that was not inherited could be somebody else's by then.
 ///
 /// # Errors
 /// If one of them is not open; then none is taken.
-pub fn inherited_fds(first: RawFd, count: u16) -> io::Result<Vec<OwnedFd>> {
-    let numbers = first..first.saturating_add(count.into());
-    for number in numbers.clone() {
+pub fn inherited_fds(numbers: &[RawFd]) -> io::Result<Vec<OwnedFd>> {
+    for number in numbers {
         // SAFETY: only asks whether the number is open.
-        if number <= 2 || unsafe { libc::fcntl(number, libc::F_GETFD) } < 0 {
+        if *number <= 2 || unsafe { libc::fcntl(*number, libc::F_GETFD) } < 0 {
             return Err(io::ErrorKind::NotFound.into());
         }
     }
-    let take = |number| {
+    let take = |number: &RawFd| {
         // SAFETY: the descriptor is open, and whoever started us handed it over to be ours alone.
-        let fd = unsafe { OwnedFd::from_raw_fd(number) };
+        let fd = unsafe { OwnedFd::from_raw_fd(*number) };
         rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC)?;
         Ok(fd)
     };
-    numbers.map(take).collect()
+    numbers.iter().map(take).collect()
 }
 
 fn invalid(what: &'static str) -> io::Error {

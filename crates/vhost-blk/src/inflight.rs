@@ -23,6 +23,7 @@
 //! | 0 | magic and layout version |
 //! | 1, 2 | token, high and low half: which session's requests these are |
 //! | 3 | number of queues, shifted by 16, plus heads per queue |
+//! | 4 | 1 once a ring was started with it |
 //! | 8 + *q* * stride | queue *q*: the used index up to which all numbers are cleared |
 //! | and the *heads* words after it | sequence numbers of requests in flight, by head; or 0 |
 
@@ -44,6 +45,7 @@ use crate::{QUEUE_SIZE_MAX, QUEUES_MAX, slots::Used};
 const MAGIC: u64 = 0x7072_7374_6e69_6601;
 const WORD_TOKEN: usize = 1;
 const WORD_SHAPE: usize = 3;
+const WORD_STARTED: usize = 4;
 const HEADER_WORDS: usize = 8;
 
 /// Size of a table: what a frontend asks for in GET_INFLIGHT_FD.
@@ -105,12 +107,15 @@ impl InflightTable {
     /// If it is none of ours, or of another shape.
     pub(crate) fn adopt(fd: OwnedFd, shape: Shape) -> io::Result<Self> {
         let invalid = |what| io::Error::new(io::ErrorKind::InvalidData, what);
-        let memory = SharedMemory::adopt(fd)?;
+        if !shape.is_possible() {
+            return Err(invalid("it is of an impossible number or size of queues"));
+        }
+        let memory = SharedMemory::adopt(fd, shape.bytes())?;
         let word = |index| memory.word(index).map_or(0, |word| word.load(Ordering::Acquire));
         if word(0) != MAGIC {
             return Err(invalid("it was not made by this program"));
         }
-        if !shape.is_possible() || word(WORD_SHAPE) != shape.word() || memory.bytes() < shape.bytes() {
+        if word(WORD_SHAPE) != shape.word() {
             return Err(invalid("it is of another number or size of queues"));
         }
         let token = Uuid::from_u64_pair(word(WORD_TOKEN), word(WORD_TOKEN + 1));
@@ -125,6 +130,16 @@ impl InflightTable {
     #[cfg(test)]
     pub(crate) fn shape(&self) -> Shape {
         self.shape
+    }
+
+    /// Notes that a ring was started with it: from now on it belongs to a session.
+    pub(crate) fn set_started(&self) {
+        store(self.memory.word(WORD_STARTED), 1);
+    }
+
+    /// Whether a ring was ever started with it.
+    pub(crate) fn was_started(&self) -> bool {
+        self.memory.word(WORD_STARTED).is_some_and(|word| word.load(Ordering::Acquire) != 0)
     }
 
     /// Which session's requests these are.

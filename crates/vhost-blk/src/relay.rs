@@ -83,10 +83,12 @@ pub(crate) struct Relay {
     /// Answers that the library owes.
     owed: usize,
     reply_ack: bool,
-    /// The token of the in-flight table that was made for this connection last.
+    /// The token of the in-flight table that was made for this connection, or that its rings run with.
     made: Option<Uuid>,
-    /// The token of the table that the frontend has set.
-    token: Option<Uuid>,
+    /// The table that the frontend has set.
+    table: Option<Arc<InflightTable>>,
+    /// Rings were started with that table elsewhere: it belongs to rings that run.
+    brought: bool,
     /// What the frontend has set up, if somebody wants to know.
     setup: Option<Setup>,
     /// What it had set up with a server before, to be said again before it says more.
@@ -111,7 +113,8 @@ impl Relay {
             owed: 0,
             reply_ack: false,
             made: None,
-            token: None,
+            table: None,
+            brought: false,
         }
     }
 
@@ -131,7 +134,7 @@ impl Relay {
         let _ = self.library.shutdown(std::net::Shutdown::Both);
         // Without a table nobody knows where the rings go on; in the middle of a message or of an answer
         // the next server would not know what is missing.
-        let can = self.token.is_some()
+        let can = self.table.is_some()
             && self.replay.is_empty()
             && self.postponed.is_none()
             && self.owed == 0
@@ -283,9 +286,10 @@ impl Relay {
         }
         let fd = message.fds.pop().filter(|_| message.fds.is_empty());
         let fd = fd.ok_or_else(|| refuse(std::io::ErrorKind::InvalidInput.into()))?;
-        let table = InflightTable::adopt(fd, shape).map_err(refuse)?;
-        self.token = Some(table.token());
-        gate.inflight(Arc::new(table));
+        let table = Arc::new(InflightTable::adopt(fd, shape).map_err(refuse)?);
+        self.brought = self.made != Some(table.token()) && table.was_started();
+        self.table = Some(table.clone());
+        gate.inflight(table);
         let done = 0u64.to_ne_bytes();
         Ok((self.reply_ack && message.needs_reply()).then(|| Message::reply(request, &done, Vec::new())))
     }
@@ -311,10 +315,14 @@ impl Relay {
                 if message.payload_word(0) & NO_FD != 0 {
                     return Ok(());
                 }
-                // A table from elsewhere belongs to rings that run.
-                let brought = self.token.is_some() && self.token != self.made;
-                let fresh = self.continued & !self.started == 0 && !brought;
-                gate.ring_starts(Start { fresh, token: self.token }).map_err(Ending::Refused)?;
+                let token = self.table.as_ref().map(|table| table.token());
+                let fresh = self.continued & !self.started == 0 && !self.brought;
+                gate.ring_starts(Start { fresh, token }).map_err(Ending::Refused)?;
+                if let Some(table) = &self.table {
+                    table.set_started();
+                    // From now on it is this connection's, however often it is set again.
+                    self.made = Some(table.token());
+                }
                 let ring = message.payload_word(0) & RING_MASK;
                 self.started |= 1u64.checked_shl(ring).unwrap_or(0);
                 Ok(())

@@ -20,11 +20,12 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::SessionDisk;
-use crate::live::LivePage;
+use crate::live::{Before, LivePage};
 use crate::manifest::{EntryKind, Left, Manifest};
-use crate::open::file_number;
+use crate::open::{file_number, lock_state_dir, open_disk};
 use crate::process::{ProcessId, boot_id};
 use crate::recover::Distrust;
+use crate::storage::Storage;
 use crate::{DiskOptions, Error};
 
 /// Why a disk is held.
@@ -192,6 +193,40 @@ fn nothing_to_hold(disk: &std::path::Path, pending: u64) -> Error {
              hold a disk before its session ends"
         )
     })
+}
+
+/// Begins (`Some`) or ends a hold of a disk that nobody serves, and whose open session goes on with the next
+/// server: it stays open, and the hold begins with its end. `None`: there is no such session, and
+/// nothing was changed. Otherwise the session and the blocks that it has so far.
+///
+/// # Errors
+/// If the disk is in use, was not provisioned, or its manifest can't be replaced.
+pub fn set_hold_of_open_session(
+    options: &DiskOptions,
+    hold: Option<HoldReason>,
+) -> Result<Option<Held>, Error> {
+    let (paths, storage) = (options.paths(), Storage::new(options.tape.clone()));
+    let disk = Manifest::load_from(&storage, &paths)?.disk;
+    let live = LivePage::inspect(&paths.live_page(disk), disk, file_number(&options.disk)?);
+    let Some(live) = live
+        .filter(|live| Before::of(Some(live)).session_open && live.owner().is_none_or(ProcessId::is_alive))
+    else {
+        return Ok(None);
+    };
+    // No server may take it up meanwhile.
+    let _disk = open_disk(&options.disk, false, Some(&live))?;
+    let _state = lock_state_dir(&paths)?;
+    let mut manifest = Manifest::load_from(&storage, &paths)?;
+    let session = manifest.logs.iter().rfind(|entry| entry.kind == EntryKind::Session);
+    let Some(session) = session.map(|entry| entry.sequence).filter(|_| live.session_is_open()) else {
+        return Ok(None);
+    };
+    let already = hold.is_some() && manifest.held.is_some();
+    if !already {
+        manifest.held = hold;
+        manifest.store(&storage, &paths)?;
+    }
+    Ok(Some(Held { already, session: Some(session), blocks: live.counts().0 }))
 }
 
 /// The session that the last server left open, if nobody has ended it since. No server may be running.

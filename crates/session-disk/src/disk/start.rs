@@ -39,6 +39,7 @@ impl SessionDisk {
         let live = LivePage::inspect(&paths.live_page(disk_id), disk_id, number);
         let disk = open_disk(&options.disk, options.direct, live.as_ref())?;
         drop(live);
+        paths.create_state_dirs(&storage)?;
         let state_lock = lock_state_dir(&paths)?;
         let mut manifest = Manifest::load_from(&storage, &paths)?;
         let geometry = check_size(&disk, &manifest)?;
@@ -53,7 +54,6 @@ impl SessionDisk {
         }
         let base = open_base(&manifest)?;
         refuse_same_file(&options.disk, &manifest.base.path)?;
-        paths.create_state_dirs(&storage)?;
         let (live, before) = LivePage::open(&paths, manifest.disk, number)?;
         let was_open = before.session_open;
         let before = if options.resume { before } else { before.session_over() };

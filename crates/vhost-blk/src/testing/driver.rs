@@ -129,6 +129,12 @@ impl Driver {
         next
     }
 
+    /// Sets the in-flight table that is set already.
+    pub(crate) fn set_inflight_again(&mut self) {
+        let (inflight, file) = self.inflight.as_ref().unwrap();
+        self.frontend.set_inflight_fd(inflight, file.as_raw_fd()).unwrap();
+    }
+
     /// The token in the in-flight table.
     pub(crate) fn token(&self) -> Uuid {
         let (_, file) = self.inflight.as_ref().unwrap();

@@ -182,3 +182,42 @@ fn frontend_with_an_impossible_inflight_table_is_refused() {
     let claim = vhost::vhost_user::message::VhostUserInflight::new(0, 0, 400, 16);
     assert!(driver.frontend.get_inflight_fd(&claim).is_err());
 }
+
+/// A VM in another pid namespace that came too early gets a session of its own when the grace of the
+/// unknown owner is over, with the table that it was given the first time.
+#[test]
+fn frontend_that_was_refused_before_its_first_ring_is_welcome_later() {
+    let server = successor(uuid::Uuid::new_v4());
+    let mut driver = Driver::connect(&server.path, 2);
+    driver.negotiate(|offered| offered).unwrap();
+    driver.set_up_inflight().unwrap();
+    let _ = driver.start_queues();
+    server.wait_for("refused: the session of a VM that can't be watched is open");
+    server.wait_for("end 1");
+    let mut driver = driver.survive(&server.path);
+    driver.start_queues().unwrap();
+    server.wait_for("start 2");
+    assert_eq!(driver.write(0, 0, &[1; 512]), 0);
+}
+
+/// The same for one whose session could not begin, for want of room.
+#[test]
+fn frontend_whose_session_could_not_begin_is_welcome_later() {
+    let full = Running::new(|_| {});
+    full.disk.refuse_sessions();
+    let mut driver = Driver::connect(&full.path, 2);
+    driver.negotiate(|offered| offered).unwrap();
+    driver.set_up_inflight().unwrap();
+    let _ = driver.start_queues();
+    full.wait_for("refused: no session can begin");
+    let server = Running::new(|_| {});
+    let mut driver = driver.survive(&server.path);
+    driver.start_queues().unwrap();
+    assert_eq!(driver.write(0, 0, &[1; 512]), 0);
+    // A pause of the VM: the rings are stopped, and started with the same table.
+    let base = driver.frontend.get_vring_base(0).unwrap();
+    driver.set_inflight_again();
+    driver.start_queue_at(0, base as u16).unwrap();
+    assert_eq!(driver.write(0, 0, &[1; 512]), 0);
+    assert_eq!(server.events.all(), ["start 1"]);
+}
