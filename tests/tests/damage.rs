@@ -13,6 +13,7 @@ use pristine_tests::program::{pristine, run};
 use pristine_tests::random::Random;
 use pristine_tests::remote::Remote;
 use pristine_tests::wait_until;
+use rustix::fs::{XattrFlags, getxattr, setxattr};
 
 const SIZE: u64 = 8 << 20;
 const BLOCKS: u64 = SIZE / 4096;
@@ -68,10 +69,15 @@ fn assert_restores(lab: &Lab) {
     lab.assert_pristine();
 }
 
-/// The contents of files, to be put back into the very same files.
+/// The attribute of a disk's file that tells an older state.
+const GENERATION: &str = "user.pristine.generation";
+
+/// The contents of files, to be put back into the very same files, and what the disk's file names.
 struct Saved {
     files: Vec<(PathBuf, Vec<u8>)>,
     sessions: PathBuf,
+    disk: PathBuf,
+    generation: Vec<u8>,
 }
 
 impl Saved {
@@ -86,6 +92,8 @@ impl Saved {
         Self {
             files: paths.into_iter().map(|path| (path.clone(), fs::read(path).unwrap())).collect(),
             sessions,
+            disk: lab.disk(),
+            generation: generation(lab),
         }
     }
 
@@ -96,7 +104,28 @@ impl Saved {
         for (path, bytes) in &self.files {
             fs::write(path, bytes).unwrap();
         }
+        setxattr(&self.disk, GENERATION, &self.generation, XattrFlags::empty()).unwrap();
     }
+}
+
+/// What the disk's file names. The file system of the tests can have attributes.
+fn generation(lab: &Lab) -> Vec<u8> {
+    let mut value = vec![0; 32];
+    let len = getxattr(lab.disk(), GENERATION, value.as_mut_slice()).unwrap();
+    value.truncate(len);
+    value
+}
+
+/// Copies the state directory; [`put_state_back`] is its way back.
+fn copy_state(lab: &Lab) -> PathBuf {
+    let copy = lab.path("copy-of-the-state");
+    run(Command::new("cp").arg("-a").arg(lab.state()).arg(&copy)).ok();
+    copy
+}
+
+fn put_state_back(lab: &Lab, copy: &Path) {
+    fs::remove_dir_all(lab.state()).unwrap();
+    run(Command::new("cp").arg("-a").arg(copy).arg(lab.state())).ok();
 }
 
 /// Invariants 2, 4 and 6, by the program itself: a log that is cut or has a bit flipped, after a kill and
@@ -165,6 +194,43 @@ fn disk_with_the_state_of_another_disk_is_wholly_pending() {
     lab.run("restore", NONE).ok();
     images::assert_equal(&lab.disk(), &other.base());
     other.assert_pristine();
+}
+
+/// Invariants 2 and 6: the disk's own state directory, an older copy of it with the logs of a session that
+/// was stopped or killed, is put back while what later sessions wrote is not restored; after a stop in
+/// order, and after a power cut.
+#[test]
+fn disk_with_an_older_copy_of_its_state_is_wholly_pending() {
+    for (copied_after, then) in [("a stop", "a stop"), ("a stop", "a power cut"), ("a kill", "a stop")] {
+        let lab = provisioned();
+        let (server, client) = in_session(&lab);
+        match copied_after {
+            "a stop" => server.stop(),
+            _ => server.kill(),
+        }
+        client.kill();
+        let copy = copy_state(&lab);
+        let server = lab.serve(NONE);
+        lab.wait_pristine();
+        let mut client = Remote::connected(&lab.socket(), 1);
+        client.ask("scatter 500 2");
+        match then {
+            "a stop" => server.stop(),
+            _ => {
+                server.kill();
+                fs::remove_dir_all(lab.runtime()).unwrap();
+                fs::create_dir(lab.runtime()).unwrap();
+            }
+        }
+        client.kill();
+        put_state_back(&lab, &copy);
+        assert_wholly_pending(&lab, "put back from a copy");
+        assert_restores(&lab);
+        // What follows is believed again.
+        in_session(&lab).0.stop();
+        assert_eq!((pending(&lab), &lab.status()["distrust"]), (1000, &serde_json::Value::Null));
+        assert_restores(&lab);
+    }
 }
 
 /// Invariants 2, 6 and 7: a disk that was copied with its state, in the middle of a session too, is

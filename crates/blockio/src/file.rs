@@ -1,6 +1,7 @@
 //! An open regular file or block device, and positional I/O on it.
 
 use std::{
+    ffi::CStr,
     io,
     ops::Range,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
@@ -8,11 +9,14 @@ use std::{
 };
 
 use rustix::{
-    fs::{AtFlags, FileType, Mode, OFlags, SeekFrom, StatxFlags},
+    fs::{AtFlags, FileType, Mode, OFlags, SeekFrom, StatxFlags, XattrFlags},
     io::Errno,
 };
 
 use crate::{AlignedBuf, Error, probe};
+
+/// No extended attribute is longer: `XATTR_SIZE_MAX`.
+const ATTRIBUTE_SIZE_MAX: usize = 65536;
 
 /// What kind of file.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -242,6 +246,32 @@ impl File {
             mtime_ns: time(stat.stx_mtime),
             ctime_ns: time(stat.stx_ctime),
         })
+    }
+
+    /// The value of the extended attribute `name`; `None` if the file has none of that name, or can't
+    /// have any.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn attribute(&self, name: &CStr) -> Result<Option<Vec<u8>>, Error> {
+        let mut value = vec![0; ATTRIBUTE_SIZE_MAX];
+        match rustix::fs::fgetxattr(&self.fd, name, value.as_mut_slice()) {
+            Ok(len) => {
+                value.truncate(len);
+                Ok(Some(value))
+            }
+            Err(Errno::NODATA | Errno::OPNOTSUPP | Errno::NOSYS) => Ok(None),
+            Err(errno) => Err(self.error("read an attribute of", errno)),
+        }
+    }
+
+    /// Gives the extended attribute `name` a value; nothing is synced. Changes the file's `ctime`.
+    ///
+    /// # Errors
+    /// What the kernel says; unsupported if the file can't have any.
+    pub fn set_attribute(&self, name: &CStr, value: &[u8]) -> Result<(), Error> {
+        rustix::fs::fsetxattr(&self.fd, name, value, XattrFlags::empty())
+            .map_err(|errno| self.error("set an attribute of", errno))
     }
 
     /// Fills `buf` from `offset` on.

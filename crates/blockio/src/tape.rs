@@ -84,6 +84,11 @@ pub enum Io<'a> {
         /// The file.
         path: &'a Path,
     },
+    /// An extended attribute of a file gets a value.
+    SetAttribute {
+        /// The file.
+        path: &'a Path,
+    },
     /// The names in a directory that had changed before this began are on stable storage when it has ended.
     SyncDir {
         /// The directory.

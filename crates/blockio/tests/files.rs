@@ -215,3 +215,29 @@ fn exclusive_lock_taken_twice_is_in_use_until_the_first_is_closed() {
     drop(first);
     second.lock_exclusive().unwrap();
 }
+
+/// Attributes are kept with the file, also a direct one; a name that it does not have is nothing.
+#[test]
+fn attribute_set_is_read_back_through_any_description() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("file");
+    let file = File::create_new(&path, 4096, OpenOptions::default()).unwrap();
+    assert_eq!(file.attribute(c"user.test").unwrap(), None);
+    file.set_attribute(c"user.test", b"one").unwrap();
+    file.set_attribute(c"user.test", b"").unwrap();
+    assert_eq!(file.attribute(c"user.test").unwrap(), Some(Vec::new()));
+    file.set_attribute(c"user.test", &[7; 300]).unwrap();
+    for direct in [false, true] {
+        let file = File::open(&path, OpenOptions { direct, ..OpenOptions::default() }).unwrap();
+        assert_eq!(file.attribute(c"user.test").unwrap(), Some(vec![7; 300]));
+    }
+}
+
+/// Where there can be no attributes (here: the kernel's own files) there are none, and setting one says so.
+#[test]
+fn file_that_can_have_no_attributes_has_none() {
+    let file = File::open("/proc/self/comm".as_ref(), OpenOptions { write: true, ..OpenOptions::default() });
+    let file = file.unwrap();
+    assert_eq!(file.attribute(c"user.test").unwrap(), None);
+    assert_eq!(file.set_attribute(c"user.test", b"one").unwrap_err().kind(), ErrorKind::Unsupported);
+}

@@ -19,11 +19,11 @@ use write_log::{LogError, LogHeader, LogId, LogWriter};
 
 use crate::drain::Drain;
 use crate::manifest::{EntryKind, Left, LogEntry, Manifest};
-use crate::open::{disk_witness, drop_oldest_retired, prune_logs, remove_log};
+use crate::open::{describe, disk_witness, drop_oldest_retired, prune_logs, remove_log};
 use crate::process::ProcessId;
 use crate::recover::Basis;
 use crate::shared::{QueueCounters, Shared};
-use crate::{DiskQueue, Error, Paths};
+use crate::{DiskQueue, Error, Paths, witness};
 
 pub use hold::{Held, HoldReason, Released, left_open, set_hold_of_open_session};
 pub use keep::Changes;
@@ -185,7 +185,7 @@ impl SessionDisk {
             self.shared.sync_disk_and_times()?;
             manifest.pristine_since = disk_witness(&self.shared.disk)?;
         }
-        self.replace_manifest(&manifest)?;
+        self.replace_manifest(&mut manifest)?;
         self.shared.live.set_pristine(manifest.logs.is_empty());
         lifecycle.manifest = manifest;
         prune_logs(&self.shared.storage, &self.paths, &lifecycle.manifest, self.keep_logs);
@@ -266,7 +266,12 @@ impl SessionDisk {
         }
         if left.is_some() {
             lifecycle.manifest.left = left;
-            lifecycle.manifest.store(&self.shared.storage, &self.paths)?;
+            self.store_manifest(&mut lifecycle.manifest)?;
+        } else if !lifecycle.manifest.logs.is_empty()
+            // For its number: a copy of the state from before the last session's end is older than this.
+            && let Err(error) = self.store_manifest(&mut lifecycle.manifest)
+        {
+            log::warn!("{}", describe(&error));
         }
         self.shared.live.set_session_open(false);
         self.forget_intents(&lifecycle)?;
@@ -306,10 +311,35 @@ impl SessionDisk {
         }
     }
 
+    /// Makes `manifest` the disk's, with a generation of its own. Then, and only then, the disk's file
+    /// names it; see [`witness`].
+    fn store_manifest(&self, manifest: &mut Manifest) -> Result<(), Error> {
+        manifest.generation = witness::next_generation(manifest.generation, None);
+        manifest.store(&self.shared.storage, &self.paths)?;
+        self.name_generation(manifest);
+        Ok(())
+    }
+
+    /// Makes the disk's file name the generation of `manifest`, which is durable. If it has no logs, it
+    /// has the disk's times instead, and these must not change.
+    fn name_generation(&self, manifest: &Manifest) {
+        if !manifest.logs.is_empty() {
+            witness::set_generation(&self.shared.storage, &self.shared.disk, manifest.generation);
+        }
+    }
+
+    /// Makes the disk's file name the manifest as it was found, if a crash has left it behind: `named`.
+    fn name_generation_again(&self, named: Option<u64>) {
+        let lifecycle = self.lifecycle();
+        if named != Some(lifecycle.manifest.generation) {
+            self.name_generation(&lifecycle.manifest);
+        }
+    }
+
     /// Makes `manifest` the disk's. If that fails, the logs that it would have added are removed: where
     /// there is no room, what failed attempts leave must not take up the last of it.
-    fn replace_manifest(&self, manifest: &Manifest) -> Result<(), Error> {
-        manifest.store(&self.shared.storage, &self.paths).inspect_err(|_| {
+    fn replace_manifest(&self, manifest: &mut Manifest) -> Result<(), Error> {
+        self.store_manifest(manifest).inspect_err(|_| {
             // Should it have failed after the rename, the new manifest holds and names its logs.
             if let Ok(holds) = Manifest::load(&self.paths) {
                 let unnamed = manifest.logs.iter().filter(|entry| !holds.logs.contains(entry));

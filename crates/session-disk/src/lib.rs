@@ -36,6 +36,7 @@ mod shared;
 mod status;
 mod storage;
 mod verify;
+mod witness;
 
 pub use disk::{Changes, Held, HoldReason, Released, SessionDisk, left_open, set_hold_of_open_session};
 pub use drainer::{DrainObserver, DrainTrouble, Drainer};

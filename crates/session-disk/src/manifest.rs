@@ -48,6 +48,9 @@ pub struct Manifest {
     /// When there is no log: what the disk looked like when it was last known pristine. `None` for a
     /// block device.
     pub pristine_since: Option<BaseIdentity>,
+    /// Grows with each manifest. The disk's file names one too; what is smaller is an old state.
+    #[serde(default)]
+    pub generation: u64,
     /// Why nothing is restored and no session begins, if that is so, or will be at the session's end.
     #[serde(default)]
     pub held: Option<HoldReason>,
@@ -228,6 +231,7 @@ mod tests {
             next_sequence: 3,
             logs: vec![LogEntry { sequence: 2, uuid: Uuid::from_u128(2), kind: EntryKind::Session }],
             pristine_since: None,
+            generation: 5,
             held: Some(HoldReason::ByOperator),
             kept: false,
             left: Some(Left::Ended),

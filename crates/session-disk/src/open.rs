@@ -20,6 +20,7 @@ use crate::manifest::{LogEntry, Manifest};
 use crate::paths::Paths;
 use crate::recover::{Evidence, FoundLog, Verdict, conclude};
 use crate::storage::Storage;
+use crate::witness;
 
 /// How long to wait for the I/O of a server that died: its lock is held until the last of it has landed.
 const DEAD_SERVER_WAIT_MAX: Duration = Duration::from_secs(30);
@@ -165,9 +166,10 @@ fn judge_logs(
         read(&paths.sessions().join(entry.id().file_name())).map_err(|error| describe(&error))
     };
     let logs = manifest.logs.iter().map(|entry| (*entry, found(entry))).collect();
-    let witness = disk_witness(disk)?;
+    let disk_now = disk_witness(disk)?;
     let evidence = Evidence {
-        disk_now: witness.as_ref(),
+        disk_now: disk_now.as_ref(),
+        generation: witness::generation(storage, disk)?,
         logs,
         live: live.mark,
         same_boot: live.same_boot,

@@ -16,7 +16,7 @@ use crate::live::LivePage;
 use crate::manifest::{BaseEntry, DiskFile, EntryKind, MANIFEST_VERSION, Manifest};
 use crate::open::{disk_witness, file_number, lock_state_dir, open_disk, refuse_same_file};
 use crate::storage::Storage;
-use crate::{DiskOptions, Error, Paths};
+use crate::{DiskOptions, Error, Paths, witness};
 
 /// What is to be made.
 #[derive(Clone, Debug)]
@@ -94,7 +94,10 @@ fn make(options: &ProvisionOptions, made: &mut Made) -> Result<(u64, u64), Error
     if exists {
         refuse_same_file(path, &base_path)?;
     }
-    let before = existing_state(options, &paths)?;
+    let state_before = existing_state(options, &paths)?;
+    let before = state_before.as_ref().map(|manifest| manifest.disk);
+    // A state that is replaced, and copies of it, are older than the new one.
+    let generation = state_before.map_or(0, |manifest| manifest.generation);
     let (disk, fresh) = if exists {
         let number = file_number(path)?;
         let live = before.as_ref().and_then(|id| LivePage::inspect(&paths.live_page(*id), *id, number));
@@ -136,6 +139,7 @@ fn make(options: &ProvisionOptions, made: &mut Made) -> Result<(u64, u64), Error
         next_sequence: 1,
         logs: Vec::new(),
         pristine_since: None,
+        generation: witness::next_generation(generation, witness::generation(&storage, &disk)?),
         held: None,
         kept: false,
         left: None,
@@ -162,6 +166,9 @@ fn make(options: &ProvisionOptions, made: &mut Made) -> Result<(u64, u64), Error
     storage.sync_dir(parent(path))?;
     storage.sync_dir(parent(paths.state_dir()))?;
     manifest.store(&storage, &paths)?;
+    if !manifest.logs.is_empty() {
+        witness::set_generation(&storage, &disk, manifest.generation);
+    }
     if !fresh {
         // A file or device that was there before is taken now, and stays so: what failed goes on later.
         *made = Made::default();
@@ -169,8 +176,8 @@ fn make(options: &ProvisionOptions, made: &mut Made) -> Result<(u64, u64), Error
     Ok((size, pending.count()))
 }
 
-/// The ID in a state directory that is there already; refused unless it is to be replaced.
-fn existing_state(options: &ProvisionOptions, paths: &Paths) -> Result<Option<Uuid>, Error> {
+/// The manifest of a state directory that is there already; refused unless it is to be replaced.
+fn existing_state(options: &ProvisionOptions, paths: &Paths) -> Result<Option<Manifest>, Error> {
     match Manifest::load(paths) {
         Err(Error::NotProvisioned { .. }) => Ok(None),
         _ if !options.adopt => Err(Error::Refused(format!(
@@ -181,7 +188,7 @@ fn existing_state(options: &ProvisionOptions, paths: &Paths) -> Result<Option<Uu
         Ok(Manifest { held: Some(reason), .. }) => {
             Err(Error::Held { disk: options.disk.disk.clone(), reason })
         }
-        Ok(manifest) => Ok(Some(manifest.disk)),
+        Ok(manifest) => Ok(Some(manifest)),
         Err(Error::DamagedManifest { .. }) => Ok(None),
         Err(error) => Err(error),
     }

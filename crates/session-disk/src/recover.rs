@@ -64,6 +64,8 @@ pub enum Distrust {
     WrittenFromOutside,
     /// The disk is not the file that the state is about: a copy, or restored from a backup.
     AnotherFile,
+    /// The state is older than what the disk's file names.
+    OlderState,
     /// A log is missing or can't be read; its name, and why.
     LogUnreadable(String, String),
     /// A log is of another disk or another session than the manifest says; its name.
@@ -77,6 +79,9 @@ impl fmt::Display for Distrust {
         match self {
             Self::AnotherFile => write!(f, "the disk is another file than its state is about"),
             Self::WrittenFromOutside => write!(f, "the disk was changed from outside while it was pristine"),
+            Self::OlderState => {
+                write!(f, "the state is older than the disk: it was put back from a copy")
+            }
             Self::LogUnreadable(log, why) => write!(f, "write log {log} can't be read: {why}"),
             Self::WrongLog(log) => write!(f, "write log {log} belongs to another disk or session"),
             Self::LogDamaged(log) => write!(f, "write log {log} is damaged"),
@@ -88,6 +93,8 @@ impl fmt::Display for Distrust {
 pub(crate) struct Evidence<'a> {
     /// The disk as it is now; `None` for a block device, which has no witnesses.
     pub(crate) disk_now: Option<&'a BaseIdentity>,
+    /// The generation that the disk's file names, if it names one.
+    pub(crate) generation: Option<u64>,
     /// The logs of the manifest, in its order.
     pub(crate) logs: Vec<(LogEntry, FoundLog)>,
     /// The live page's mark, if the page is of this boot and this disk.
@@ -109,6 +116,9 @@ pub(crate) fn conclude(manifest: &Manifest, geometry: Geometry, evidence: Eviden
     };
     if manifest.file != evidence.disk_now.and_then(DiskFile::of) {
         return everything(Distrust::AnotherFile);
+    }
+    if evidence.generation.is_some_and(|named| manifest.generation < named) {
+        return everything(Distrust::OlderState);
     }
     let pending = BlockSet::new(geometry.blocks());
     if evidence.logs.is_empty() {
@@ -176,3 +186,6 @@ fn is_the_log(contents: &LogContents, entry: &LogEntry, disk: Uuid, geometry: Ge
         && header.disk == disk
         && header.geometry == geometry
 }
+
+#[cfg(test)]
+mod tests;

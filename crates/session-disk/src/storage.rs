@@ -4,6 +4,7 @@
 //! syncs the disk, so that a test can stop the world at any of them. (Not among them: the live page,
 //! which is memory and not meant to survive the host, and the clean-up of a provision that failed.)
 
+use std::ffi::CStr;
 use std::fs;
 use std::io::{self, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -129,8 +130,21 @@ impl Storage {
         path: &Path,
         sync: impl FnOnce() -> Result<(), blockio::Error>,
     ) -> Result<(), Error> {
-        self.pass(Io::Sync { path }, || sync().map_err(|e| io::Error::new(e.io_error().kind(), e)))
+        self.pass(Io::Sync { path }, || sync().map_err(to_io))
             .map_err(|error| Error::state("sync", path, error))
+    }
+
+    /// Reads an extended attribute of the disk.
+    pub(crate) fn attribute(&self, disk: &File, name: &CStr) -> Result<Option<Vec<u8>>, Error> {
+        let path = disk.path();
+        self.pass(Io::Read { path, offset: 0, len: 0 }, || disk.attribute(name).map_err(to_io))
+            .map_err(|error| Error::state("read an attribute of", path, error))
+    }
+
+    /// Sets an extended attribute of the disk. Its value is not synced.
+    pub(crate) fn set_attribute(&self, disk: &File, name: &CStr, value: &[u8]) -> io::Result<()> {
+        let path = disk.path();
+        self.pass(Io::SetAttribute { path }, || disk.set_attribute(name, value).map_err(to_io))
     }
 
     /// The directory at `path` as a place for logs.
@@ -152,6 +166,10 @@ impl Storage {
             }
         }
     }
+}
+
+fn to_io(error: blockio::Error) -> io::Error {
+    io::Error::new(error.io_error().kind(), error)
 }
 
 /// A directory for logs, all of whose I/O passes a tape.

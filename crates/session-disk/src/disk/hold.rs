@@ -151,7 +151,7 @@ impl SessionDisk {
         }
         let mut manifest = lifecycle.manifest.clone();
         manifest.held = Some(reason);
-        if let Err(error) = manifest.store(&self.shared.storage, &self.paths) {
+        if let Err(error) = self.store_manifest(&mut manifest) {
             self.shared.claims.end_rest();
             return Err(error);
         }
@@ -170,7 +170,7 @@ impl SessionDisk {
         }
         let mut manifest = lifecycle.manifest.clone();
         manifest.held = None;
-        manifest.store(&self.shared.storage, &self.paths)?;
+        self.store_manifest(&mut manifest)?;
         lifecycle.manifest = manifest;
         self.shared.claims.end_rest();
         let session = lifecycle.session.as_ref().map(|session| session.entry.sequence);

@@ -40,7 +40,7 @@ impl SessionDisk {
         // for themselves.
         self.shared.live.set_mark(LiveMark { sequence: entry.sequence, mark: writer.mark() });
         manifest.pristine_since = None;
-        self.replace_manifest(&manifest)?;
+        self.replace_manifest(&mut manifest)?;
         lifecycle.manifest = manifest;
         self.shared.live.set_pristine(false);
         *self.shared.log() = Some(writer);

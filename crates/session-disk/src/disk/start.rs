@@ -18,7 +18,7 @@ use crate::open::{
 use crate::recover::{Basis, GoesOn};
 use crate::shared::{FlushPolicy, Parts, Shared};
 use crate::storage::Storage;
-use crate::{Changes, DiskOptions, Error, Paths};
+use crate::{Changes, DiskOptions, Error, Paths, witness};
 
 impl SessionDisk {
     /// Takes the disk over: locks it, finds out what is pending, and makes that durable.
@@ -58,6 +58,11 @@ impl SessionDisk {
         let was_open = before.session_open;
         let before = if options.resume { before } else { before.session_over() };
         let verdict = judge(&storage, &paths, &manifest, geometry, &disk, before)?;
+        let named = witness::generation(&storage, &disk)?;
+        if named.is_some_and(|named| manifest.generation < named) {
+            // What follows an old state is not old.
+            manifest.generation = witness::next_generation(manifest.generation, named);
+        }
         let kept_before = manifest.kept;
         let (pending, kept) =
             keep::divide(&mut manifest, verdict.pending, verdict.session.is_some(), options)?;
@@ -122,6 +127,7 @@ impl SessionDisk {
             live.go_on();
             live.set_pending(disk.shared.pending.count());
             live.set_dirty(disk.shared.owned.count());
+            disk.name_generation_again(named);
             disk.shared.open.store(true, Ordering::SeqCst);
             return Ok(Arc::new(disk));
         }
@@ -131,7 +137,9 @@ impl SessionDisk {
         if !(speaks_alone || held && verdict.sealed) {
             disk.checkpoint()?;
         } else if says_more {
-            disk.lifecycle().manifest.store(&storage, &disk.paths)?;
+            disk.store_manifest(&mut disk.lifecycle().manifest)?;
+        } else {
+            disk.name_generation_again(named);
         }
         // From here on no log needs the page to be exact; before, a failure must leave it as it was.
         live.take_over(disk_id, number)?;

@@ -1,5 +1,5 @@
 //! A tape that records every change with its bytes, and beside it what is not I/O but survives a kill:
-//! the live page, and when the disk was changed last.
+//! the live page, when the disk was changed last, and the generation that its file names.
 //!
 //! A manifest names its disk by inode number and times, which are others in each world. So manifests are
 //! recorded in a form that all worlds share: the inode is [`DISK_INODE`] if it is the disk's, and in
@@ -60,6 +60,7 @@ pub(crate) struct Moment {
     pub(crate) event: Event,
     pub(crate) live: Option<Arc<Vec<u8>>>,
     pub(crate) version: u64,
+    pub(crate) generation: Option<Vec<u8>>,
 }
 
 #[derive(Debug, Default)]
@@ -81,6 +82,14 @@ pub(crate) struct Recorder {
 
 pub(crate) const DISK: &str = "disk.raw";
 pub(crate) const RUNTIME: &str = "run";
+
+/// The attribute of the disk's file that names a manifest's generation.
+pub(crate) const GENERATION: &std::ffi::CStr = c"user.pristine.generation";
+
+/// What the disk's file names.
+pub(crate) fn generation(disk: &File) -> Option<Vec<u8>> {
+    disk.attribute(GENERATION).unwrap()
+}
 
 /// What a manifest holds of the disk's identity, here and now.
 pub(crate) fn identity(disk: &File) -> BaseIdentity {
@@ -154,7 +163,8 @@ impl Recorder {
         let mut state = self.state();
         let version = self.look(&mut state);
         let live = state.live.clone();
-        state.moments.push(Moment { event, live, version });
+        let generation = state.disk.as_ref().and_then(generation);
+        state.moments.push(Moment { event, live, version, generation });
         state.moments.len() as u64 - 1
     }
 
@@ -193,7 +203,8 @@ pub(crate) fn live_page(root: &Path) -> Option<Vec<u8>> {
 impl Tape for Recorder {
     fn begin(&self, io: Io<'_>) -> io::Result<u64> {
         let (path, change) = match io {
-            Io::Read { .. } => return Ok(UNRECORDED),
+            // An attribute is not among the changes: it is looked at, as the times are.
+            Io::Read { .. } | Io::SetAttribute { .. } => return Ok(UNRECORDED),
             Io::Write { path, offset, bytes, durable } => {
                 let bytes = if is_manifest(path) { self.shared_form(bytes) } else { bytes.to_vec() };
                 (path, Change::Write { offset, bytes, durable })

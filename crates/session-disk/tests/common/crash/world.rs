@@ -13,8 +13,8 @@ use session_disk::{DiskFile, DiskOptions};
 use super::fs::{Content, Fs};
 use super::random::Random;
 use super::recorder::{
-    DISK, DISK_INODE, Event, LIVE_INODE, Moment, RUNTIME, Recorder, identity, is_manifest, live_page,
-    manifest_bytes, new_version, parse_manifest,
+    DISK, DISK_INODE, Event, GENERATION, LIVE_INODE, Moment, RUNTIME, Recorder, identity, is_manifest,
+    live_page, manifest_bytes, new_version, parse_manifest,
 };
 use crate::common::fast_dir;
 
@@ -37,6 +37,8 @@ pub(crate) struct Remains {
     durable_version: u64,
     /// States of the times that may as well be the disk's.
     plausible: Vec<u64>,
+    /// What the disk's file names.
+    generation: Option<Vec<u8>>,
 }
 
 /// A directory with a disk, its state and its live page, all of whose I/O is recorded.
@@ -48,6 +50,7 @@ pub(crate) struct World {
     live: Option<Arc<Vec<u8>>>,
     version: u64,
     durable_version: u64,
+    generation: Option<Vec<u8>>,
     pub(crate) recorder: Arc<Recorder>,
 }
 
@@ -64,6 +67,11 @@ impl World {
                 Some(content) if is_manifest(path) => manifests.push((at, content.bytes())),
                 Some(content) => write_file(&at, content),
             }
+        }
+        let for_writing = OpenOptions { write: true, ..OpenOptions::default() };
+        if let (Some(generation), Ok(disk)) = (&remains.generation, File::open(&root.join(DISK), for_writing))
+        {
+            disk.set_attribute(GENERATION, generation).unwrap();
         }
         let disk = File::open(&root.join(DISK), OpenOptions::default()).ok();
         let (mut version, mut durable_version) = (remains.version, remains.durable_version);
@@ -88,6 +96,7 @@ impl World {
             live: live_page(root).map(Arc::new),
             version,
             durable_version,
+            generation: remains.generation.clone(),
             recorder: Recorder::new(root, version),
             dir,
         }
@@ -120,6 +129,8 @@ impl World {
             live: self.live.clone(),
             version: self.version,
             durable_version: self.durable_version,
+            generation: self.generation.clone(),
+            durable_generation: self.generation.clone(),
             synced: HashMap::new(),
             inode,
         };
@@ -142,8 +153,11 @@ pub(crate) struct Cut {
     version: u64,
     /// The times that the last sync of the disk has made durable.
     durable_version: u64,
+    /// What the disk's file names, and what no power cut can take back of it.
+    generation: Option<Vec<u8>>,
+    durable_generation: Option<Vec<u8>>,
     /// By syncs of the disk that have begun.
-    synced: HashMap<usize, u64>,
+    synced: HashMap<usize, (u64, Option<Vec<u8>>)>,
     inode: u64,
 }
 
@@ -152,16 +166,17 @@ impl Cut {
         self.fs.step(place, &moment.event);
         match &moment.event {
             Event::Begin(path, super::recorder::Change::Sync) if path == Path::new(DISK) => {
-                self.synced.insert(place, moment.version);
+                self.synced.insert(place, (moment.version, moment.generation.clone()));
             }
             Event::End(begin) => {
-                if let Some(version) = self.synced.remove(begin) {
-                    self.durable_version = version;
+                if let Some(synced) = self.synced.remove(begin) {
+                    (self.durable_version, self.durable_generation) = synced;
                 }
             }
             Event::Begin(..) => {}
         }
         (self.live, self.version) = (moment.live.clone(), moment.version);
+        self.generation = moment.generation.clone();
     }
 
     /// What is left of the world if it ends here.
@@ -174,6 +189,11 @@ impl Cut {
                 durable_version: 0,
                 // Versions are given in their order. What the cut took back may be the times too.
                 plausible: (self.durable_version..=self.version).collect(),
+                generation: if random.chance(50) {
+                    self.generation.clone()
+                } else {
+                    self.durable_generation.clone()
+                },
             },
             Ending::Kill => {
                 let mut live = self.live.as_deref().cloned();
@@ -188,6 +208,7 @@ impl Cut {
                     version: self.version,
                     durable_version: self.durable_version,
                     plausible: vec![self.version],
+                    generation: self.generation.clone(),
                 }
             }
         }

@@ -1,0 +1,70 @@
+use super::*;
+use crate::manifest::{BaseEntry, EntryKind, MANIFEST_VERSION};
+
+const SIZE: u64 = 1 << 20;
+
+/// A manifest of a block device with a log, or pristine.
+fn manifest(generation: u64, has_log: bool) -> Manifest {
+    let log = LogEntry { sequence: 2, uuid: Uuid::from_u128(2), kind: EntryKind::Session };
+    Manifest {
+        version: MANIFEST_VERSION,
+        disk: Uuid::from_u128(1),
+        size: SIZE,
+        file: None,
+        base: BaseEntry { path: "/images/golden.raw".into(), identity: BaseIdentity::of_size(SIZE) },
+        next_sequence: 3,
+        logs: has_log.then_some(log).into_iter().collect(),
+        pristine_since: None,
+        generation,
+        held: None,
+        kept: false,
+        left: None,
+    }
+}
+
+/// The verdict when the disk's file names `named`, and a log that is listed can't be read.
+fn basis(manifest: &Manifest, named: Option<u64>) -> Basis {
+    let geometry = Geometry::new(SIZE).unwrap();
+    let evidence = Evidence {
+        disk_now: None,
+        generation: named,
+        logs: manifest.logs.iter().map(|entry| (*entry, Err("gone".into()))).collect(),
+        live: None,
+        same_boot: true,
+        session_open: false,
+        intents: BlockSet::new(geometry.blocks()),
+    };
+    let verdict = conclude(manifest, geometry, evidence);
+    let all = verdict.pending.count() == geometry.blocks();
+    assert_eq!(all, matches!(verdict.basis, Basis::Everything(_)));
+    verdict.basis
+}
+
+/// Invariants 2 and 6: a manifest is believed if it is the one that the disk's file names, or younger, and
+/// where no file names any; what is older vouches for nothing, whatever it says.
+#[test]
+fn manifest_that_is_older_than_the_disk_makes_everything_pending() {
+    let older = Basis::Everything(Distrust::OlderState);
+    let unreadable = Basis::Everything(Distrust::LogUnreadable(
+        LogEntry { sequence: 2, uuid: Uuid::from_u128(2), kind: EntryKind::Session }.id().file_name(),
+        "gone".into(),
+    ));
+    for (has_log, believed) in [(false, Basis::Pristine), (true, unreadable)] {
+        for (generation, named, old) in [
+            (0, None, false),
+            (7, None, false),
+            (7, Some(6), false),
+            (7, Some(7), false),
+            (7, Some(8), true),
+            (0, Some(1), true),
+            (7, Some(u64::MAX), true),
+        ] {
+            let wanted = if old { &older } else { &believed };
+            assert_eq!(basis(&manifest(generation, has_log), named), *wanted, "{generation} {named:?}");
+        }
+    }
+    assert_eq!(
+        Distrust::OlderState.to_string(),
+        "the state is older than the disk: it was put back from a copy"
+    );
+}

@@ -1,0 +1,204 @@
+//! An older copy of a disk's own state directory that is put back: what sessions wrote since is pending
+//! nevertheless (invariants 2 and 6), and nothing else is ever taken for an older state.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+
+mod common;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use blockio::{EngineKind, File, OpenOptions};
+use common::{Bench, end, write};
+use session_disk::{Basis, Distrust, HoldReason, Manifest, ProvisionOptions, SessionDisk, provision, status};
+
+const MIB: usize = 1 << 20;
+/// Sectors of the intents' unit, so that what is written there is in no other one.
+const REGION: u64 = session_disk::REGION_SIZE / 512;
+const OLDER: Basis = Basis::Everything(Distrust::OlderState);
+
+/// A pristine disk of three regions, the last of them short.
+fn bench() -> Bench {
+    Bench::new(MIB, Some(129 << 20), false, EngineKind::Sync)
+}
+
+/// A session that writes two blocks at `sector`; it stays open.
+fn session(disk: &Arc<SessionDisk>, sector: u64) {
+    disk.begin_session(None).unwrap();
+    scribble(disk, sector);
+}
+
+fn scribble(disk: &Arc<SessionDisk>, sector: u64) {
+    let mut queue = disk.queue(16).unwrap();
+    write(disk, &mut queue, sector, &[0x55; 8192]);
+}
+
+fn copy_of_state(bench: &Bench) -> PathBuf {
+    let copy = bench.dir.path().join("copy");
+    copy_dir(bench.options.paths().state_dir(), &copy);
+    copy
+}
+
+fn put_back(bench: &Bench, copy: &Path) {
+    let paths = bench.options.paths();
+    std::fs::remove_dir_all(paths.state_dir()).unwrap();
+    copy_dir(copy, paths.state_dir());
+}
+
+fn copy_dir(from: &Path, to: &Path) {
+    std::fs::create_dir(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap().map(Result::unwrap) {
+        let to = to.join(entry.file_name());
+        match entry.file_type().unwrap().is_dir() {
+            true => copy_dir(&entry.path(), &to),
+            false => drop(std::fs::copy(entry.path(), to).unwrap()),
+        }
+    }
+}
+
+fn cut_power(bench: &Bench) {
+    std::fs::remove_dir_all(bench.options.runtime_dir.as_ref().unwrap()).unwrap();
+}
+
+/// What the disk's file names.
+fn named(bench: &Bench) -> Option<u64> {
+    let disk = File::open(&bench.options.disk, OpenOptions::default()).unwrap();
+    let value = disk.attribute(c"user.pristine.generation").unwrap()?;
+    Some(String::from_utf8(value).unwrap().parse().unwrap())
+}
+
+fn generation(bench: &Bench) -> u64 {
+    Manifest::load(&bench.options.paths()).unwrap().generation
+}
+
+#[track_caller]
+fn assert_older(bench: &Bench) {
+    let seen = status(&bench.options).unwrap();
+    assert_eq!(seen.pending_blocks, seen.blocks);
+    assert!(seen.distrust.unwrap().contains("put back from a copy"));
+    let disk = bench.open();
+    assert_eq!(*disk.basis(), OLDER);
+    // It is concluded once: a kill in mid-restore does not begin anew.
+    drop(disk);
+    let disk = bench.open();
+    assert_eq!((disk.basis(), disk.pending_blocks()), (&Basis::ExactLogs, seen.blocks));
+    bench.assert_restores_exactly(&disk);
+    disk.stop().unwrap();
+    drop(disk);
+    assert_eq!(*bench.open().basis(), Basis::Pristine);
+}
+
+/// A killed session's state, which lists its log, is put back after the next session wrote elsewhere.
+#[test]
+fn state_of_an_earlier_session_hides_nothing_of_a_later_one() {
+    for power_cut in [false, true] {
+        let bench = bench();
+        session(&bench.open(), 8);
+        let copy = copy_of_state(&bench);
+        let disk = bench.open();
+        bench.assert_restores_exactly(&disk);
+        session(&disk, REGION + 8);
+        if !power_cut {
+            disk.stop().unwrap();
+        }
+        drop(disk);
+        if power_cut {
+            cut_power(&bench);
+        }
+        put_back(&bench, &copy);
+        assert_older(&bench);
+    }
+}
+
+/// A copy from the middle of a session does not outlast a stop, whether the session was open then or
+/// its blocks were being restored.
+#[test]
+fn state_of_the_middle_of_a_session_hides_nothing_after_a_stop() {
+    for ended in [false, true] {
+        let bench = bench();
+        let disk = bench.open();
+        session(&disk, 8);
+        let copy = copy_of_state(&bench);
+        scribble(&disk, REGION + 8);
+        if ended {
+            disk.end_session().unwrap();
+            // The drain has begun, and is stopped at once.
+            disk.drain(&AtomicBool::new(true), &mut |_| ()).unwrap_err();
+        }
+        disk.stop().unwrap();
+        drop(disk);
+        put_back(&bench, &copy);
+        assert_older(&bench);
+    }
+}
+
+/// A disk that is taken over anew is not accused by what its file named before, and no copy of the state
+/// before is believed.
+#[test]
+fn disk_that_is_adopted_is_believed_and_its_state_before_is_not() {
+    let bench = bench();
+    for _ in 0..3 {
+        let disk = bench.open();
+        session(&disk, 8);
+        disk.stop().unwrap();
+    }
+    let copy = copy_of_state(&bench);
+    let before = named(&bench).unwrap();
+    std::fs::remove_dir_all(bench.options.paths().state_dir()).unwrap();
+    let wanted =
+        ProvisionOptions { base: bench.base_path(), disk: bench.options.clone(), size: None, adopt: true };
+    provision(&wanted).unwrap();
+    assert!(named(&bench).unwrap() > before);
+    assert_eq!(*bench.open().basis(), Basis::ExactLogs);
+    put_back(&bench, &copy);
+    assert_older(&bench);
+}
+
+/// In the steps of a life the disk's file never names more than the manifest, and just as much whenever
+/// there are logs.
+#[test]
+fn disk_file_names_the_manifest_whenever_it_has_logs() {
+    let bench = bench();
+    let check = |what: &str| {
+        let (named, has) = (named(&bench).unwrap(), generation(&bench));
+        let logs = !Manifest::load(&bench.options.paths()).unwrap().logs.is_empty();
+        assert!(if logs { named == has } else { named < has }, "{what}: {named} {has}");
+    };
+    check("pristine");
+    let disk = bench.open();
+    session(&disk, 8);
+    check("a session");
+    disk.checkpoint().unwrap();
+    check("a checkpoint");
+    disk.hold(HoldReason::ByOperator).unwrap();
+    check("a hold");
+    let queue = disk.queue(1).unwrap();
+    end(&disk, queue);
+    disk.stop().unwrap();
+    check("a stop");
+    drop(disk);
+    let disk = bench.open();
+    disk.release().unwrap();
+    check("a release");
+    bench.assert_restores_exactly(&disk);
+    check("a drain");
+    disk.stop().unwrap();
+    drop(disk);
+    assert_eq!(*bench.open().basis(), Basis::Pristine);
+}
+
+/// A crash before the disk's file names the manifest leaves it behind: nothing is accused, and the next
+/// start makes up for it.
+#[test]
+fn disk_file_that_names_an_older_manifest_accuses_nothing() {
+    let bench = bench();
+    session(&bench.open(), 8);
+    let disk =
+        File::open(&bench.options.disk, OpenOptions { write: true, ..OpenOptions::default() }).unwrap();
+    disk.set_attribute(c"user.pristine.generation", b"1").unwrap();
+    drop(disk);
+    let disk = bench.open();
+    assert_eq!(*disk.basis(), Basis::ExactLogs);
+    assert_eq!(named(&bench), Some(generation(&bench)));
+    bench.assert_restores_exactly(&disk);
+}
