@@ -6,7 +6,7 @@ mod common;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use blockio::{EngineKind, File, OpenOptions};
 use common::{Bench, end, write};
@@ -76,8 +76,11 @@ fn assert_older(bench: &Bench) {
     let seen = status(&bench.options).unwrap();
     assert_eq!(seen.pending_blocks, seen.blocks);
     assert!(seen.distrust.unwrap().contains("put back from a copy"));
+    let before = named(bench).unwrap();
     let disk = bench.open();
     assert_eq!(*disk.basis(), OLDER);
+    // Nor is any other old copy believed from now on.
+    assert!(named(bench).unwrap() > before);
     // It is concluded once: a kill in mid-restore does not begin anew.
     drop(disk);
     let disk = bench.open();
@@ -122,8 +125,9 @@ fn state_of_the_middle_of_a_session_hides_nothing_after_a_stop() {
         scribble(&disk, REGION + 8);
         if ended {
             disk.end_session().unwrap();
-            // The drain has begun, and is stopped at once.
-            disk.drain(&AtomicBool::new(true), &mut |_| ()).unwrap_err();
+            // The drain is stopped when it has begun.
+            let stop = AtomicBool::new(false);
+            disk.drain(&stop, &mut |_| stop.store(true, Ordering::Release)).unwrap_err();
         }
         disk.stop().unwrap();
         drop(disk);
@@ -188,17 +192,28 @@ fn disk_file_names_the_manifest_whenever_it_has_logs() {
 }
 
 /// A crash before the disk's file names the manifest leaves it behind: nothing is accused, and the next
-/// start makes up for it.
+/// start makes up for it, whether it makes a manifest of its own, keeps the old one, or goes on with a session.
 #[test]
 fn disk_file_that_names_an_older_manifest_accuses_nothing() {
-    let bench = bench();
+    let mut bench = bench();
     session(&bench.open(), 8);
-    let disk =
-        File::open(&bench.options.disk, OpenOptions { write: true, ..OpenOptions::default() }).unwrap();
-    disk.set_attribute(c"user.pristine.generation", b"1").unwrap();
-    drop(disk);
+    let fall_behind = || {
+        let for_writing = OpenOptions { write: true, ..OpenOptions::default() };
+        let disk = File::open(&bench.options.disk, for_writing).unwrap();
+        disk.set_attribute(c"user.pristine.generation", b"1").unwrap();
+    };
+    for _ in 0..2 {
+        fall_behind();
+        let disk = bench.open();
+        assert_eq!((disk.basis(), disk.pending_blocks()), (&Basis::ExactLogs, 2));
+        assert_eq!(named(&bench), Some(generation(&bench)));
+    }
+    session(&bench.open(), REGION + 8);
+    fall_behind();
+    bench.options.resume = true;
     let disk = bench.open();
-    assert_eq!(*disk.basis(), Basis::ExactLogs);
+    assert!(disk.session_is_open());
     assert_eq!(named(&bench), Some(generation(&bench)));
+    disk.end_session().unwrap();
     bench.assert_restores_exactly(&disk);
 }
