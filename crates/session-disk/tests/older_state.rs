@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use blockio::tape::{Io, Tape};
 use blockio::{EngineKind, File, OpenOptions};
 use common::{Bench, end, write};
 use session_disk::{Basis, Distrust, HoldReason, Manifest, ProvisionOptions, SessionDisk, provision, status};
@@ -216,4 +217,46 @@ fn disk_file_that_names_an_older_manifest_accuses_nothing() {
     assert_eq!(named(&bench), Some(generation(&bench)));
     disk.end_session().unwrap();
     bench.assert_restores_exactly(&disk);
+}
+
+/// A file system whose files can't have attributes, or one that fails to set them.
+#[derive(Debug)]
+struct NoAttributes(rustix::io::Errno);
+
+impl Tape for NoAttributes {
+    fn begin(&self, io: Io<'_>) -> std::io::Result<u64> {
+        if matches!(io, Io::SetAttribute { .. }) { Err(self.0.into()) } else { Ok(0) }
+    }
+
+    fn end(&self, _: u64, _: bool) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Without attributes a disk is served as ever; its state put back is believed, as that of a block device.
+#[test]
+fn disk_whose_file_can_have_no_attributes_has_no_witness() {
+    for errno in [rustix::io::Errno::OPNOTSUPP, rustix::io::Errno::NOSPC] {
+        let dir = tempfile::tempdir().unwrap();
+        let base = dir.path().join("base.raw");
+        common::write_sparse(&base, &common::base_content(MIB));
+        let options = session_disk::DiskOptions {
+            runtime_dir: Some(dir.path().join("run")),
+            engine: Some(EngineKind::Sync),
+            tape: Some(Arc::new(NoAttributes(errno))),
+            ..session_disk::DiskOptions::new(dir.path().join("disk.raw"))
+        };
+        let wanted = ProvisionOptions { base, disk: options.clone(), size: None, adopt: false };
+        provision(&wanted).unwrap();
+        let bench = Bench { dir, base: common::base_content(MIB), options };
+        bench.assert_restores_exactly(&bench.open());
+        for _ in 0..2 {
+            let disk = bench.open();
+            assert!(matches!(disk.basis(), Basis::Pristine | Basis::ExactLogs));
+            session(&disk, 8);
+            disk.stop().unwrap();
+            assert_eq!(named(&bench), None);
+        }
+        bench.assert_restores_exactly(&bench.open());
+    }
 }
