@@ -329,11 +329,14 @@ impl SessionDisk {
     }
 
     /// Makes the disk's file name the manifest as it was found, if a crash has left it behind: `named`.
-    fn name_generation_again(&self, named: Option<u64>) {
+    /// Whoever was killed may not have come to make that manifest durable.
+    fn name_generation_again(&self, named: Option<u64>) -> Result<(), Error> {
         let lifecycle = self.lifecycle();
         if named != Some(lifecycle.manifest.generation) {
+            self.shared.storage.sync_dir(self.paths.state_dir())?;
             self.name_generation(&lifecycle.manifest);
         }
+        Ok(())
     }
 
     /// Makes `manifest` the disk's. If that fails, the logs that it would have added are removed: where

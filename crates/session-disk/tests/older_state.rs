@@ -5,13 +5,15 @@
 mod common;
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
 use blockio::tape::{Io, Tape};
 use blockio::{EngineKind, File, OpenOptions};
 use common::{Bench, end, write};
-use session_disk::{Basis, Distrust, HoldReason, Manifest, ProvisionOptions, SessionDisk, provision, status};
+use session_disk::{
+    Basis, DiskOptions, Distrust, HoldReason, Manifest, ProvisionOptions, SessionDisk, provision, status,
+};
 
 const MIB: usize = 1 << 20;
 /// Sectors of the intents' unit, so that what is written there is in no other one.
@@ -205,7 +207,12 @@ fn disk_file_that_names_an_older_manifest_accuses_nothing() {
     };
     for _ in 0..2 {
         fall_behind();
-        let disk = bench.open();
+        let order = Arc::new(Order::default());
+        let disk = SessionDisk::open(&DiskOptions { tape: Some(order.clone()), ..bench.options.clone() });
+        let disk = disk.unwrap();
+        // A manifest that is found after a kill may not be durable yet.
+        let order = order.0.lock().unwrap();
+        assert!(matches!(order.as_slice(), [.., "sync the directory", "name"]), "{order:?}");
         assert_eq!((disk.basis(), disk.pending_blocks()), (&Basis::ExactLogs, 2));
         assert_eq!(named(&bench), Some(generation(&bench)));
     }
@@ -217,6 +224,27 @@ fn disk_file_that_names_an_older_manifest_accuses_nothing() {
     assert_eq!(named(&bench), Some(generation(&bench)));
     disk.end_session().unwrap();
     bench.assert_restores_exactly(&disk);
+}
+
+/// What happens of the two whose order matters.
+#[derive(Debug, Default)]
+struct Order(Mutex<Vec<&'static str>>);
+
+impl Tape for Order {
+    fn begin(&self, io: Io<'_>) -> std::io::Result<u64> {
+        match io {
+            Io::SyncDir { path } if path.ends_with("disk.raw.pristine") => {
+                self.0.lock().unwrap().push("sync the directory");
+            }
+            Io::SetAttribute { .. } => self.0.lock().unwrap().push("name"),
+            _ => {}
+        }
+        Ok(0)
+    }
+
+    fn end(&self, _: u64, _: bool) -> std::io::Result<()> {
+        Ok(())
+    }
 }
 
 /// A file system whose files can't have attributes, or one that fails to set them.
@@ -240,11 +268,11 @@ fn disk_whose_file_can_have_no_attributes_has_no_witness() {
         let dir = tempfile::tempdir().unwrap();
         let base = dir.path().join("base.raw");
         common::write_sparse(&base, &common::base_content(MIB));
-        let options = session_disk::DiskOptions {
+        let options = DiskOptions {
             runtime_dir: Some(dir.path().join("run")),
             engine: Some(EngineKind::Sync),
             tape: Some(Arc::new(NoAttributes(errno))),
-            ..session_disk::DiskOptions::new(dir.path().join("disk.raw"))
+            ..DiskOptions::new(dir.path().join("disk.raw"))
         };
         let wanted = ProvisionOptions { base, disk: options.clone(), size: None, adopt: false };
         provision(&wanted).unwrap();

@@ -127,7 +127,7 @@ impl SessionDisk {
             live.go_on();
             live.set_pending(disk.shared.pending.count());
             live.set_dirty(disk.shared.owned.count());
-            disk.name_generation_again(named);
+            disk.name_generation_again(named)?;
             disk.shared.open.store(true, Ordering::SeqCst);
             return Ok(Arc::new(disk));
         }
@@ -139,7 +139,7 @@ impl SessionDisk {
         } else if says_more {
             disk.store_manifest(&mut disk.lifecycle().manifest)?;
         } else {
-            disk.name_generation_again(named);
+            disk.name_generation_again(named)?;
         }
         // From here on no log needs the page to be exact; before, a failure must leave it as it was.
         live.take_over(disk_id, number)?;
