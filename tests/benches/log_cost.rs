@@ -2,8 +2,11 @@
 //!
 //! ```text
 //! cargo bench -p pristine-tests --bench log_cost --features bench-without-log -- \
-//!     [--size MIB] [--rounds N] [--depths 1,32,128] [--dir DIR]...
+//!     [--size MIB] [--rounds N] [--depths 1,32,128] [--dir DIR]... [--control]
 //! ```
+//!
+//! With `--control` the server of the columns "no log" logs as well: what the ratios differ from 1.000 then
+//! is the noise of the machine and the bias of the measurement, if there is one.
 //!
 //! In every round, at every depth, both servers have a session on the same disk, which is restored,
 //! synced and in the page cache; they take turns in being the first. Each session writes once to half of
@@ -33,6 +36,7 @@ struct Options {
     rounds: usize,
     depths: Vec<usize>,
     dirs: Vec<PathBuf>,
+    control: bool,
 }
 
 /// Rates of one session's first touches and of its other writes, in requests a second.
@@ -62,7 +66,8 @@ fn main() {
 }
 
 fn options(words: Vec<String>) -> Options {
-    let mut options = Options { size: 1 << 30, rounds: 15, depths: vec![1, 32, 128], dirs: Vec::new() };
+    let mut options =
+        Options { size: 1 << 30, rounds: 15, depths: vec![1, 32, 128], dirs: Vec::new(), control: false };
     let mut words = words.into_iter();
     while let Some(word) = words.next() {
         let mut value = || words.next().unwrap_or_else(|| panic!("{word} needs a value"));
@@ -71,6 +76,7 @@ fn options(words: Vec<String>) -> Options {
             "--rounds" => options.rounds = value().parse().unwrap(),
             "--depths" => options.depths = value().split(',').map(|depth| depth.parse().unwrap()).collect(),
             "--dir" => options.dirs.push(value().into()),
+            "--control" => options.control = true,
             "--bench" => {} // cargo's own
             other => panic!("unknown option {other}"),
         }
@@ -91,7 +97,7 @@ fn compare_in(dir: &Path, options: &Options) -> [String; 2] {
         let count = if depth == 1 { all.min(BLOCKS_AT_DEPTH_1_MAX) } else { all };
         let mut rounds = Vec::new();
         for round in 0..options.rounds {
-            let rates = |log| disk.rates(log, &format!("passes {depth} {count} {round}"));
+            let rates = |log| disk.rates(log || options.control, &format!("passes {depth} {count} {round}"));
             let first = rates(round % 2 == 0);
             let second = rates(round % 2 != 0);
             rounds.push(if round % 2 == 0 { (first, second) } else { (second, first) });
