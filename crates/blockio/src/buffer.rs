@@ -195,6 +195,11 @@ impl GuestBuf {
         self.parts.as_slice()
     }
 
+    /// The buffer as borrowed memory.
+    pub fn view(&self) -> GuestView<'_> {
+        GuestView { parts: self.parts(), len: self.len, keep: &self.keep }
+    }
+
     /// The part of `len` bytes from `offset` on; `None` if the buffer ends before.
     pub fn slice(&self, offset: usize, len: usize) -> Option<GuestBuf> {
         let end = offset.checked_add(len)?;
@@ -254,6 +259,52 @@ impl GuestBuf {
 impl fmt::Debug for GuestBuf {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("GuestBuf").field("len", &self.len).field("parts", &self.parts().len()).finish()
+    }
+}
+
+/// Borrowed memory of a guest as a list of pieces: what a [`GuestBuf`] is before it has to outlive the caller.
+/// Making one neither allocates nor counts references.
+#[derive(Clone, Copy)]
+pub struct GuestView<'a> {
+    parts: &'a [IoVec],
+    len: usize,
+    keep: &'a Arc<dyn Any + Send + Sync>,
+}
+
+impl<'a> GuestView<'a> {
+    /// A view of `parts`, in this order.
+    ///
+    /// # Safety
+    /// As for [`GuestBuf::new`].
+    pub unsafe fn new(parts: &'a [IoVec], keep: &'a Arc<dyn Any + Send + Sync>) -> Self {
+        let len = parts.iter().fold(0, |len: usize, part| len.saturating_add(part.len));
+        Self { parts, len, keep }
+    }
+
+    /// Length in bytes.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there is not a byte in it.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The pieces.
+    pub fn parts(&self) -> &'a [IoVec] {
+        self.parts
+    }
+
+    /// The same memory, kept for as long as the buffer lives.
+    pub fn to_buf(&self) -> GuestBuf {
+        GuestBuf::collect(self.parts.iter().copied(), Arc::clone(self.keep))
+    }
+}
+
+impl fmt::Debug for GuestView<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("GuestView").field("len", &self.len).field("parts", &self.parts.len()).finish()
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::{fmt, io, os::fd::BorrowedFd, sync::Arc, time::Duration};
 
-use crate::{Buffer, Error, File, sync::SyncEngine, uring::UringEngine};
+use crate::{Buffer, Error, File, GuestView, sync::SyncEngine, uring::UringEngine};
 
 /// Index into the files that an engine was made with.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -106,6 +106,29 @@ impl Op {
     }
 }
 
+/// A read or write that need not wait, of a guest's memory. Offsets are in bytes.
+#[derive(Clone, Copy, Debug)]
+pub enum Quick<'a> {
+    /// Fills all of `buf` from `offset` on.
+    Read {
+        /// The file.
+        file: FileIndex,
+        /// First byte.
+        offset: u64,
+        /// Where to.
+        buf: GuestView<'a>,
+    },
+    /// Writes all of `buf` from `offset` on.
+    Write {
+        /// The file.
+        file: FileIndex,
+        /// First byte.
+        offset: u64,
+        /// What.
+        buf: GuestView<'a>,
+    },
+}
+
 /// A finished operation.
 #[derive(Debug)]
 pub struct Completion {
@@ -124,6 +147,12 @@ pub struct Completion {
 /// - Nothing that was pushed is started before [`submit`](Engine::submit), whatever else is called.
 /// - Dropping an engine waits for the I/O that the kernel has begun; what had not begun never happens.
 pub trait Engine: Send + fmt::Debug {
+    /// Makes a read or write at once if that is sure to be quick: data in the page cache. `false`: it was not
+    /// made, or not wholly, or failed; nothing is promised of its bytes, and [`push`](Engine::push) is to do it.
+    fn perform_now(&mut self, _quick: Quick<'_>) -> bool {
+        false
+    }
+
     /// Takes an operation; never refuses. It completes with `token`.
     fn push(&mut self, token: u64, op: Op);
 

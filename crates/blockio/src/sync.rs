@@ -8,7 +8,8 @@ use std::{
 };
 
 use crate::{
-    Completion, Engine, File, IoVec, Op,
+    Completion, Engine, File, IoVec, Op, Quick,
+    now::{Waits, perform_now},
     transfer::{Call, Memory, Work},
 };
 
@@ -30,6 +31,10 @@ impl SyncEngine {
 }
 
 impl Engine for SyncEngine {
+    fn perform_now(&mut self, quick: Quick<'_>) -> bool {
+        perform_now(&self.files, Waits::Always, quick)
+    }
+
     fn push(&mut self, token: u64, op: Op) {
         self.pushed.push((token, op));
     }

@@ -14,7 +14,7 @@ use std::{
     time::Duration,
 };
 
-use crate::{Buffer, Completion, Engine, EngineKind, FileIndex, Op, new_engine};
+use crate::{Buffer, Completion, Engine, EngineKind, FileIndex, Op, Quick, new_engine};
 
 /// An I/O. Offsets and lengths are in bytes.
 #[derive(Clone, Copy, Debug)]
@@ -170,6 +170,26 @@ impl TapeEngine {
 }
 
 impl Engine for TapeEngine {
+    /// Begins and ends on the tape even if the inner engine leaves it for later: as something that may have been
+    /// done in part, which is what was promised.
+    fn perform_now(&mut self, quick: Quick<'_>) -> bool {
+        let (file, offset, buf) = match quick {
+            Quick::Read { file, offset, buf } | Quick::Write { file, offset, buf } => (file, offset, buf),
+        };
+        let path = self.paths.get(usize::from(file.0)).map(PathBuf::as_path).unwrap_or(Path::new(""));
+        let number = match quick {
+            Quick::Read { .. } => self.tape.begin(Io::Read { path, offset, len: buf.len() as u64 }),
+            Quick::Write { .. } => {
+                let mut bytes = vec![0; buf.len()];
+                buf.to_buf().copy_out(0, &mut bytes);
+                self.tape.begin(Io::Write { path, offset, bytes: &bytes, durable: false })
+            }
+        };
+        let Ok(number) = number else { return false };
+        let done = self.inner.perform_now(quick);
+        self.tape.end(number, done).is_ok() && done
+    }
+
     fn push(&mut self, token: u64, op: Op) {
         self.pushed.push((token, op));
     }

@@ -19,7 +19,9 @@ use rustix::{
 };
 
 use crate::{
-    Completion, Engine, File, Op,
+    Completion, Engine, File, Op, Quick,
+    now::{Waits, perform_now},
+    pace::Pace,
     sync::perform,
     transfer::{Call, Memory, Work},
 };
@@ -50,42 +52,6 @@ pub(crate) struct UringEngine {
     /// Why nothing can be submitted any more.
     broken: Option<Errno>,
     pace: Pace,
-}
-
-/// A write that took longer than this had to wait for storage.
-const INLINE_WRITE_MAX: Duration = Duration::from_millis(1);
-/// How long writes are left to the kernel's threads after one that had to wait.
-const THREADS_FOR: Duration = Duration::from_millis(100);
-
-/// Whether writes to page cache are made at once.
-///
-/// A buffered write to ext4 is a copy of some microseconds, but io_uring can't know that it won't wait, and hands it
-/// to a thread at several times the cost. So such writes are made in place for as long as they are quick;
-/// when the kernel throttles the file, they go through the ring again, where they hold up nothing else.
-#[derive(Debug, Default)]
-struct Pace {
-    threads_until: Option<Instant>,
-}
-
-impl Pace {
-    /// Whether a write that would need a thread is made in place.
-    fn is_quick(&mut self) -> bool {
-        match self.threads_until {
-            Some(until) if Instant::now() < until => false,
-            _ => {
-                self.threads_until = None;
-                true
-            }
-        }
-    }
-
-    /// Notes when a write in place began, now that it is over.
-    fn began(&mut self, began: Instant) {
-        let now = Instant::now();
-        if now.duration_since(began) > INLINE_WRITE_MAX {
-            self.threads_until = Some(now + THREADS_FOR);
-        }
-    }
 }
 
 impl UringEngine {
@@ -138,9 +104,7 @@ impl UringEngine {
                 && file.writes_need_a_thread()
                 && pace.is_quick()
             {
-                let began = Instant::now();
-                let outcome = perform(file, call);
-                pace.began(began);
+                let outcome = pace.timed(|| perform(file, call));
                 match work.advance(outcome) {
                     Some(result) => {
                         ready.push(work.complete(result));
@@ -271,6 +235,10 @@ impl UringEngine {
 }
 
 impl Engine for UringEngine {
+    fn perform_now(&mut self, quick: Quick<'_>) -> bool {
+        perform_now(&self.files, Waits::Paced(&mut self.pace), quick)
+    }
+
     fn push(&mut self, token: u64, op: Op) {
         let slot = self.idle.pop().unwrap_or_else(|| {
             self.works.push(Box::new(Work::idle()));

@@ -3,7 +3,8 @@
 
 use std::{error::Error, os::fd::BorrowedFd, sync::Arc};
 
-use blocks::Geometry;
+use blockio::GuestView;
+use blocks::{BlockRange, Geometry};
 use session_disk::{DiskQueue, Done, ProcessId, Request, SessionDisk, SessionStart, SessionSummary};
 use uuid::Uuid;
 
@@ -58,7 +59,11 @@ pub(crate) struct Finished {
 
 /// The data path of one virtqueue.
 pub(crate) trait DiskIo: Send {
-    /// Takes a request; nothing is submitted before `submit`.
+    /// Reads at once, if that need not wait. `false`: it is to be pushed.
+    fn read_now(&mut self, range: BlockRange, buf: GuestView<'_>) -> bool;
+    /// Writes at once, if that need not wait. `false`: it is to be pushed.
+    fn write_now(&mut self, range: BlockRange, buf: GuestView<'_>, durable: bool) -> bool;
+    /// Takes a request that cannot be done at once; nothing is submitted before `submit`.
     fn push(&mut self, token: u64, request: Request);
     fn submit(&mut self);
     /// Appends finished requests; never blocks.
@@ -148,8 +153,16 @@ impl SessionIo {
 }
 
 impl DiskIo for SessionIo {
+    fn read_now(&mut self, range: BlockRange, buf: GuestView<'_>) -> bool {
+        self.queue.read_now(range, buf)
+    }
+
+    fn write_now(&mut self, range: BlockRange, buf: GuestView<'_>, durable: bool) -> bool {
+        self.queue.write_now(range, buf, durable)
+    }
+
     fn push(&mut self, token: u64, request: Request) {
-        self.queue.push(token, request);
+        self.queue.push_later(token, request);
     }
 
     fn submit(&mut self) {

@@ -6,7 +6,7 @@
 
 use std::{any::Any, ops::Deref, sync::Arc};
 
-use blockio::{GuestBuf, IoVec};
+use blockio::{GuestView, IoVec};
 use blocks::{BlockRange, SECTOR_SIZE};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH,
@@ -56,11 +56,11 @@ impl Status {
 pub(crate) enum Action {
     Read {
         range: BlockRange,
-        buf: GuestBuf,
+        data: Data,
     },
     Write {
         range: BlockRange,
-        buf: GuestBuf,
+        data: Data,
     },
     Flush,
     /// Not empty.
@@ -72,6 +72,21 @@ pub(crate) enum Action {
         status: Status,
         written: u32,
     },
+}
+
+impl Action {
+    const fn failed(status: Status) -> Self {
+        Self::Answer { status, written: 0 }
+    }
+}
+
+/// The data of a request: which pieces of the parser's list. Means nothing once the next batch has begun.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Data {
+    first: usize,
+    end: usize,
+    /// Bytes.
+    pub(crate) len: u32,
 }
 
 /// A chain that was understood, as far as it can be.
@@ -90,12 +105,15 @@ struct Piece {
     len: usize,
 }
 
-/// Room for parsing that is used again and again.
+/// Understands batches of chains. Its room is used again and again.
 #[derive(Debug, Default)]
 pub(crate) struct Parser {
     readable: Vec<Piece>,
     writable: Vec<Piece>,
+    /// Host memory of the data of all requests of the batch.
     parts: Vec<IoVec>,
+    /// The memory that `parts` lie in, while there is a batch.
+    memory: Option<(Arc<Memory>, Arc<dyn Any + Send + Sync>)>,
 }
 
 /// The parts of a request header.
@@ -105,26 +123,48 @@ struct Header {
 }
 
 impl Parser {
-    /// Understands `chain`, whose buffers are in `memory`.
-    pub(crate) fn parse<M>(
-        &mut self,
-        memory: &Arc<Memory>,
-        chain: DescriptorChain<M>,
-        disk: &DiskTraits,
-        read_only: bool,
-    ) -> Parsed
+    /// Begins a batch of chains whose buffers are in `memory`, and forgets the one before.
+    pub(crate) fn begin(&mut self, memory: &Arc<Memory>) {
+        self.parts.clear();
+        self.memory = Some((memory.clone(), memory.clone()));
+    }
+
+    /// Forgets the batch, and lets go of its memory.
+    pub(crate) fn end(&mut self) {
+        self.parts.clear();
+        self.memory = None;
+    }
+
+    /// The memory that `data`, which must be of this batch, names.
+    pub(crate) fn view(&self, data: Data) -> Option<GuestView<'_>> {
+        let (_, keep) = self.memory.as_ref()?;
+        let parts = self.parts.get(data.first..data.end)?;
+        // SAFETY: each part is a slice of a region of the batch's memory (`parts` is emptied when that is
+        // replaced), which stays mapped for reads and writes as long as `keep`, the same memory, lives.
+        // The lengths of a request sum up to less than 4 GiB.
+        Some(unsafe { GuestView::new(parts, keep) })
+    }
+
+    /// Understands `chain` as a part of the batch.
+    pub(crate) fn parse<M>(&mut self, chain: DescriptorChain<M>, disk: &DiskTraits, read_only: bool) -> Parsed
     where
         M: Deref<Target = Memory>,
     {
         let well_formed = self.walk(chain);
-        let status_at = if well_formed.is_some() { self.take_status(memory) } else { None };
-        if status_at.is_none() || well_formed != Some(true) {
-            return Parsed { status_at, action: Action::Answer { status: Status::IoError, written: 0 } };
-        }
-        let action = self
-            .understand(memory, disk, read_only)
-            .unwrap_or_else(|status| Action::Answer { status, written: 0 });
-        Parsed { status_at, action }
+        // Taken out while the rest of the parser changes.
+        let held = self.memory.take();
+        let parsed = match (&held, well_formed) {
+            (Some((memory, _)), Some(ordered)) => match self.take_status(memory) {
+                Some(at) if ordered => {
+                    let action = self.understand(memory, disk, read_only);
+                    Parsed { status_at: Some(at), action: action.unwrap_or_else(Action::failed) }
+                }
+                status_at => Parsed { status_at, action: Action::failed(Status::IoError) },
+            },
+            _ => Parsed { status_at: None, action: Action::failed(Status::IoError) },
+        };
+        self.memory = held;
+        parsed
     }
 
     /// Collects the chain's pieces. `None`: its end was not found. `Some(false)`: it has a
@@ -163,29 +203,23 @@ impl Parser {
         memory.address_in_range(at).then_some(at)
     }
 
-    fn understand(
-        &mut self,
-        memory: &Arc<Memory>,
-        disk: &DiskTraits,
-        read_only: bool,
-    ) -> Result<Action, Status> {
+    fn understand(&mut self, memory: &Memory, disk: &DiskTraits, read_only: bool) -> Result<Action, Status> {
         let Header { kind, sector } = self.take_header(memory)?;
         let may_write = if read_only { Err(Status::IoError) } else { Ok(()) };
         match kind {
             VIRTIO_BLK_T_IN => {
-                let (range, buf) = self.data(memory, disk, sector, Direction::In)?;
-                Ok(Action::Read { range, buf })
+                let (range, data) = self.data(memory, disk, sector, Direction::In)?;
+                Ok(Action::Read { range, data })
             }
             VIRTIO_BLK_T_OUT => {
                 may_write?;
-                let (range, buf) = self.data(memory, disk, sector, Direction::Out)?;
-                Ok(Action::Write { range, buf })
+                let (range, data) = self.data(memory, disk, sector, Direction::Out)?;
+                Ok(Action::Write { range, data })
             }
             VIRTIO_BLK_T_FLUSH => Ok(Action::Flush),
             VIRTIO_BLK_T_GET_ID => {
-                let buf = self.buffer(memory, Direction::In)?;
-                let written = buf.copy_in(0, &disk.serial);
-                Ok(Action::Answer { status: Status::Ok, written: written as u32 })
+                let written = write_pieces(memory, &self.writable, &disk.serial)?;
+                Ok(Action::Answer { status: Status::Ok, written })
             }
             VIRTIO_BLK_T_DISCARD if disk.discard => {
                 may_write?;
@@ -223,46 +257,31 @@ impl Parser {
         Ok(Header { kind: u32::from_le_bytes([k0, k1, k2, k3]), sector: u64::from_le_bytes(sector) })
     }
 
-    /// The range and the buffer of a read or write.
+    /// The range and the data of a read or write.
     fn data(
         &mut self,
-        memory: &Arc<Memory>,
+        memory: &Memory,
         disk: &DiskTraits,
         sector: u64,
         direction: Direction,
-    ) -> Result<(BlockRange, GuestBuf), Status> {
-        let len: u64 = self.pieces(direction).iter().map(|piece| piece.len as u64).sum();
-        if len > DATA_MAX {
-            return Err(Status::IoError);
-        }
-        let range = disk.geometry.sectors_at(sector, len).map_err(|_| Status::IoError)?;
-        Ok((range, self.buffer(memory, direction)?))
-    }
-
-    fn pieces(&self, direction: Direction) -> &[Piece] {
-        match direction {
-            Direction::In => &self.writable,
-            Direction::Out => &self.readable,
-        }
-    }
-
-    /// All data pieces of one direction as host memory.
-    fn buffer(&mut self, memory: &Arc<Memory>, direction: Direction) -> Result<GuestBuf, Status> {
+    ) -> Result<(BlockRange, Data), Status> {
         let pieces = match direction {
             Direction::In => &self.writable,
             Direction::Out => &self.readable,
         };
-        self.parts.clear();
+        let len: u64 = pieces.iter().map(|piece| piece.len as u64).sum();
+        if len > DATA_MAX {
+            return Err(Status::IoError);
+        }
+        let range = disk.geometry.sectors_at(sector, len).map_err(|_| Status::IoError)?;
+        let first = self.parts.len();
         for piece in pieces {
-            for slice in GuestMemoryBackend::get_slices(memory.as_ref(), piece.addr, piece.len) {
+            for slice in GuestMemoryBackend::get_slices(memory, piece.addr, piece.len) {
                 let slice = slice.map_err(|_| Status::IoError)?;
                 self.parts.push(IoVec { base: slice.ptr_guard_mut().as_ptr(), len: slice.len() });
             }
         }
-        let keep: Arc<dyn Any + Send + Sync> = memory.clone();
-        // SAFETY: each part is a slice of a region of `memory`, which stays mapped for reads and
-        // writes as long as `keep`, the same memory, lives. The lengths sum up to less than 4 GiB.
-        Ok(unsafe { GuestBuf::new(self.parts.iter().copied(), keep) })
+        Ok((range, Data { first, end: self.parts.len(), len: len as u32 }))
     }
 
     /// The segments of a discard or write-zeroes request, with their unmap flag; those of no
@@ -321,6 +340,17 @@ fn read_pieces(memory: &Memory, pieces: &[Piece], mut to: &mut [u8]) -> Result<(
         }
     }
     if to.is_empty() { Ok(()) } else { Err(Status::IoError) }
+}
+
+/// Puts the start of `from` into `pieces`, as far as they go; returns how many bytes.
+fn write_pieces(memory: &Memory, pieces: &[Piece], mut from: &[u8]) -> Result<u32, Status> {
+    let all = from.len();
+    for piece in pieces {
+        let (now, rest) = from.split_at(piece.len.min(from.len()));
+        memory.write_slice(now, piece.addr).map_err(|_| Status::IoError)?;
+        from = rest;
+    }
+    Ok((all - from.len()) as u32)
 }
 
 #[cfg(test)]

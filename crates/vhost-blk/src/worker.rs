@@ -23,7 +23,7 @@ use crate::{
     inflight::InflightQueue,
     poll::PollWindow,
     replay,
-    request::{Action, Memory, Parser, Status},
+    request::{Action, Memory, Parsed, Parser, Status},
     slots::{Slot, Slots, Used, answer, part_token},
     used::{avail_index, publish, used_head, used_index},
     vring::{Vring, signal},
@@ -39,6 +39,8 @@ pub(crate) struct Worker {
     io: Box<dyn DiskIo>,
     slots: Slots,
     parser: Parser,
+    /// Requests that were taken and are not started, by their heads.
+    batch: Vec<(u16, Parsed)>,
     poll: PollWindow,
     finished: Vec<Finished>,
     answers: Vec<Used>,
@@ -78,6 +80,7 @@ impl Worker {
             io,
             slots: Slots::new(queue_size),
             parser: Parser::default(),
+            batch: Vec::with_capacity(room),
             poll: PollWindow::new(poll_max),
             finished: Vec::with_capacity(room),
             answers: Vec::with_capacity(room),
@@ -156,6 +159,7 @@ impl Worker {
     fn pass(&mut self, device: &Device, vring: &Vring) -> Pass {
         self.watch = None;
         let memory = device.memory();
+        self.parser.begin(&memory);
         let taken = {
             let mut state = vring.lock();
             let active = state.is_enabled() && state.get_queue().ready();
@@ -172,6 +176,7 @@ impl Worker {
                 None
             }
         };
+        self.start_batch(device, &memory);
         if taken.is_some_and(|taken| taken > 0) {
             self.io.submit();
         }
@@ -215,8 +220,8 @@ impl Worker {
         match replay::chains(queue, memory, &heads) {
             Ok(chains) => {
                 for (head, chain) in heads.iter().zip(chains) {
-                    let parsed = self.parser.parse(memory, chain, &device.disk, device.config.read_only);
-                    self.start(device, memory, *head, parsed.status_at, parsed.action);
+                    let parsed = self.parser.parse(chain, &device.disk, device.config.read_only);
+                    self.batch.push((*head, parsed));
                 }
             }
             Err(error) => device.warn(|| format!("requests in flight can't be done again: {error}")),
@@ -246,8 +251,8 @@ impl Worker {
                     if let Some(inflight) = &mut self.inflight {
                         inflight.popped(head);
                     }
-                    let parsed = self.parser.parse(memory, chain, &device.disk, device.config.read_only);
-                    self.start(device, memory, head, parsed.status_at, parsed.action);
+                    let parsed = self.parser.parse(chain, &device.disk, device.config.read_only);
+                    self.batch.push((head, parsed));
                 }
             }
             Err(error) => {
@@ -259,27 +264,60 @@ impl Worker {
         Some(taken)
     }
 
-    /// Starts a request, or answers it at once.
+    /// Starts or answers what was taken.
+    fn start_batch(&mut self, device: &Device, memory: &Arc<Memory>) {
+        let mut batch = std::mem::take(&mut self.batch);
+        let durable = device.is_write_through();
+        for (head, Parsed { status_at, action }) in batch.drain(..) {
+            let done = match (&action, status_at) {
+                (Action::Answer { status, written }, _) => {
+                    if *status == Status::IoError {
+                        device.warn(|| "a guest's request is malformed or out of range".to_owned());
+                    }
+                    Some((*status, *written))
+                }
+                (Action::Read { range, data }, Some(_)) => {
+                    let view = self.parser.view(*data);
+                    view.is_some_and(|view| self.io.read_now(*range, view)).then_some((Status::Ok, data.len))
+                }
+                (Action::Write { range, data }, Some(_)) => {
+                    let view = self.parser.view(*data);
+                    view.is_some_and(|view| self.io.write_now(*range, view, durable))
+                        .then_some((Status::Ok, 0))
+                }
+                _ => None,
+            };
+            match done {
+                Some((status, written)) => {
+                    self.answers.push(answer(memory, head, status_at, status, written));
+                }
+                None => self.start(memory, head, status_at, action, durable),
+            }
+        }
+        self.parser.end();
+        self.batch = batch;
+    }
+
+    /// Starts a request that cannot be done at once.
     fn start(
         &mut self,
-        device: &Device,
         memory: &Arc<Memory>,
         head: u16,
         status_at: Option<GuestAddress>,
         action: Action,
+        durable: bool,
     ) {
         let (parts, written) = match &action {
-            Action::Answer { status, written } => {
-                if *status == Status::IoError {
-                    device.warn(|| "a guest's request is malformed or out of range".to_owned());
-                }
-                self.answers.push(answer(memory, head, status_at, *status, *written));
-                return;
-            }
-            Action::Read { buf, .. } => (1, buf.len() as u32),
-            Action::Write { .. } | Action::Flush => (1, 0),
+            Action::Read { data, .. } => (1, data.len),
             Action::Discard(ranges) => (ranges.len() as u32, 0),
             Action::WriteZeroes(ranges) => (ranges.len() as u32, 0),
+            Action::Write { .. } | Action::Flush | Action::Answer { .. } => (1, 0),
+        };
+        let buf = match &action {
+            Action::Read { data, .. } | Action::Write { data, .. } => {
+                self.parser.view(*data).map(|view| view.to_buf())
+            }
+            _ => None,
         };
         let token = status_at.and_then(|status_at| {
             self.slots.insert(Slot { head, parts, written, status_at, memory: memory.clone() })
@@ -289,26 +327,27 @@ impl Worker {
             self.answers.push(answer(memory, head, status_at, Status::IoError, 0));
             return;
         };
-        match action {
-            Action::Read { range, buf } => self.io.push(token, Request::Read { range, buf }),
-            Action::Write { range, buf } => {
-                let durable = device.is_write_through();
+        match (action, buf) {
+            (Action::Read { range, .. }, Some(buf)) => self.io.push(token, Request::Read { range, buf }),
+            (Action::Write { range, .. }, Some(buf)) => {
                 self.io.push(token, Request::Write { range, buf, durable });
             }
-            Action::Flush => self.io.push(token, Request::Flush),
-            Action::Discard(ranges) => {
+            (Action::Flush, _) => self.io.push(token, Request::Flush),
+            (Action::Discard(ranges), _) => {
                 for (part, range) in (0..).zip(ranges) {
                     self.io.push(part_token(token, part), Request::Discard { range });
                 }
             }
-            Action::WriteZeroes(ranges) => {
-                let durable = device.is_write_through();
+            (Action::WriteZeroes(ranges), _) => {
                 for (part, (range, may_unmap)) in (0..).zip(ranges) {
                     let request = Request::WriteZeroes { range, may_unmap, durable };
                     self.io.push(part_token(token, part), request);
                 }
             }
-            Action::Answer { .. } => {}
+            // Not reached either: data of this batch has a view, and answers are given before.
+            (Action::Read { .. } | Action::Write { .. } | Action::Answer { .. }, _) => {
+                self.answers.extend(self.slots.finish(token, false));
+            }
         }
     }
 

@@ -24,7 +24,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use blockio::{AlignedBuf, Buffer, Completion, Engine, GuestBuf, Op};
+use blockio::{AlignedBuf, Buffer, Completion, Engine, GuestBuf, GuestView, Op, Quick};
 use blocks::{BlockRange, Extent};
 use rustix::event::{PollFd, PollFlags, poll};
 
@@ -70,6 +70,8 @@ pub struct DiskQueue {
     /// Operations pushed to the engine and not submitted.
     unsubmitted: bool,
     bytes_written: u64,
+    /// Whether something was taken since the last [`reap`](Self::reap).
+    in_pass: bool,
 }
 
 fn failed(kind: io::ErrorKind) -> io::Error {
@@ -98,16 +100,70 @@ impl DiskQueue {
             ready: Vec::new(),
             unsubmitted: false,
             bytes_written: 0,
+            in_pass: false,
         })
     }
 
-    /// Takes a request; its answer comes out of [`reap`](Self::reap) with `token`. Nothing is done
-    /// before [`submit`](Self::submit).
+    /// Reads `range` at once, if that need not wait: it is in the page cache, and nothing of it is pending.
+    /// `false`: nothing is promised about the content of `buf`; [`push`](Self::push) it.
+    pub fn read_now(&mut self, range: BlockRange, buf: GuestView<'_>) -> bool {
+        buf.len() as u64 == range.len()
+            && self.enter()
+            && self.is_clean(range.touched())
+            && self.engine.perform_now(Quick::Read { file: DISK, offset: range.offset(), buf })
+    }
+
+    /// Writes `range` at once, if that need not wait: nothing of it is pending, and this session's log has all of
+    /// it. `false`: some of it may be written; [`push`](Self::push) it.
+    pub fn write_now(&mut self, range: BlockRange, buf: GuestView<'_>, durable: bool) -> bool {
+        let touched = range.touched();
+        let done = buf.len() as u64 == range.len()
+            && !(durable && self.shared.flush == FlushPolicy::Always)
+            && self.enter()
+            && self.is_clean(touched)
+            && self.shared.owned.contains_all(touched)
+            && self.engine.perform_now(Quick::Write { file: DISK, offset: range.offset(), buf });
+        if done {
+            self.bytes_written += range.len();
+        }
+        done
+    }
+
+    /// Begins a pass, if it has not begun; whether requests are taken.
+    fn enter(&mut self) -> bool {
+        if !self.in_pass {
+            self.in_pass = true;
+            // Counted before looking whether a session is open: a session end closes, then counts.
+            self.counters.in_flight.store(self.in_flight(), Ordering::SeqCst);
+        }
+        self.shared.open.load(Ordering::SeqCst) && !self.shared.is_poisoned()
+    }
+
+    /// Whether no block of `touched` is pending. P only shrinks while a session runs.
+    fn is_clean(&self, touched: Extent) -> bool {
+        self.shared.pending.is_empty() || !self.shared.pending.intersects(touched)
+    }
+
+    /// Takes a request; its answer comes out of [`reap`](Self::reap) with `token`. What need not wait is done at
+    /// once, everything else not before [`submit`](Self::submit).
     pub fn push(&mut self, token: u64, request: Request) {
-        // Counted before looking whether a session is open: a session end closes, then counts.
-        self.counters.in_flight.store(self.in_flight() + 1, Ordering::SeqCst);
+        let done = match &request {
+            Request::Read { range, buf } => self.read_now(*range, buf.view()),
+            Request::Write { range, buf, durable } => self.write_now(*range, buf.view(), *durable),
+            _ => false,
+        };
+        if done {
+            self.ready.push(Done { token, result: Ok(()) });
+        } else {
+            self.push_later(token, request);
+        }
+    }
+
+    /// Takes a request that [`read_now`](Self::read_now) or [`write_now`](Self::write_now) has left.
+    pub fn push_later(&mut self, token: u64, request: Request) {
+        let is_open = self.enter();
         let slot = self.slots.take(token);
-        if !self.shared.open.load(Ordering::SeqCst) || self.shared.is_poisoned() {
+        if !is_open {
             self.part_done(slot, Err(failed(io::ErrorKind::NotConnected)));
         } else if self.engine.in_flight() > OPERATIONS_MAX {
             self.deferred.push_back((slot, request));
@@ -156,6 +212,7 @@ impl DiskQueue {
     /// Appends the finished requests to `done`, and submits what follows from what was finished. Never
     /// waits for I/O.
     pub fn reap(&mut self, done: &mut Vec<Done>) {
+        self.in_pass = false;
         loop {
             self.complete();
             while self.engine.in_flight() <= OPERATIONS_MAX
@@ -176,9 +233,9 @@ impl DiskQueue {
         self.counters.in_flight.store(self.in_flight(), Ordering::SeqCst);
     }
 
-    /// Requests that were pushed and whose answers were not yet taken.
+    /// Requests that were pushed and whose answers were not yet taken; one more while a pass has not ended.
     pub fn in_flight(&self) -> usize {
-        self.slots.in_use() + self.ready.len()
+        self.slots.in_use() + self.ready.len() + usize::from(self.in_pass)
     }
 
     /// Fails every write that waits for claims. Claims of other queues are only given back when those
@@ -220,7 +277,7 @@ impl DiskQueue {
             return self.fail(slot, failed(io::ErrorKind::InvalidInput));
         }
         let touched = range.touched();
-        if self.shared.pending.is_empty() || !self.shared.pending.intersects(touched) {
+        if self.is_clean(touched) {
             let op = Op::Read { file: DISK, offset: range.offset(), buf: Buffer::Guest(buf) };
             return self.push_part(slot, op);
         }

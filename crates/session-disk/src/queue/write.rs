@@ -34,7 +34,7 @@ impl DiskQueue {
         }
         let touched = write.range.touched();
         let shared = Arc::clone(&self.shared);
-        if shared.pending.is_empty() || !shared.pending.intersects(touched) {
+        if self.is_clean(touched) {
             return self.write_clean(slot, write.range, write.data);
         }
         let Some(state) = self.slots.get_mut(slot) else { return };

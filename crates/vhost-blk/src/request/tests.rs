@@ -1,3 +1,4 @@
+use blockio::GuestBuf;
 use blocks::Geometry;
 use proptest::prelude::*;
 use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
@@ -49,18 +50,36 @@ fn store(memory: &Memory, table: u64, index: u16, addr: u64, len: u32, flags: u1
     memory.write_obj(descriptor, GuestAddress(table + u64::from(index) * 16)).unwrap();
 }
 
+/// What was understood, with the buffer of a read or write.
+struct Understood {
+    status_at: Option<GuestAddress>,
+    action: Action,
+    buf: Option<GuestBuf>,
+}
+
 /// Parses the chain that begins at `head` of the table at 0.
-fn parse_head(memory: &Arc<Memory>, head: u16, disk: &DiskTraits, read_only: bool) -> Parsed {
+fn parse_head(memory: &Arc<Memory>, head: u16, disk: &DiskTraits, read_only: bool) -> Understood {
     let ring = MockSplitQueue::new(memory.as_ref(), QUEUE_SIZE);
     ring.avail().ring().ref_at(0).unwrap().store(head);
     ring.avail().idx().store(1);
     let mut queue: Queue = ring.create_queue().unwrap();
     let chain = queue.iter(memory.as_ref()).unwrap().next().unwrap();
-    Parser::default().parse(memory, chain, disk, read_only)
+    let mut parser = Parser::default();
+    parser.begin(memory);
+    let Parsed { status_at, action } = parser.parse(chain, disk, read_only);
+    let buf = match &action {
+        Action::Read { data, .. } | Action::Write { data, .. } => {
+            let buf = parser.view(*data).unwrap().to_buf();
+            assert_eq!(buf.len() as u32, data.len);
+            Some(buf)
+        }
+        _ => None,
+    };
+    Understood { status_at, action, buf }
 }
 
 /// Parses a chain of these descriptors: address, length, device writes.
-fn parse(memory: &Arc<Memory>, parts: &[(u64, u32, bool)]) -> Parsed {
+fn parse(memory: &Arc<Memory>, parts: &[(u64, u32, bool)]) -> Understood {
     parse_with(memory, parts, &disk(), false)
 }
 
@@ -69,7 +88,7 @@ fn parse_with(
     parts: &[(u64, u32, bool)],
     disk: &DiskTraits,
     read_only: bool,
-) -> Parsed {
+) -> Understood {
     for (index, (addr, len, writes)) in parts.iter().enumerate() {
         let next = if index + 1 < parts.len() { NEXT } else { 0 };
         let write = if *writes { WRITE } else { 0 };
@@ -78,7 +97,7 @@ fn parse_with(
     parse_head(memory, 0, disk, read_only)
 }
 
-fn status(parsed: &Parsed) -> Option<Status> {
+fn status(parsed: &Understood) -> Option<Status> {
     match &parsed.action {
         Action::Answer { status, .. } => Some(*status),
         _ => None,
@@ -96,7 +115,7 @@ fn segments(memory: &Memory, at: u64, segments: &[(u64, u32, u32)]) -> u32 {
 }
 
 /// A discard or write-zeroes request of these segments.
-fn ranges(kind: u32, list: &[(u64, u32, u32)]) -> Parsed {
+fn ranges(kind: u32, list: &[(u64, u32, u32)]) -> Understood {
     let memory = memory();
     header(&memory, HEADER_AT, kind, 0);
     let len = segments(&memory, HEADER_AT + 16, list);
@@ -109,7 +128,7 @@ fn read_in_the_usual_framing_is_understood() {
     header(&memory, HEADER_AT, VIRTIO_BLK_T_IN, 3);
     let parsed = parse(&memory, &[(HEADER_AT, 16, false), (0x4000, 1024, true), (STATUS_AT, 1, true)]);
     assert_eq!(parsed.status_at, Some(GuestAddress(STATUS_AT)));
-    let Action::Read { range, buf } = parsed.action else { panic!() };
+    let (Action::Read { range, .. }, Some(buf)) = (parsed.action, parsed.buf) else { panic!() };
     assert_eq!((range.offset(), range.len(), buf.len()), (1536, 1024, 1024));
 }
 
@@ -131,7 +150,7 @@ fn write_cut_into_odd_descriptors_is_understood() {
     ];
     let parsed = parse(&memory, &parts);
     assert_eq!(parsed.status_at, Some(GuestAddress(0x5002)));
-    let Action::Write { range, buf } = parsed.action else { panic!() };
+    let (Action::Write { range, .. }, Some(buf)) = (parsed.action, parsed.buf) else { panic!() };
     assert_eq!((range.offset(), range.len()), (512, 512));
     let mut got = vec![0; 512];
     assert_eq!(buf.copy_out(0, &mut got), 512);
@@ -143,7 +162,8 @@ fn buffer_across_two_regions_is_both_of_their_parts() {
     let memory = memory();
     header(&memory, HEADER_AT, VIRTIO_BLK_T_IN, 0);
     let parts = [(HEADER_AT, 16, false), (REGION - 100, 512, true), (STATUS_AT, 1, true)];
-    let Action::Read { buf, .. } = parse(&memory, &parts).action else { panic!() };
+    let parsed = parse(&memory, &parts);
+    let (Action::Read { .. }, Some(buf)) = (parsed.action, parsed.buf) else { panic!() };
     assert_eq!(buf.parts().iter().map(|part| part.len).collect::<Vec<_>>(), [100, 412]);
     buf.copy_in(0, &[0x5a; 512]);
     let mut got = [0; 512];
@@ -157,7 +177,7 @@ fn status_is_the_last_byte_of_the_data_descriptor_if_it_shares_it() {
     header(&memory, HEADER_AT, VIRTIO_BLK_T_IN, 0);
     let parsed = parse(&memory, &[(HEADER_AT, 16, false), (0x4000, 513, true)]);
     assert_eq!(parsed.status_at, Some(GuestAddress(0x4200)));
-    assert!(matches!(parsed.action, Action::Read { buf, .. } if buf.len() == 512));
+    assert!(matches!(parsed.action, Action::Read { data, .. } if data.len == 512));
 }
 
 /// Invariant 8: ranges outside of the disk, and lengths that are no sectors.
@@ -507,11 +527,13 @@ proptest! {
             })
         });
         match &parsed.action {
-            Action::Read { range, buf } => {
+            Action::Read { range, .. } => {
+                let buf = parsed.buf.as_ref().unwrap();
                 prop_assert!(buf.len() as u64 == range.len() && inside(buf));
                 spans.push(*range);
             }
-            Action::Write { range, buf } => {
+            Action::Write { range, .. } => {
+                let buf = parsed.buf.as_ref().unwrap();
                 prop_assert!(!read_only && buf.len() as u64 == range.len() && inside(buf));
                 spans.push(*range);
             }

@@ -9,7 +9,8 @@ use std::{
     time::Duration,
 };
 
-use blocks::Geometry;
+use blockio::GuestView;
+use blocks::{BlockRange, Geometry};
 use rustix::event::{EventfdFlags, eventfd};
 use session_disk::{ProcessId, Request, SessionStart, SessionSummary};
 use uuid::Uuid;
@@ -215,6 +216,14 @@ impl MemoryIo {
 }
 
 impl DiskIo for MemoryIo {
+    fn read_now(&mut self, _: BlockRange, _: GuestView<'_>) -> bool {
+        false
+    }
+
+    fn write_now(&mut self, _: BlockRange, _: GuestView<'_>, _: bool) -> bool {
+        false
+    }
+
     fn push(&mut self, token: u64, request: Request) {
         self.disk.in_flight.fetch_add(1, Ordering::SeqCst);
         self.queued.push((token, request));

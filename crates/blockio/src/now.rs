@@ -1,0 +1,57 @@
+//! Reads and writes of the page cache that are made at once, one system call each and no bookkeeping.
+//!
+//! What comes out short or fails is not looked into here: the caller does it again the long way, which
+//! knows how to go on and what to say. Doing a read or write twice does no harm.
+
+use std::{
+    os::fd::{AsFd, AsRawFd},
+    sync::Arc,
+};
+
+use crate::{
+    File, GuestView, Quick,
+    pace::Pace,
+    transfer::{PIECES_MAX, TRANSFER_MAX},
+};
+
+/// How an engine makes calls that cannot be told not to wait.
+pub(crate) enum Waits<'a> {
+    /// It waits for everything anyway.
+    Always,
+    /// It does so for buffered writes only, as long as they are quick.
+    Paced(&'a mut Pace),
+}
+
+/// Makes `quick` on one of `files` if it need not wait; whether it was done wholly.
+pub(crate) fn perform_now(files: &[Arc<File>], waits: Waits<'_>, quick: Quick<'_>) -> bool {
+    let (index, buf) = match quick {
+        Quick::Read { file, buf, .. } | Quick::Write { file, buf, .. } => (file, buf),
+    };
+    let Some(file) = files.get(usize::from(index.0)) else { return false };
+    if file.is_direct() || buf.parts().len() > PIECES_MAX || buf.len() > TRANSFER_MAX {
+        return false;
+    }
+    match (quick, waits) {
+        (Quick::Read { offset, .. }, Waits::Always) => read(file, offset, buf),
+        // The ring does those of the page cache at once, many with one call.
+        (Quick::Read { .. }, Waits::Paced(_)) => false,
+        (Quick::Write { offset, .. }, Waits::Always) => write(file, offset, buf),
+        (Quick::Write { offset, .. }, Waits::Paced(pace)) => {
+            file.writes_need_a_thread() && pace.try_now(|| write(file, offset, buf))
+        }
+    }
+}
+
+fn read(file: &File, offset: u64, buf: GuestView<'_>) -> bool {
+    let (fd, pieces) = (file.as_fd().as_raw_fd(), buf.parts().as_ptr().cast::<libc::iovec>());
+    // SAFETY: the pieces are laid out as `iovec`, and valid for writes (contract of `GuestView`).
+    let count = unsafe { libc::preadv(fd, pieces, buf.parts().len() as i32, offset as libc::off_t) };
+    usize::try_from(count) == Ok(buf.len())
+}
+
+fn write(file: &File, offset: u64, buf: GuestView<'_>) -> bool {
+    let (fd, pieces) = (file.as_fd().as_raw_fd(), buf.parts().as_ptr().cast::<libc::iovec>());
+    // SAFETY: as in `read`; the pieces are valid for reads too.
+    let count = unsafe { libc::pwritev(fd, pieces, buf.parts().len() as i32, offset as libc::off_t) };
+    usize::try_from(count) == Ok(buf.len())
+}

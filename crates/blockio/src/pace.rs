@@ -1,0 +1,47 @@
+//! Whether writes to the page cache are made at once.
+//!
+//! A buffered write to ext4 is a copy of some microseconds, but io_uring can't know that it won't wait, and hands it
+//! to a thread at several times the cost. So such writes are made in place for as long as they are quick;
+//! when the kernel throttles the file, they go through the ring again, where they hold up nothing else.
+
+use std::time::{Duration, Instant};
+
+/// A write that took longer than this had to wait for storage.
+const INLINE_WRITE_MAX: Duration = Duration::from_millis(1);
+/// How long writes are left to the kernel's threads after one that had to wait.
+const THREADS_FOR: Duration = Duration::from_millis(100);
+
+/// See the module.
+#[derive(Debug, Default)]
+pub(crate) struct Pace {
+    threads_until: Option<Instant>,
+}
+
+impl Pace {
+    /// Whether a write that would need a thread is made in place.
+    pub(crate) fn is_quick(&mut self) -> bool {
+        match self.threads_until {
+            Some(until) if Instant::now() < until => false,
+            _ => {
+                self.threads_until = None;
+                true
+            }
+        }
+    }
+
+    /// Makes a write in place, and notes how long that took.
+    pub(crate) fn timed<T>(&mut self, write: impl FnOnce() -> T) -> T {
+        let began = Instant::now();
+        let outcome = write();
+        let now = Instant::now();
+        if now.duration_since(began) > INLINE_WRITE_MAX {
+            self.threads_until = Some(now + THREADS_FOR);
+        }
+        outcome
+    }
+
+    /// Makes a write in place if writes are quick; what it returns, or `false`.
+    pub(crate) fn try_now(&mut self, write: impl FnOnce() -> bool) -> bool {
+        self.is_quick() && self.timed(write)
+    }
+}
