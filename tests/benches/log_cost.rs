@@ -14,30 +14,24 @@
 //! the steady state. Prints medians, and the medians of the rounds' ratios, as Markdown tables. See
 //! README.md.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use pristine_tests::PATIENCE;
+use pristine_tests::bench::machine::{Place, kind_of, settle};
+use pristine_tests::bench::median;
+use pristine_tests::bench::options::Options;
 use pristine_tests::images;
 use pristine_tests::lab::Lab;
 use pristine_tests::process::Process;
-use pristine_tests::program::{run, scratch_root};
 use pristine_tests::remote::Remote;
 use session_disk::{DiskOptions, ProcessId, ProvisionOptions, SessionDisk, SessionStart, SessionSummary};
 use vhost_blk::{DeviceConfig, EndReason, Observer, Server, ServerConfig, Socket, SocketPermissions};
 
 /// Blocks of a pass at depth 1, at most: it is slow.
 const BLOCKS_AT_DEPTH_1_MAX: u64 = 32768;
-
-struct Options {
-    size: u64,
-    rounds: usize,
-    depths: Vec<usize>,
-    dirs: Vec<PathBuf>,
-    control: bool,
-}
 
 /// Rates of one session's first touches and of its other writes, in requests a second.
 #[derive(Clone, Copy)]
@@ -53,56 +47,45 @@ fn main() {
     {
         return serve_disk(disk.as_ref(), runtime.as_ref(), socket.as_ref(), log == "log");
     }
-    let options = options(words);
+    let defaults = Options { size: 1 << 30, seconds: 0.0, rounds: 15, dirs: Vec::new() };
+    let mut depths = vec![1, 32, 128];
+    let mut control = false;
+    let options = defaults.parsed(words, |word, values| {
+        match word {
+            "--depths" => depths = values.list(),
+            "--control" => control = true,
+            _ => return false,
+        }
+        true
+    });
     println!(
         "| directory | depth | first touches: log, kIOPS | no log | ratio | steady: log, kIOPS | no log | ratio |"
     );
     println!("| --- | --- | --- | --- | --- | --- | --- | --- |");
-    let touches: Vec<String> = options.dirs.iter().flat_map(|dir| compare_in(dir, &options)).collect();
+    let touches: Vec<String> =
+        options.dirs.iter().flat_map(|dir| compare_in(dir, &options, &depths, control)).collect();
     println!();
     println!("| directory | depth 1, us | first touch of a region | of a block | later writes |");
     println!("| --- | --- | --- | --- | --- |");
     touches.iter().for_each(|line| println!("{line}"));
 }
 
-fn options(words: Vec<String>) -> Options {
-    let mut options =
-        Options { size: 1 << 30, rounds: 15, depths: vec![1, 32, 128], dirs: Vec::new(), control: false };
-    let mut words = words.into_iter();
-    while let Some(word) = words.next() {
-        let mut value = || words.next().unwrap_or_else(|| panic!("{word} needs a value"));
-        match word.as_str() {
-            "--size" => options.size = value().parse::<u64>().unwrap() << 20,
-            "--rounds" => options.rounds = value().parse().unwrap(),
-            "--depths" => options.depths = value().split(',').map(|depth| depth.parse().unwrap()).collect(),
-            "--dir" => options.dirs.push(value().into()),
-            "--control" => options.control = true,
-            "--bench" => {} // cargo's own
-            other => panic!("unknown option {other}"),
-        }
-    }
-    if options.dirs.is_empty() {
-        options.dirs = vec![PathBuf::from("/dev/shm"), scratch_root()];
-    }
-    options
-}
-
 /// Prints a row for each depth; returns the rows of single writes.
-fn compare_in(dir: &Path, options: &Options) -> [String; 2] {
+fn compare_in(dir: &Path, options: &Options, depths: &[usize], control: bool) -> [String; 2] {
     let lab = Lab::in_dir(dir);
     images::dense(&lab.base(), options.size, 1);
     let disk = Subject::new(&lab);
     let all = options.size / images::BLOCK / 2;
-    for &depth in &options.depths {
+    for &depth in depths {
         let count = if depth == 1 { all.min(BLOCKS_AT_DEPTH_1_MAX) } else { all };
         let mut rounds = Vec::new();
         for round in 0..options.rounds {
-            let rates = |log| disk.rates(log || options.control, &format!("passes {depth} {count} {round}"));
+            let rates = |log| disk.rates(log || control, &format!("passes {depth} {count} {round}"));
             let first = rates(round % 2 == 0);
             let second = rates(round % 2 != 0);
             rounds.push(if round % 2 == 0 { (first, second) } else { (second, first) });
         }
-        let column = |of: &dyn Fn(&(Rates, Rates)) -> f64| median(rounds.iter().map(of).collect());
+        let column = |of: &dyn Fn(&(Rates, Rates)) -> f64| median(rounds.iter().map(of));
         println!(
             "| {} | {depth} | {:.1} | {:.1} | {:.3} | {:.1} | {:.1} | {:.3} |",
             kind_of(dir),
@@ -153,16 +136,14 @@ impl<'a> Subject<'a> {
     /// The answer of a client with a session of its own.
     fn ask(&self, log: bool, command: &str) -> String {
         let lab = self.lab;
-        let pinned = std::thread::available_parallelism().unwrap().get() > 1;
-        let on_cpu = |cpu| if pinned { vec!["taskset", "-c", cpu] } else { vec!["env"] };
-        let launcher = on_cpu("1");
-        let mut serve = Command::new(launcher[0]);
-        serve.args(&launcher[1..]).arg(std::env::current_exe().unwrap()).arg("serve");
-        serve.arg(lab.disk()).arg(lab.runtime()).arg(lab.socket()).arg(if log { "log" } else { "no log" });
+        let mut serve = Command::new(std::env::current_exe().unwrap());
+        serve.arg("serve").arg(lab.disk()).arg(lab.runtime()).arg(lab.socket());
+        serve.arg(if log { "log" } else { "no log" });
+        let serve = Place::Backend.launched(&serve);
         let mut server = Process::spawn("the server", &serve);
         server.wait_line("\"listening\"", PATIENCE, |line| line == "listening");
-        run(Command::new("sync").arg("-f").arg(lab.disk())).ok();
-        let mut client = Remote::start_with(&on_cpu("0"), &lab.socket());
+        settle(&lab.disk());
+        let mut client = Remote::start_with(Place::Client.launcher(), &lab.socket());
         let answer = client.ask(command);
         server.kill();
         client.kill();
@@ -194,15 +175,4 @@ impl Observer for Silent {
     fn frontend_refused(&self, why: &str) {
         eprintln!("refused: {why}");
     }
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
-
-/// What the directory's file system is called.
-fn kind_of(dir: &Path) -> String {
-    let finished = run(Command::new("stat").args(["-f", "-c", "%T"]).arg(dir)).ok();
-    finished.stdout.trim().to_owned()
 }

@@ -4,6 +4,7 @@
 //! Nothing here waits for a length of time where it could wait for a fact; every wait has a limit
 //! and says, when it is reached, what it waited for and what the processes have printed.
 
+pub mod bench;
 pub mod client;
 pub mod cloud;
 pub mod guest;

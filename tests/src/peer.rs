@@ -6,16 +6,53 @@ use std::process::Command;
 use crate::process::Process;
 use crate::wait_until;
 
-/// Serves `image` at `socket` with `queues` virtqueues and QEMU's `aio` (threads, io_uring).
+/// An image, and how QEMU shall open it.
+#[derive(Clone, Copy, Debug)]
+pub struct Image<'a> {
+    /// Where it is.
+    pub path: &'a Path,
+    /// QEMU's format driver: `raw` or `qcow2`.
+    pub format: &'a str,
+    /// QEMU's `aio`: `threads`, `native`, `io_uring`.
+    pub aio: &'a str,
+    /// Whether it goes past the host's page cache.
+    pub direct: bool,
+}
+
+impl<'a> Image<'a> {
+    /// A raw image that is opened as QEMU does by default.
+    pub fn raw(path: &'a Path) -> Self {
+        Self { path, format: "raw", aio: "threads", direct: false }
+    }
+
+    /// QEMU's `--blockdev` options for it, as the node `f`.
+    fn blockdev(&self) -> Vec<String> {
+        let direct = if self.direct { "on" } else { "off" };
+        let file = |node| {
+            format!(
+                "driver=file,node-name={node},discard=unmap,aio={},cache.direct={direct},filename={}",
+                self.aio,
+                self.path.display()
+            )
+        };
+        match self.format {
+            "raw" => vec![file("f")],
+            format => vec![file("p"), format!("driver={format},node-name=f,file=p,cache.direct={direct}")],
+        }
+    }
+}
+
+/// Serves `image` at `socket` with `queues` virtqueues.
 ///
 /// `launcher` comes before the program's name, such as `taskset -c 1`.
-pub fn storage_daemon(launcher: &[&str], image: &Path, socket: &Path, queues: u32, aio: &str) -> Process {
+pub fn storage_daemon(launcher: &[&str], image: &Image<'_>, socket: &Path, queues: u32) -> Process {
     let words: Vec<&str> = launcher.iter().copied().chain(["qemu-storage-daemon"]).collect();
     let mut command = Command::new(words[0]);
     command.args(&words[1..]);
+    for blockdev in image.blockdev() {
+        command.args(["--blockdev", &blockdev]);
+    }
     command.args([
-        "--blockdev",
-        &format!("driver=file,node-name=f,discard=unmap,aio={aio},filename={}", image.display()),
         "--export",
         &format!(
             "type=vhost-user-blk,id=e,node-name=f,writable=on,num-queues={queues},addr.type=unix,addr.path={}",

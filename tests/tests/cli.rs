@@ -9,7 +9,7 @@ use std::process::Command;
 
 use pristine_tests::images;
 use pristine_tests::lab::Lab;
-use pristine_tests::peer::storage_daemon;
+use pristine_tests::peer::{Image, storage_daemon};
 use pristine_tests::program::{Finished, pristine, run};
 
 const SIZE: u64 = 4 << 20;
@@ -222,7 +222,7 @@ fn disk_in_use_by_another_pristine_is_refused() {
 fn disk_in_use_by_qemu_is_refused() {
     let lab = provisioned();
     let socket = lab.runtime().join("peer");
-    let _daemon = storage_daemon(&[], &lab.disk(), &socket, 1, "threads");
+    let _daemon = storage_daemon(&[], &Image::raw(&lab.disk()), &socket, 1);
     refused(&lab, &mut serve(&lab), 1, &["disk.img", "use"]);
     refused(&lab, &mut lab.pristine("restore", NONE), 1, &["disk.img", "use"]);
 }
@@ -232,7 +232,7 @@ fn disk_in_use_by_qemu_is_refused() {
 fn base_in_use_for_writing_by_qemu_is_refused() {
     let lab = provisioned();
     let socket = lab.runtime().join("peer");
-    let _daemon = storage_daemon(&[], &lab.base(), &socket, 1, "threads");
+    let _daemon = storage_daemon(&[], &Image::raw(&lab.base()), &socket, 1);
     refused(&lab, &mut serve(&lab), 1, &["base.img", "use"]);
 }
 

@@ -6,7 +6,7 @@ use pristine_tests::images;
 use pristine_tests::lab::Lab;
 use pristine_tests::medium;
 use pristine_tests::outer::{Machine, Plan, make_file_system};
-use pristine_tests::peer::storage_daemon;
+use pristine_tests::peer::{Image, storage_daemon};
 use pristine_tests::program::client_binary;
 use pristine_tests::random::{Random, contents};
 use pristine_tests::remote::Remote;
@@ -16,7 +16,7 @@ use pristine_tests::remote::Remote;
 fn guest_that_formats_and_writes_powers_off() {
     let lab = Lab::new();
     images::sparse(&lab.disk(), 64 << 20, 0, &[]);
-    let _daemon = storage_daemon(&[], &lab.disk(), &lab.socket(), 2, "threads");
+    let _daemon = storage_daemon(&[], &Image::raw(&lab.disk()), &lab.socket(), 2);
     let mut guest = Guest::boot(
         &lab.socket(),
         Options::default(),
@@ -32,7 +32,7 @@ fn guest_that_formats_and_writes_powers_off() {
 fn client_of_another_backend_reads_what_it_wrote() {
     let lab = Lab::new();
     images::dense(&lab.disk(), 8 << 20, 1);
-    let _daemon = storage_daemon(&[], &lab.disk(), &lab.socket(), 1, "threads");
+    let _daemon = storage_daemon(&[], &Image::raw(&lab.disk()), &lab.socket(), 1);
     let mut client = Remote::connected(&lab.socket(), 1);
     client.ask("write 8192 4096 5");
     client.ask("flush");
@@ -48,7 +48,7 @@ fn model_of_another_backend_agrees() {
     let lab = Lab::new();
     images::dense(&lab.base(), 32 << 20, 1);
     std::fs::copy(lab.base(), lab.disk()).unwrap();
-    let _daemon = storage_daemon(&[], &lab.disk(), &lab.socket(), 4, "threads");
+    let _daemon = storage_daemon(&[], &Image::raw(&lab.disk()), &lab.socket(), 4);
     let mut client = Remote::start(&lab.socket());
     client.ask(&format!("load {}", lab.base().display()));
     let summary = client.ask("model 1 20000 4 32");
@@ -64,7 +64,7 @@ fn model_of_a_wrong_disk_disagrees() {
     images::dense(&lab.disk(), 1 << 20, 1);
     let wrong = std::fs::OpenOptions::new().write(true).open(lab.disk()).unwrap();
     std::os::unix::fs::FileExt::write_all_at(&wrong, b"leak", 1_000_000).unwrap();
-    let _daemon = storage_daemon(&[], &lab.disk(), &lab.socket(), 1, "threads");
+    let _daemon = storage_daemon(&[], &Image::raw(&lab.disk()), &lab.socket(), 1);
     let mut client = Remote::start(&lab.socket());
     client.ask(&format!("load {}", lab.base().display()));
     let error = client.try_ask("model 1 1 1 1").unwrap_err();

@@ -18,7 +18,7 @@
 //! endure SEED QUEUES DEPTH     ok enduring        then writes and reads until the next command, which is one of:
 //!   reopen                     ok SUMMARY         connects again after the backend's death, looks at everything, goes on
 //!   enough                     ok SUMMARY         looks at everything
-//! bench PATTERN DEPTH SECONDS  ok REQUESTS-PER-SECOND
+//! bench PATTERN DEPTH SECONDS [QUEUES [RATE]]     ok SCORE   see `Load` and `Score`
 //! passes DEPTH COUNT SEED      ok FIRST STEADY    writes a second into COUNT blocks, and then into the same
 //! touches SEED                 ok REGION BLOCK STEADY                       microseconds of a single write
 //! ```
@@ -30,7 +30,7 @@ use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::Duration;
 
 use pristine_tests::client::{
-    Client, Done, Endure, Pattern, Plan, Request, Shape, run_bench, run_model, run_passes, run_touches,
+    Client, Done, Endure, Load, Pattern, Plan, Request, Shape, run_load, run_model, run_passes, run_touches,
 };
 use pristine_tests::random::{Random, contents, scattered};
 use sha2::{Digest, Sha256};
@@ -74,6 +74,10 @@ fn say(line: &str) {
 }
 
 fn number(word: &str) -> Result<u64, String> {
+    word.parse().map_err(|_| format!("\"{word}\" is not a number"))
+}
+
+fn float(word: &str) -> Result<f64, String> {
     word.parse().map_err(|_| format!("\"{word}\" is not a number"))
 }
 
@@ -136,11 +140,15 @@ impl Session {
                 run_model(&self.socket, std::mem::take(&mut self.loaded), plan)
                     .map(|summary| format!("{summary:?}"))
             }
-            ("bench", [pattern, depth, seconds]) => {
-                let pattern = Pattern::named(pattern).ok_or("no such pattern")?;
-                let time = Duration::from_secs_f64(seconds.parse().map_err(|_| "not a time")?);
-                let score = run_bench(&self.socket, pattern, number(depth)? as usize, time)?;
-                Ok(format!("{:.0}", score.per_second))
+            ("bench", [pattern, depth, seconds, more @ ..]) => {
+                let load = Load {
+                    pattern: Pattern::named(pattern).ok_or("no such pattern")?,
+                    depth: number(depth)? as usize,
+                    queues: more.first().map_or(Ok(1), |word| number(word))? as usize,
+                    time: Duration::from_secs_f64(float(seconds)?),
+                    rate: more.get(1).map(|word| float(word)).transpose()?,
+                };
+                run_load(&self.socket, load).map(|score| score.to_string())
             }
             ("passes", [depth, count, seed]) => {
                 let depth = number(depth)? as usize;

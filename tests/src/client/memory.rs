@@ -20,6 +20,22 @@ impl Memory {
         Ok(Self { base: region.addr as *mut u8, slot_len, slots })
     }
 
+    /// Bytes of a slot.
+    pub(super) fn slot_len(&self) -> usize {
+        self.slot_len
+    }
+
+    /// Number of slots.
+    pub(super) fn slots(&self) -> usize {
+        self.slots
+    }
+
+    /// The address of the first of `count` slots, one behind the other.
+    pub(super) fn several(&self, first: usize, count: usize) -> *mut u8 {
+        assert!(first + count <= self.slots);
+        self.address(first, 0, self.slot_len)
+    }
+
     /// The address of byte `skip` of `slot`, for `len` bytes.
     pub(super) fn address(&self, slot: usize, skip: usize, len: usize) -> *mut u8 {
         assert!(slot < self.slots && skip + len <= self.slot_len);

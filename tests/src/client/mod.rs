@@ -3,13 +3,17 @@
 //! Whoever only wants to be a client uses it through the program `vhost-client` (see
 //! [`remote`](crate::remote)): the end of a session is the end of the client's *process*.
 
-mod bench;
 mod endure;
+mod histogram;
+mod lane;
+mod load;
 mod memory;
 mod model;
+mod passes;
 mod requests;
 
-pub use bench::{Pattern, Score, Touches, run as run_bench, run_passes, run_touches};
 pub use endure::{Endure, Endured};
+pub use load::{Load, Pattern, Score, run_load};
 pub use model::{Plan, Summary, run as run_model};
+pub use passes::{Touches, run_passes, run_touches};
 pub use requests::{Client, Done, Request, Shape};

@@ -1,17 +1,17 @@
 //! A connected client: requests on its queues, and their completions.
 
-use std::collections::HashMap;
 use std::mem::MaybeUninit;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use blkio::{Blkio, Blkioq, Completion, ReqFlags, iovec};
 
+use super::lane::Lane;
 use super::memory::Memory;
 use crate::random;
 
 /// A request that has not been answered after this time will never be.
-const LIMIT: Duration = Duration::from_secs(120);
+pub(super) const LIMIT: Duration = Duration::from_secs(120);
 
 /// How a client is built.
 #[derive(Clone, Copy, Debug)]
@@ -86,8 +86,8 @@ pub struct Done {
 pub struct Client {
     queues: Vec<Blkioq>,
     in_flight: Vec<usize>,
-    /// Segment lists of requests under way: `blkio` keeps a pointer while a request is queued.
-    segments: HashMap<usize, Box<[iovec]>>,
+    /// Each slot's segments: `blkio` keeps a pointer while a request is queued.
+    segments: Vec<Vec<iovec>>,
     pub(super) memory: Memory,
     blkio: Blkio,
 }
@@ -104,7 +104,7 @@ impl Client {
         let queues = blkio.start().map_err(text)?.queues;
         let memory = Memory::map(&mut blkio, shape.slots, shape.slot_len).map_err(text)?;
         let in_flight = vec![0; queues.len()];
-        Ok(Self { queues, in_flight, segments: HashMap::new(), memory, blkio })
+        Ok(Self { queues, in_flight, segments: vec![Vec::new(); shape.slots], memory, blkio })
     }
 
     /// Size of the disk in bytes.
@@ -127,6 +127,23 @@ impl Client {
         self.in_flight[queue]
     }
 
+    /// Fills all buffers with something that is not zero.
+    pub(super) fn fill_buffers(&mut self) {
+        for slot in 0..self.memory.slots() {
+            random::fill(7, 0, self.memory.bytes_mut(slot, 0, self.memory.slot_len()));
+        }
+    }
+
+    /// The queues, each with `slots` buffers of its own, for threads of their own.
+    pub(super) fn lanes(&mut self, slots: usize) -> impl Iterator<Item = Lane<'_>> {
+        let memory = &self.memory;
+        let first = (0..).step_by(slots);
+        self.queues
+            .iter_mut()
+            .zip(first)
+            .map(move |(ring, first)| Lane::new(ring, memory.several(first, slots), memory.slot_len(), slots))
+    }
+
     /// Puts a request on a queue. It is the slot's only one until it completes.
     pub fn submit(&mut self, queue: usize, slot: usize, request: &Request) {
         let ring = &mut self.queues[queue];
@@ -134,19 +151,18 @@ impl Client {
         match *request {
             Request::Read { offset, ref parts, skip } | Request::Write { offset, ref parts, skip } => {
                 let mut at = skip;
-                let mut segments = Vec::with_capacity(parts.len());
+                let segments = &mut self.segments[slot];
+                segments.clear();
                 for &len in parts {
                     let iov_base = self.memory.address(slot, at, len).cast();
                     segments.push(iovec { iov_base, iov_len: len });
                     at += len;
                 }
-                let segments = segments.into_boxed_slice();
                 let (first, count) = (segments.as_ptr(), segments.len() as u32);
                 match request {
                     Request::Read { .. } => ring.readv(offset, first, count, slot, none),
                     _ => ring.writev(offset, first, count, slot, none),
                 }
-                self.segments.insert(slot, segments);
             }
             Request::Discard { offset, len } => ring.discard(offset, len, slot, none),
             Request::Zero { offset, len, may_unmap } => {
@@ -174,7 +190,6 @@ impl Client {
         for completion in &room[..count] {
             // SAFETY: `do_io` has written as many completions as it says.
             let completion = unsafe { completion.assume_init_ref() };
-            self.segments.remove(&completion.user_data);
             self.in_flight[queue] -= 1;
             done.push(Done { slot: completion.user_data, result: completion.ret });
         }
@@ -232,6 +247,6 @@ impl Client {
     }
 }
 
-fn text(error: blkio::Error) -> String {
+pub(super) fn text(error: blkio::Error) -> String {
     error.to_string()
 }

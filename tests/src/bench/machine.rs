@@ -1,0 +1,68 @@
+//! Who runs on which processor, what it costs them, and files that are ready to be measured.
+
+use std::path::Path;
+use std::process::Command;
+
+use crate::program::run;
+
+/// Where a process may run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// The client's processor.
+    Client,
+    /// The backend's processor.
+    Backend,
+    /// Anywhere.
+    Anywhere,
+}
+
+impl Place {
+    /// What comes before the program's name to start it there. A machine with one processor has one place.
+    pub fn launcher(self) -> &'static [&'static str] {
+        let several = std::thread::available_parallelism().is_ok_and(|count| count.get() > 1);
+        match self {
+            Self::Client if several => &["taskset", "-c", "0"],
+            Self::Backend if several => &["taskset", "-c", "1"],
+            _ => &["env"],
+        }
+    }
+
+    /// `command`, started there.
+    pub fn launched(self, command: &Command) -> Command {
+        let [program, args @ ..] = self.launcher() else { unreachable!("launchers have a program") };
+        let mut launched = Command::new(program);
+        launched.args(args).arg(command.get_program()).args(command.get_args());
+        launched
+    }
+}
+
+/// Processor time of a process in seconds, user and system, all of its threads, those of io_uring
+/// included, and those that have ended.
+pub fn cpu_seconds(pid: u32) -> f64 {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let after_name = stat.rsplit_once(") ").unwrap().1;
+    let fields: Vec<&str> = after_name.split(' ').collect();
+    let ticks: f64 = fields[11..13].iter().map(|field| field.parse::<f64>().unwrap()).sum();
+    ticks / rustix::param::clock_ticks_per_second() as f64
+}
+
+/// Writes back what was written to the file system of `path`.
+pub fn settle(path: &Path) {
+    run(Command::new("sync").arg("-f").arg(path)).ok();
+}
+
+/// Reads all of a file into the page cache.
+pub fn warm(path: &Path) {
+    let mut file = std::fs::File::open(path).unwrap();
+    let mut chunk = vec![0; 1 << 20];
+    while std::io::Read::read(&mut file, &mut chunk).unwrap() > 0 {}
+}
+
+/// What the directory's file system is called.
+pub fn kind_of(dir: &Path) -> String {
+    let finished = run(Command::new("stat").args(["-f", "-c", "%T"]).arg(dir)).ok();
+    match finished.stdout.trim() {
+        "ext2/ext3" => "ext4".into(),
+        other => other.into(),
+    }
+}

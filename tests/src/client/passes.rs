@@ -1,0 +1,110 @@
+//! Writes to chosen blocks, once and again: what first touches cost.
+
+use std::path::Path;
+use std::time::Instant;
+
+use super::lane::Lane;
+use super::requests::{Client, Shape};
+use crate::random::{Random, scattered};
+
+const LEN: usize = 4096;
+
+/// Bytes of a region, whose first touch is noted durably.
+const REGION: u64 = 64 << 20;
+/// Blocks of a region whose first touch and next write are timed.
+const SAMPLES_PER_REGION: u64 = 16;
+
+/// How often each block is written to after its first touch.
+const STEADY_PASSES: u64 = 3;
+
+/// A client on one queue with `depth` buffers.
+fn connected(socket: &Path, depth: usize) -> Result<Client, String> {
+    let mut client =
+        Client::connect(socket, Shape { queues: 1, queue_size: 512, slots: depth, slot_len: LEN })?;
+    client.fill_buffers();
+    Ok(client)
+}
+
+/// Writes to `count` scattered blocks, each once, `depth` at a time, and then to all of them again
+/// [`STEADY_PASSES`] times in other orders. Returns how many a second were the first time and then, in
+/// one session.
+pub fn run_passes(socket: &Path, depth: usize, count: u64, seed: u64) -> Result<[f64; 2], String> {
+    let mut client = connected(socket, depth)?;
+    let mut blocks = scattered(seed, count, client.capacity() / LEN as u64);
+    let mut lane = lane_of(&mut client, depth)?;
+    let first = pass(&mut lane, &blocks)?;
+    let mut random = Random::new(seed + 1);
+    let mut seconds = 0.0;
+    for _ in 0..STEADY_PASSES {
+        for last in (1..blocks.len()).rev() {
+            blocks.swap(last, random.below(last as u64 + 1) as usize);
+        }
+        seconds += count as f64 / pass(&mut lane, &blocks)?;
+    }
+    Ok([first, (STEADY_PASSES * count) as f64 / seconds])
+}
+
+fn lane_of(client: &mut Client, depth: usize) -> Result<Lane<'_>, String> {
+    client.lanes(depth).next().ok_or_else(|| "the client has no queue".into())
+}
+
+/// One write to each of `blocks`; returns how many a second.
+fn pass(lane: &mut Lane<'_>, blocks: &[u64]) -> Result<f64, String> {
+    let mut free: Vec<usize> = (0..lane.slots()).collect();
+    let begin = Instant::now();
+    for block in blocks {
+        while free.is_empty() {
+            lane.wait(&mut free)?;
+        }
+        let slot = free.pop().unwrap_or_default();
+        lane.write(slot, block * LEN as u64);
+    }
+    while lane.in_flight() > 0 {
+        free.clear();
+        lane.wait(&mut free)?;
+    }
+    Ok(blocks.len() as f64 / begin.elapsed().as_secs_f64())
+}
+
+/// How long single writes take, in microseconds, medians.
+#[derive(Clone, Copy, Debug)]
+pub struct Touches {
+    /// The first one into a region.
+    pub region: f64,
+    /// The first one into a block of a region that was written to before.
+    pub block: f64,
+    /// One into a block that was written to before.
+    pub steady: f64,
+}
+
+/// Times single writes, one at a time, in every region of the disk.
+pub fn run_touches(socket: &Path, seed: u64) -> Result<Touches, String> {
+    let mut client = connected(socket, 1)?;
+    let regions = client.capacity() / REGION;
+    let blocks_of_region = REGION / LEN as u64;
+    let mut lane = lane_of(&mut client, 1)?;
+    let mut times: [Vec<f64>; 3] = Default::default();
+    let mut done = Vec::with_capacity(1);
+    let mut timed = |block: u64| {
+        let begin = Instant::now();
+        lane.write(0, block * LEN as u64);
+        lane.wait(&mut done)?;
+        done.clear();
+        Ok::<_, String>(begin.elapsed().as_secs_f64() * 1e6)
+    };
+    for region in scattered(seed, regions, regions) {
+        let mut blocks = scattered(seed + region, SAMPLES_PER_REGION * 2, blocks_of_region).into_iter();
+        let mut next = || region * blocks_of_region + blocks.next().unwrap_or(0);
+        times[0].push(timed(next())?);
+        for _ in 0..SAMPLES_PER_REGION {
+            let block = next();
+            times[1].push(timed(block)?);
+            times[2].push(timed(block)?);
+        }
+    }
+    let [region, block, steady] = times.map(|mut times| {
+        times.sort_by(f64::total_cmp);
+        times[times.len() / 2]
+    });
+    Ok(Touches { region, block, steady })
+}
