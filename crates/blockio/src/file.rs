@@ -6,6 +6,7 @@ use std::{
     ops::Range,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
+    sync::OnceLock,
 };
 
 use rustix::{
@@ -13,7 +14,7 @@ use rustix::{
     io::Errno,
 };
 
-use crate::{AlignedBuf, Error, probe};
+use crate::{AlignedBuf, Error, ResidentMap, probe};
 
 /// No extended attribute is longer: `XATTR_SIZE_MAX`.
 const ATTRIBUTE_SIZE_MAX: usize = 65536;
@@ -77,6 +78,7 @@ pub struct File {
     alignment: Alignment,
     direct: bool,
     abilities: probe::Abilities,
+    resident: OnceLock<Option<ResidentMap>>,
 }
 
 impl AsFd for File {
@@ -136,7 +138,15 @@ impl File {
         };
         let abilities =
             if options.write { probe::abilities(&fd, path, kind) } else { probe::Abilities::default() };
-        Ok(File { fd, path: path.to_owned(), kind, alignment, direct: options.direct, abilities })
+        Ok(File {
+            fd,
+            path: path.to_owned(),
+            kind,
+            alignment,
+            direct: options.direct,
+            abilities,
+            resident: OnceLock::new(),
+        })
     }
 
     /// A descriptor of any kind in the guise of a regular file, so that tests can have I/O that
@@ -150,6 +160,7 @@ impl File {
             alignment: Alignment { memory: 1, offset: 1 },
             direct: false,
             abilities: probe::Abilities::default(),
+            resident: OnceLock::new(),
         }
     }
 
@@ -200,6 +211,28 @@ impl File {
     /// be asked for buffered writes that do not wait.
     pub(crate) fn writes_need_a_thread(&self) -> bool {
         self.kind == FileKind::Regular && !self.direct && !self.abilities.write_nowait
+    }
+
+    /// Has reads of what is in the page cache served from a mapping from now on, where that is sound (see
+    /// [`ResidentMap`]); elsewhere this does nothing.
+    pub fn map_resident(&self) {
+        self.resident.get_or_init(|| {
+            ResidentMap::new(self).unwrap_or_else(|error| {
+                log::debug!("{} is not mapped: {error}", self.path.display());
+                None
+            })
+        });
+    }
+
+    /// Gives back the memory that [`map_resident`](Self::map_resident) has come to use.
+    pub fn forget_resident(&self) {
+        if let Some(map) = self.resident() {
+            map.forget();
+        }
+    }
+
+    pub(crate) fn resident(&self) -> Option<&ResidentMap> {
+        self.resident.get()?.as_ref()
     }
 
     /// The current size in bytes.

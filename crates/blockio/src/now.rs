@@ -1,4 +1,4 @@
-//! Reads and writes of the page cache that are made at once, one system call each and no bookkeeping.
+//! Reads and writes of the page cache that are made at once, with one system call or none and no bookkeeping.
 //!
 //! What comes out short or fails is not looked into here: the caller does it again the long way, which
 //! knows how to go on and what to say. Doing a read or write twice does no harm.
@@ -30,6 +30,13 @@ pub(crate) fn perform_now(files: &[Arc<File>], waits: Waits<'_>, quick: Quick<'_
     let Some(file) = files.get(usize::from(index.0)) else { return false };
     if file.is_direct() || buf.parts().len() > PIECES_MAX || buf.len() > TRANSFER_MAX {
         return false;
+    }
+    if let (Quick::Read { offset, .. }, Some(map)) = (quick, file.resident()) {
+        // SAFETY: the pieces are valid for writes (contract of `GuestView`), and memory of a guest or on the
+        // heap, never of the map.
+        if unsafe { map.read(offset, buf.parts()) } {
+            return true;
+        }
     }
     match (quick, waits) {
         (Quick::Read { offset, .. }, Waits::Always) => read(file, offset, buf),

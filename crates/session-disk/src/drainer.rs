@@ -120,6 +120,10 @@ fn run(disk: &SessionDisk, control: &Control, observer: &dyn DrainObserver) {
                 back_off = None;
                 *control.trouble() = None;
                 disk.shared().live.set_drain_failing(false);
+                if !disk.session_is_open() {
+                    // What the last session read is no use to an idle disk.
+                    disk.shared().disk.forget_resident();
+                }
             }
             Err(Error::Stopped) => {}
             Err(error) => {

@@ -81,6 +81,7 @@ fn failed(kind: io::ErrorKind) -> io::Error {
 impl DiskQueue {
     pub(crate) fn new(shared: Arc<Shared>, counters: Arc<QueueCounters>, depth: u32) -> Result<Self, Error> {
         let engine = shared.new_engine(depth)?;
+        shared.disk.map_resident();
         let waker =
             Waker::new().map_err(|error| Error::state("make a wake-up for", shared.disk.path(), error))?;
         Ok(Self {
