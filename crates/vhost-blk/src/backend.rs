@@ -157,6 +157,12 @@ impl Backend {
         self.workers.iter().all(|worker| lock(worker).is_quiet())
     }
 
+    /// Serves queue `index` on the caller's thread until it is idle.
+    #[cfg(test)]
+    pub(crate) fn serve_queue(&self, index: usize, vring: &Vring) {
+        self.worker(index).unwrap().run(&self.device, vring);
+    }
+
     fn worker(&self, index: usize) -> Option<MutexGuard<'_, Worker>> {
         self.workers.get(index).map(lock)
     }

@@ -14,6 +14,7 @@ mod boundary;
 mod config;
 mod connection;
 mod disk;
+mod guest;
 mod handover;
 mod inflight;
 mod limit;

@@ -4,7 +4,7 @@
 //! bounds; ranges come from [`Geometry`](blocks::Geometry) only; addresses are translated to host
 //! memory once. No framing is assumed: header, data and status may be cut into descriptors anyhow.
 
-use std::{any::Any, ops::Deref, sync::Arc};
+use std::{ops::Deref, sync::Arc};
 
 use blockio::{GuestView, IoVec};
 use blocks::{BlockRange, SECTOR_SIZE};
@@ -14,11 +14,13 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
 use virtio_queue::DescriptorChain;
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::{Address, GuestAddress, GuestMemoryMmap};
 
 use crate::{
     config::{DATA_MAX, QUEUE_SIZE_MAX, RANGE_SECTORS_MAX, RANGE_SEGMENTS_MAX},
     disk::DiskTraits,
+    guest::GuestRegions,
+    slots::Used,
 };
 
 /// Memory of a guest, as it was mapped at one moment.
@@ -112,8 +114,8 @@ pub(crate) struct Parser {
     writable: Vec<Piece>,
     /// Host memory of the data of all requests of the batch.
     parts: Vec<IoVec>,
-    /// The memory that `parts` lie in, while there is a batch.
-    memory: Option<(Arc<Memory>, Arc<dyn Any + Send + Sync>)>,
+    /// The memory that `parts` lie in, held while there is a batch.
+    memory: GuestRegions,
 }
 
 /// The parts of a request header.
@@ -126,23 +128,36 @@ impl Parser {
     /// Begins a batch of chains whose buffers are in `memory`, and forgets the one before.
     pub(crate) fn begin(&mut self, memory: &Arc<Memory>) {
         self.parts.clear();
-        self.memory = Some((memory.clone(), memory.clone()));
+        self.memory.hold(memory);
     }
 
     /// Forgets the batch, and lets go of its memory.
     pub(crate) fn end(&mut self) {
         self.parts.clear();
-        self.memory = None;
+        self.memory.release();
     }
 
     /// The memory that `data`, which must be of this batch, names.
     pub(crate) fn view(&self, data: Data) -> Option<GuestView<'_>> {
-        let (_, keep) = self.memory.as_ref()?;
+        let keep = self.memory.held()?;
         let parts = self.parts.get(data.first..data.end)?;
-        // SAFETY: each part is a slice of a region of the batch's memory (`parts` is emptied when that is
-        // replaced), which stays mapped for reads and writes as long as `keep`, the same memory, lives.
+        // SAFETY: each part was found in the batch's memory (`parts` is emptied when that is replaced),
+        // which stays mapped for reads and writes as long as `keep`, the same memory, lives.
         // The lengths of a request sum up to less than 4 GiB.
         Some(unsafe { GuestView::new(parts, keep) })
+    }
+
+    /// Writes the status byte of a request of this batch; returns the element for the used ring, whose
+    /// length counts the data `written` and the status.
+    pub(crate) fn answer(
+        &self,
+        head: u16,
+        status_at: Option<GuestAddress>,
+        status: Status,
+        written: u32,
+    ) -> Used {
+        let has_status = status_at.is_some_and(|at| self.memory.write(at, &[status.byte()]));
+        Used { head, len: if has_status { written.saturating_add(1) } else { 0 } }
     }
 
     /// Understands `chain` as a part of the batch.
@@ -150,21 +165,16 @@ impl Parser {
     where
         M: Deref<Target = Memory>,
     {
-        let well_formed = self.walk(chain);
-        // Taken out while the rest of the parser changes.
-        let held = self.memory.take();
-        let parsed = match (&held, well_formed) {
-            (Some((memory, _)), Some(ordered)) => match self.take_status(memory) {
-                Some(at) if ordered => {
-                    let action = self.understand(memory, disk, read_only);
-                    Parsed { status_at: Some(at), action: action.unwrap_or_else(Action::failed) }
-                }
-                status_at => Parsed { status_at, action: Action::failed(Status::IoError) },
-            },
-            _ => Parsed { status_at: None, action: Action::failed(Status::IoError) },
+        let Some(ordered) = self.walk(chain) else {
+            return Parsed { status_at: None, action: Action::failed(Status::IoError) };
         };
-        self.memory = held;
-        parsed
+        match self.take_status() {
+            Some(at) if ordered => {
+                let action = self.understand(disk, read_only);
+                Parsed { status_at: Some(at), action: action.unwrap_or_else(Action::failed) }
+            }
+            status_at => Parsed { status_at, action: Action::failed(Status::IoError) },
+        }
     }
 
     /// Collects the chain's pieces. `None`: its end was not found. `Some(false)`: it has a
@@ -193,37 +203,37 @@ impl Parser {
     }
 
     /// Takes the last writable byte away for the status, if it is memory.
-    fn take_status(&mut self, memory: &Memory) -> Option<GuestAddress> {
+    fn take_status(&mut self) -> Option<GuestAddress> {
         let last = self.writable.last_mut()?;
         let at = last.addr.checked_add(last.len as u64 - 1)?;
         last.len -= 1;
         if last.len == 0 {
             self.writable.pop();
         }
-        memory.address_in_range(at).then_some(at)
+        self.memory.find(at, 1).map(|_| at)
     }
 
-    fn understand(&mut self, memory: &Memory, disk: &DiskTraits, read_only: bool) -> Result<Action, Status> {
-        let Header { kind, sector } = self.take_header(memory)?;
+    fn understand(&mut self, disk: &DiskTraits, read_only: bool) -> Result<Action, Status> {
+        let Header { kind, sector } = self.take_header()?;
         let may_write = if read_only { Err(Status::IoError) } else { Ok(()) };
         match kind {
             VIRTIO_BLK_T_IN => {
-                let (range, data) = self.data(memory, disk, sector, Direction::In)?;
+                let (range, data) = self.data(disk, sector, Direction::In)?;
                 Ok(Action::Read { range, data })
             }
             VIRTIO_BLK_T_OUT => {
                 may_write?;
-                let (range, data) = self.data(memory, disk, sector, Direction::Out)?;
+                let (range, data) = self.data(disk, sector, Direction::Out)?;
                 Ok(Action::Write { range, data })
             }
             VIRTIO_BLK_T_FLUSH => Ok(Action::Flush),
             VIRTIO_BLK_T_GET_ID => {
-                let written = write_pieces(memory, &self.writable, &disk.serial)?;
+                let written = self.fill(&disk.serial)?;
                 Ok(Action::Answer { status: Status::Ok, written })
             }
             VIRTIO_BLK_T_DISCARD if disk.discard => {
                 may_write?;
-                let ranges = self.segments(memory, disk, 0)?;
+                let ranges = self.segments(disk, 0)?;
                 Ok(match ranges.is_empty() {
                     true => Action::Answer { status: Status::Ok, written: 0 },
                     false => Action::Discard(ranges.into_iter().map(|(range, _)| range).collect()),
@@ -231,7 +241,7 @@ impl Parser {
             }
             VIRTIO_BLK_T_WRITE_ZEROES if disk.write_zeroes => {
                 may_write?;
-                let ranges = self.segments(memory, disk, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP)?;
+                let ranges = self.segments(disk, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP)?;
                 Ok(match ranges.is_empty() {
                     true => Action::Answer { status: Status::Ok, written: 0 },
                     false => Action::WriteZeroes(ranges),
@@ -242,9 +252,9 @@ impl Parser {
     }
 
     /// Reads the header and takes it away from the readable pieces.
-    fn take_header(&mut self, memory: &Memory) -> Result<Header, Status> {
+    fn take_header(&mut self) -> Result<Header, Status> {
         let mut bytes = [0; HEADER_LEN];
-        read_pieces(memory, &self.readable, &mut bytes)?;
+        self.read(&mut bytes)?;
         let mut skip = HEADER_LEN;
         self.readable.retain_mut(|piece| {
             let cut = skip.min(piece.len);
@@ -260,7 +270,6 @@ impl Parser {
     /// The range and the data of a read or write.
     fn data(
         &mut self,
-        memory: &Memory,
         disk: &DiskTraits,
         sector: u64,
         direction: Direction,
@@ -276,29 +285,51 @@ impl Parser {
         let range = disk.geometry.sectors_at(sector, len).map_err(|_| Status::IoError)?;
         let first = self.parts.len();
         for piece in pieces {
-            for slice in GuestMemoryBackend::get_slices(memory, piece.addr, piece.len) {
-                let slice = slice.map_err(|_| Status::IoError)?;
-                self.parts.push(IoVec { base: slice.ptr_guard_mut().as_ptr(), len: slice.len() });
+            if !self.memory.each(piece.addr, piece.len, |_, part| self.parts.push(part)) {
+                return Err(Status::IoError);
             }
         }
         Ok((range, Data { first, end: self.parts.len(), len: len as u32 }))
     }
 
+    /// Fills `to` from the start of what the device may read.
+    fn read(&self, mut to: &mut [u8]) -> Result<(), Status> {
+        for piece in &self.readable {
+            let (now, rest) = to.split_at_mut(piece.len.min(to.len()));
+            if !self.memory.read(piece.addr, now) {
+                return Err(Status::IoError);
+            }
+            to = rest;
+            if to.is_empty() {
+                break;
+            }
+        }
+        if to.is_empty() { Ok(()) } else { Err(Status::IoError) }
+    }
+
+    /// Puts `from` into what the device may write, as far as that goes; returns how many bytes.
+    fn fill(&self, mut from: &[u8]) -> Result<u32, Status> {
+        let all = from.len();
+        for piece in &self.writable {
+            let (now, rest) = from.split_at(piece.len.min(from.len()));
+            if !self.memory.write(piece.addr, now) {
+                return Err(Status::IoError);
+            }
+            from = rest;
+        }
+        Ok((all - from.len()) as u32)
+    }
+
     /// The segments of a discard or write-zeroes request, with their unmap flag; those of no
     /// sectors are left out.
-    fn segments(
-        &self,
-        memory: &Memory,
-        disk: &DiskTraits,
-        flags_known: u32,
-    ) -> Result<Vec<(BlockRange, bool)>, Status> {
+    fn segments(&self, disk: &DiskTraits, flags_known: u32) -> Result<Vec<(BlockRange, bool)>, Status> {
         let len: usize = self.readable.iter().map(|piece| piece.len).sum();
         if len == 0 || !len.is_multiple_of(SEGMENT_LEN) || len > SEGMENTS_LEN_MAX {
             return Err(Status::IoError);
         }
         let mut bytes = [0; SEGMENTS_LEN_MAX];
         let bytes = bytes.get_mut(..len).ok_or(Status::IoError)?;
-        read_pieces(memory, &self.readable, bytes)?;
+        self.read(bytes)?;
         let segments = bytes.as_chunks::<SEGMENT_LEN>().0.iter().map(|segment| {
             let [s0, s1, s2, s3, s4, s5, s6, s7, n0, n1, n2, n3, flags @ ..] = *segment;
             let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
@@ -327,30 +358,6 @@ impl Parser {
 enum Direction {
     In,
     Out,
-}
-
-/// Fills `to` from the start of `pieces`.
-fn read_pieces(memory: &Memory, pieces: &[Piece], mut to: &mut [u8]) -> Result<(), Status> {
-    for piece in pieces {
-        let (now, rest) = to.split_at_mut(piece.len.min(to.len()));
-        memory.read_slice(now, piece.addr).map_err(|_| Status::IoError)?;
-        to = rest;
-        if to.is_empty() {
-            break;
-        }
-    }
-    if to.is_empty() { Ok(()) } else { Err(Status::IoError) }
-}
-
-/// Puts the start of `from` into `pieces`, as far as they go; returns how many bytes.
-fn write_pieces(memory: &Memory, pieces: &[Piece], mut from: &[u8]) -> Result<u32, Status> {
-    let all = from.len();
-    for piece in pieces {
-        let (now, rest) = from.split_at(piece.len.min(from.len()));
-        memory.write_slice(now, piece.addr).map_err(|_| Status::IoError)?;
-        from = rest;
-    }
-    Ok((all - from.len()) as u32)
 }
 
 #[cfg(test)]

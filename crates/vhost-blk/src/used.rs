@@ -5,7 +5,7 @@ use std::sync::atomic::{Ordering, fence};
 
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
 
 use crate::{request::Memory, slots::Used};
 
@@ -24,10 +24,16 @@ pub(crate) fn publish(
     let size = queue.size().max(1);
     let before = queue.next_used();
     let mut next = before;
+    // Translated once for all of them, unless the ring lies across two regions.
+    let elements = usize::from(size) * USED_ELEMENT as usize;
+    let ring = memory.get_slice(address(queue.used_ring(), RING_HEADER)?, elements).ok();
     for used in answers {
-        let at = address(queue.used_ring(), RING_HEADER + u64::from(next % size) * USED_ELEMENT)?;
-        let element = u64::from(used.len) << 32 | u64::from(used.head);
-        memory.write_obj(element.to_le(), at)?;
+        let element = (u64::from(used.len) << 32 | u64::from(used.head)).to_le();
+        let offset = u64::from(next % size) * USED_ELEMENT;
+        match &ring {
+            Some(ring) => ring.write_obj(element, offset as usize)?,
+            None => memory.write_obj(element, address(queue.used_ring(), RING_HEADER + offset)?)?,
+        }
         next = next.wrapping_add(1);
     }
     // Release: whoever sees the index sees elements, status bytes and data.
@@ -129,6 +135,17 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn publish_to_a_ring_across_two_regions_writes_into_both() {
+        let regions = [(GuestAddress(0), 0x1000), (GuestAddress(0x1000), 0x1000)];
+        let memory = Memory::from_ranges(&regions).unwrap();
+        let mut queue = Queue::new(SIZE).unwrap();
+        queue.try_set_used_ring_address(GuestAddress(0x1000 - 16)).unwrap();
+        assert!(publish(&mut queue, &memory, &[used(1), used(2), used(3)]).unwrap());
+        let heads = [0u64, 8, 16].map(|at| memory.read_obj::<u32>(GuestAddress(0x1000 - 12 + at)).unwrap());
+        assert_eq!(heads, [1, 2, 3]);
     }
 
     #[test]

@@ -24,7 +24,7 @@ use crate::{
     poll::PollWindow,
     replay,
     request::{Action, Memory, Parsed, Parser, Status},
-    slots::{Slot, Slots, Used, answer, part_token},
+    slots::{Slot, Slots, Used, part_token},
     used::{avail_index, publish, used_head, used_index},
     vring::{Vring, signal},
 };
@@ -289,7 +289,7 @@ impl Worker {
             };
             match done {
                 Some((status, written)) => {
-                    self.answers.push(answer(memory, head, status_at, status, written));
+                    self.answers.push(self.parser.answer(head, status_at, status, written));
                 }
                 None => self.start(memory, head, status_at, action, durable),
             }
@@ -324,7 +324,7 @@ impl Worker {
         });
         let Some(token) = token else {
             // Not reached: there is room for all that is taken, and a status for all that is done.
-            self.answers.push(answer(memory, head, status_at, Status::IoError, 0));
+            self.answers.push(self.parser.answer(head, status_at, Status::IoError, 0));
             return;
         };
         match (action, buf) {
@@ -420,3 +420,6 @@ impl Worker {
         state.get_queue_mut().enable_notification(memory.as_ref()).unwrap_or(false)
     }
 }
+
+#[cfg(test)]
+mod cost;

@@ -8,6 +8,8 @@ use virtio_queue::{
     mock::MockSplitQueue,
 };
 
+use vm_memory::{Bytes, GuestMemoryBackend};
+
 use super::*;
 
 const NEXT: u16 = VRING_DESC_F_NEXT as u16;

@@ -1,0 +1,151 @@
+//! What requests cost in instructions, for `ci/instructions`, which runs these tests one by one under
+//! `valgrind --tool=callgrind` and counts what is executed inside of [`counted`]: the worker on a real
+//! session disk, from the available ring to the used ring. The kernel's part is not counted, nor the
+//! clock's.
+
+use std::sync::atomic::AtomicBool;
+
+use session_disk::{DiskOptions, ProvisionOptions, SessionDisk, provision};
+use vhost_user_backend::VringT;
+use virtio_bindings::{
+    virtio_blk::{VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT},
+    virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE},
+};
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::{
+    backend::Backend,
+    config::DeviceConfig,
+    request::Memory,
+    vring::{SharedMemory, Vring},
+};
+
+/// Requests at a time.
+const DEPTH: u16 = 32;
+/// How often so many are made. `ci/instructions` divides by the product.
+const ROUNDS: u16 = 64;
+const QUEUE_SIZE: u16 = 128;
+const LEN: u32 = 4096;
+/// Blocks of the disk: as many as requests, each of which goes to another.
+const BLOCKS: u64 = DEPTH as u64 * ROUNDS as u64;
+
+const AVAIL: u64 = 0x1000;
+const USED: u64 = 0x2000;
+const HEADERS: u64 = 0x3000;
+const STATUS: u64 = 0x4000;
+const DATA: u64 = 0x10_0000;
+
+/// A guest's driver and the device's worker, on the same thread.
+struct Scene {
+    memory: Memory,
+    vring: Vring,
+    backend: Backend,
+    avail: u16,
+    _dir: tempfile::TempDir,
+}
+
+impl Scene {
+    fn new() -> Self {
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let base = dir.path().join("base.raw");
+        std::fs::write(&base, vec![7; (BLOCKS * u64::from(LEN)) as usize]).unwrap();
+        let options = DiskOptions {
+            runtime_dir: Some(dir.path().join("run")),
+            ..DiskOptions::new(dir.path().join("disk.raw"))
+        };
+        provision(&ProvisionOptions { base, disk: options.clone(), size: None, adopt: false }).unwrap();
+        let disk = SessionDisk::open(&options).unwrap();
+        disk.drain(&AtomicBool::new(false), &mut |_| ()).unwrap();
+        disk.begin_session(None).unwrap();
+        let config =
+            DeviceConfig { num_queues: 1, queue_size: QUEUE_SIZE, poll_max_us: 0, ..DeviceConfig::default() };
+        let backend = Backend::new(&disk, config).unwrap();
+        let memory = Memory::from_ranges(&[(GuestAddress(0), 16 << 20)]).unwrap();
+        backend.shared_memory().lock().unwrap().replace(memory.clone());
+        let vring = Vring::new(SharedMemory::new(memory.clone()), QUEUE_SIZE).unwrap();
+        vring.set_queue_size(QUEUE_SIZE);
+        vring.set_queue_info(0, AVAIL, USED).unwrap();
+        vring.set_queue_event_idx(true);
+        vring.set_queue_ready(true);
+        vring.set_enabled(true);
+        Self { memory, vring, backend, avail: 0, _dir: dir }
+    }
+
+    /// Makes requests of `kind` available that begin at these blocks.
+    fn offer(&mut self, kind: u32, blocks: impl Iterator<Item = u64>) {
+        let device_writes = if kind == VIRTIO_BLK_T_IN { VRING_DESC_F_WRITE } else { 0 };
+        for (slot, block) in (0u16..).zip(blocks) {
+            let at = |start: u64, stride: u64| start + u64::from(slot) * stride;
+            let header = at(HEADERS, 16);
+            self.memory.write_obj(kind, GuestAddress(header)).unwrap();
+            self.memory.write_obj(block * u64::from(LEN) / 512, GuestAddress(header + 8)).unwrap();
+            let parts = [
+                (header, 16, VRING_DESC_F_NEXT),
+                (at(DATA, LEN.into()), LEN, device_writes | VRING_DESC_F_NEXT),
+                (at(STATUS, 1), 1, VRING_DESC_F_WRITE),
+            ];
+            for (index, (address, len, flags)) in (slot * 3..).zip(parts) {
+                let descriptor = GuestAddress(u64::from(index) * 16);
+                self.memory.write_obj(address, descriptor).unwrap();
+                let rest = u64::from(len) | u64::from(flags) << 32 | u64::from(index + 1) << 48;
+                self.memory.write_obj(rest, GuestAddress(descriptor.0 + 8)).unwrap();
+            }
+            let entry = AVAIL + 4 + u64::from(self.avail % QUEUE_SIZE) * 2;
+            self.memory.write_obj(slot * 3, GuestAddress(entry)).unwrap();
+            self.avail = self.avail.wrapping_add(1);
+        }
+        self.memory.write_obj(self.avail, GuestAddress(AVAIL + 2)).unwrap();
+    }
+
+    /// Answers everything, and makes sure of it.
+    fn serve(&mut self, count: impl Fn(&Backend, &Vring)) {
+        count(&self.backend, &self.vring);
+        while self.memory.read_obj::<u16>(GuestAddress(USED + 2)).unwrap() != self.avail {
+            uncounted(&self.backend, &self.vring);
+        }
+        let mut status = [0xff; DEPTH as usize];
+        self.memory.read_slice(&mut status, GuestAddress(STATUS)).unwrap();
+        assert_eq!(status, [0; DEPTH as usize]);
+    }
+
+    /// All rounds, each of [`DEPTH`] blocks spread over the disk.
+    fn rounds(&mut self, kind: u32, count: impl Fn(&Backend, &Vring)) {
+        for round in 0..u64::from(ROUNDS) {
+            self.offer(kind, (0..u64::from(DEPTH)).map(|n| n * u64::from(ROUNDS) + round));
+            self.serve(&count);
+        }
+    }
+}
+
+/// What is counted.
+#[inline(never)]
+fn counted(backend: &Backend, vring: &Vring) {
+    backend.serve_queue(0, vring);
+}
+
+fn uncounted(backend: &Backend, vring: &Vring) {
+    backend.serve_queue(0, vring);
+}
+
+#[test]
+#[ignore = "for ci/instructions"]
+fn cost_of_a_read() {
+    let mut scene = Scene::new();
+    scene.rounds(VIRTIO_BLK_T_IN, uncounted);
+    scene.rounds(VIRTIO_BLK_T_IN, counted);
+}
+
+#[test]
+#[ignore = "for ci/instructions"]
+fn cost_of_a_first_write() {
+    let mut scene = Scene::new();
+    scene.rounds(VIRTIO_BLK_T_OUT, counted);
+}
+
+#[test]
+#[ignore = "for ci/instructions"]
+fn cost_of_a_later_write() {
+    let mut scene = Scene::new();
+    scene.rounds(VIRTIO_BLK_T_OUT, uncounted);
+    scene.rounds(VIRTIO_BLK_T_OUT, counted);
+}
