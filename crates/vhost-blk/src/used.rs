@@ -1,5 +1,5 @@
 //! The used ring: publishing a batch of answers with one index update, and deciding about one
-//! interrupt for all of them (virtio 1.2, 2.7.8 and 2.7.10).
+//! interrupt for several batches (virtio 1.2, 2.7.8 and 2.7.10).
 
 use std::sync::atomic::{Ordering, fence};
 
@@ -14,16 +14,10 @@ const RING_HEADER: u64 = 4;
 const USED_ELEMENT: u64 = 8;
 const AVAIL_ELEMENT: u64 = 2;
 
-/// Publishes `answers`, whose status and data are in guest memory already. Returns whether the
-/// guest wants an interrupt.
-pub(crate) fn publish(
-    queue: &mut Queue,
-    memory: &Memory,
-    answers: &[Used],
-) -> Result<bool, GuestMemoryError> {
+/// Publishes `answers`, whose status and data are in guest memory already.
+pub(crate) fn publish(queue: &mut Queue, memory: &Memory, answers: &[Used]) -> Result<(), GuestMemoryError> {
     let size = queue.size().max(1);
-    let before = queue.next_used();
-    let mut next = before;
+    let mut next = queue.next_used();
     // Translated once for all of them, unless the ring lies across two regions.
     let elements = usize::from(size) * USED_ELEMENT as usize;
     let ring = memory.get_slice(address(queue.used_ring(), RING_HEADER)?, elements).ok();
@@ -39,12 +33,18 @@ pub(crate) fn publish(
     // Release: whoever sees the index sees elements, status bytes and data.
     memory.store(next.to_le(), address(queue.used_ring(), 2)?, Ordering::Release)?;
     queue.set_next_used(next);
+    Ok(())
+}
+
+/// Whether the guest wants an interrupt for what was published since the used index was `before`.
+pub(crate) fn wants_interrupt(queue: &Queue, memory: &Memory, before: u16) -> Result<bool, GuestMemoryError> {
+    let size = queue.size().max(1);
     // The index must be visible before the guest's wish is read, or both sides could miss the other.
     fence(Ordering::SeqCst);
     if queue.event_idx_enabled() {
         let at = address(queue.avail_ring(), RING_HEADER + u64::from(size) * AVAIL_ELEMENT)?;
         let event = u16::from_le(memory.load(at, Ordering::Relaxed)?);
-        Ok(crossed(event, before, next))
+        Ok(crossed(event, before, queue.next_used()))
     } else {
         let flags = u16::from_le(memory.load(GuestAddress(queue.avail_ring()), Ordering::Relaxed)?);
         Ok(u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0)
@@ -85,6 +85,17 @@ mod tests {
 
     const SIZE: u16 = 8;
 
+    /// Publishes, and tells whether the guest wants an interrupt for it.
+    fn publish_and_ask(
+        queue: &mut Queue,
+        memory: &Memory,
+        answers: &[Used],
+    ) -> Result<bool, GuestMemoryError> {
+        let before = queue.next_used();
+        publish(queue, memory, answers)?;
+        wants_interrupt(queue, memory, before)
+    }
+
     fn used(head: u16) -> Used {
         Used { head, len: 1 }
     }
@@ -95,7 +106,7 @@ mod tests {
         let ring = MockSplitQueue::new(&memory, SIZE);
         let mut queue: Queue = ring.create_queue().unwrap();
         queue.set_next_used(u16::MAX - 1);
-        assert!(publish(&mut queue, &memory, &[used(1), used(2), used(3)]).unwrap());
+        assert!(publish_and_ask(&mut queue, &memory, &[used(1), used(2), used(3)]).unwrap());
         let head = |at: usize| ring.used().ring().ref_at(at).unwrap().load().id();
         assert_eq!((head(6), head(7), head(0)), (1, 2, 3));
         assert_eq!((u16::from_le(ring.used().idx().load()), queue.next_used()), (1, 1));
@@ -107,7 +118,7 @@ mod tests {
         let ring = MockSplitQueue::new(&memory, SIZE);
         let mut queue: Queue = ring.create_queue().unwrap();
         memory.write_obj(1u16, ring.avail_addr()).unwrap();
-        assert!(!publish(&mut queue, &memory, &[used(0)]).unwrap());
+        assert!(!publish_and_ask(&mut queue, &memory, &[used(0)]).unwrap());
     }
 
     #[test]
@@ -119,9 +130,9 @@ mod tests {
         queue.set_event_idx(true);
         let event_at = 0x1000 + 4 + u64::from(SIZE) * 2;
         memory.write_obj(2u16, GuestAddress(event_at)).unwrap();
-        assert!(!publish(&mut queue, &memory, &[used(0), used(1)]).unwrap());
-        assert!(publish(&mut queue, &memory, &[used(2), used(3)]).unwrap());
-        assert!(!publish(&mut queue, &memory, &[used(4)]).unwrap());
+        assert!(!publish_and_ask(&mut queue, &memory, &[used(0), used(1)]).unwrap());
+        assert!(publish_and_ask(&mut queue, &memory, &[used(2), used(3)]).unwrap());
+        assert!(!publish_and_ask(&mut queue, &memory, &[used(4)]).unwrap());
     }
 
     #[test]
@@ -143,7 +154,7 @@ mod tests {
         let memory = Memory::from_ranges(&regions).unwrap();
         let mut queue = Queue::new(SIZE).unwrap();
         queue.try_set_used_ring_address(GuestAddress(0x1000 - 16)).unwrap();
-        assert!(publish(&mut queue, &memory, &[used(1), used(2), used(3)]).unwrap());
+        assert!(publish_and_ask(&mut queue, &memory, &[used(1), used(2), used(3)]).unwrap());
         let heads = [0u64, 8, 16].map(|at| memory.read_obj::<u32>(GuestAddress(0x1000 - 12 + at)).unwrap());
         assert_eq!(heads, [1, 2, 3]);
     }
@@ -153,8 +164,8 @@ mod tests {
         let memory = Memory::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
         let mut queue = Queue::new(SIZE).unwrap();
         queue.try_set_used_ring_address(GuestAddress(0x1000 - 8)).unwrap();
-        assert!(publish(&mut queue, &memory, &[used(0), used(1)]).is_err());
+        assert!(publish_and_ask(&mut queue, &memory, &[used(0), used(1)]).is_err());
         queue.try_set_used_ring_address(GuestAddress(!3)).unwrap();
-        assert!(publish(&mut queue, &memory, &[used(0)]).is_err());
+        assert!(publish_and_ask(&mut queue, &memory, &[used(0)]).is_err());
     }
 }

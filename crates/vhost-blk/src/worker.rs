@@ -1,9 +1,13 @@
 //! What a queue's thread does: takes requests from the ring, gives them to the disk, publishes
 //! their answers, and looks for more for a while before it sleeps.
 //!
-//! Order within a pass: pop everything that is available, submit once, reap, status bytes,
-//! used elements, used index, at most one interrupt. The ring's lock is not held while the disk
-//! is at work, nor while polling.
+//! Order within a pass: pop what is available, submit once, reap, status bytes, used elements, used
+//! index. The ring's lock is not held while the disk is at work, nor while polling.
+//!
+//! Answers are published soon and in small groups as long as requests are done at once, so that a guest that
+//! is awake goes on while the next ones are done. Interrupts are for a guest that sleeps: one when half of what
+//! it has asked for is answered, so that it wakes while the other half is done, or when nothing is left to
+//! take, or when it has waited for [`INTERRUPT_DELAY_MAX`].
 //!
 //! When a ring starts, the first pass looks into the in-flight table (see [`inflight`](crate::inflight))
 //! for where to begin, and takes first what a server before has taken and not answered.
@@ -25,12 +29,16 @@ use crate::{
     replay,
     request::{Action, Memory, Parsed, Parser, Status},
     slots::{Slot, Slots, Used, part_token},
-    used::{avail_index, publish, used_head, used_index},
+    used::{avail_index, publish, used_head, used_index, wants_interrupt},
     vring::{Vring, signal},
 };
 
 /// How often the ring is looked at between two looks at the clock.
 const LOOKS_PER_TIME: u32 = 16;
+/// How many requests are taken at a time while they are done at once.
+const GROUP: usize = 8;
+/// An answer that was published is followed by an interrupt after this time, even if there is more to do.
+const INTERRUPT_DELAY_MAX: Duration = Duration::from_micros(50);
 
 /// The data path of one virtqueue.
 pub(crate) struct Worker {
@@ -44,6 +52,12 @@ pub(crate) struct Worker {
     poll: PollWindow,
     finished: Vec<Finished>,
     answers: Vec<Used>,
+    /// Whether all requests of the last pass that had some were done at once.
+    all_at_once: bool,
+    /// Answers that the guest was not told of by an interrupt, if it wants one.
+    untold: Option<Untold>,
+    /// Requests that the guest had made and that were not answered, when the ring was looked at last.
+    asked_for: u16,
     /// The queue's ring, once it was started.
     vring: Option<Vring>,
     /// Which start of the ring the requests were taken after.
@@ -52,6 +66,18 @@ pub(crate) struct Worker {
     inflight: Option<InflightQueue>,
     /// Where the guest's next request will show up.
     watch: Option<Watch>,
+}
+
+/// Published answers after which nobody has asked whether the guest wants an interrupt.
+struct Untold {
+    /// The used index before the first of them.
+    before: u16,
+    /// The used index after the last of them.
+    next: u16,
+    /// When that was published.
+    since: Instant,
+    /// How many answers are worth an interrupt before there is nothing left to do.
+    enough: u16,
 }
 
 /// What polling looks at without the ring's lock.
@@ -84,6 +110,9 @@ impl Worker {
             poll: PollWindow::new(poll_max),
             finished: Vec::with_capacity(room),
             answers: Vec::with_capacity(room),
+            all_at_once: false,
+            untold: None,
+            asked_for: 0,
             vring: None,
             started: 0,
             inflight: None,
@@ -108,8 +137,8 @@ impl Worker {
         while !device.is_stopping() {
             match self.pass(device, vring) {
                 Pass::Worked => continue,
-                Pass::Stopped => return,
-                Pass::Idle => {}
+                Pass::Stopped => return self.tell(device, vring),
+                Pass::Idle => self.tell(device, vring),
             }
             let idle_since = Instant::now();
             if self.spin(device, vring, idle_since) || self.arm(device, vring) {
@@ -131,6 +160,7 @@ impl Worker {
         self.collect();
         if let Some(vring) = self.vring.clone() {
             self.publish(device, &vring);
+            self.tell(device, &vring);
         }
         self.answers.clear();
     }
@@ -144,6 +174,7 @@ impl Worker {
         self.collect();
         if let Some(vring) = self.vring.clone() {
             self.publish(device, &vring);
+            self.tell(device, &vring);
         }
         self.answers.clear();
         if self.io.in_flight() > 0 || !self.slots.is_empty() {
@@ -168,6 +199,7 @@ impl Worker {
                     starts if starts == self.started => 0,
                     starts => {
                         self.started = starts;
+                        self.untold = None;
                         self.resume(device, state.get_queue_mut(), &memory)
                     }
                 };
@@ -178,6 +210,7 @@ impl Worker {
         };
         self.start_batch(device, &memory);
         if taken.is_some_and(|taken| taken > 0) {
+            self.all_at_once = self.slots.is_empty();
             self.io.submit();
         }
         if self.io.in_flight() > 0 {
@@ -187,6 +220,9 @@ impl Worker {
         let answered = !self.answers.is_empty();
         if answered {
             self.publish(device, vring);
+        }
+        if self.untold.as_ref().is_some_and(|untold| self.is_time_to_tell(untold)) {
+            self.tell(device, vring);
         }
         match taken {
             None => Pass::Stopped,
@@ -241,7 +277,7 @@ impl Worker {
         if !queue.event_idx_enabled() {
             queue.disable_notification(memory.as_ref()).ok()?;
         }
-        let room = self.slots.room();
+        let room = if self.all_at_once { self.slots.room().min(GROUP) } else { self.slots.room() };
         let mut taken = 0;
         match queue.iter(memory.as_ref()) {
             Ok(chains) => {
@@ -260,6 +296,8 @@ impl Worker {
                 return None;
             }
         }
+        let avail = avail_index(memory, avail_ring).ok()?;
+        self.asked_for = avail.wrapping_sub(queue.next_used());
         self.watch = Some(Watch { memory: memory.clone(), avail_ring, next_avail: queue.next_avail() });
         Some(taken)
     }
@@ -364,20 +402,48 @@ impl Worker {
         }
         let memory = device.memory();
         let mut state = vring.lock();
-        let published = publish(state.get_queue_mut(), &memory, &self.answers);
-        if let (Ok(_), Some(inflight)) = (&published, &self.inflight) {
-            inflight.published(&self.answers, state.get_queue().next_used());
+        let queue = state.get_queue_mut();
+        let before = queue.next_used();
+        let published = publish(queue, &memory, &self.answers);
+        let next = queue.next_used();
+        if let (Ok(()), Some(inflight)) = (&published, &self.inflight) {
+            inflight.published(&self.answers, next);
         }
-        match published {
+        drop(state);
+        self.answers.clear();
+        if let Err(error) = published {
+            return device.warn(|| format!("cannot publish answers to the guest: {error}"));
+        }
+        let enough = self.asked_for / 2;
+        let untold =
+            self.untold.get_or_insert_with(|| Untold { before, next, since: Instant::now(), enough });
+        untold.next = next;
+    }
+
+    /// Whether an interrupt for what was published must not be put off any longer.
+    fn is_time_to_tell(&self, untold: &Untold) -> bool {
+        let more = self.watch.as_ref().is_some_and(|watch| {
+            avail_index(&watch.memory, watch.avail_ring).is_ok_and(|at| at != watch.next_avail)
+        });
+        !more
+            || untold.next.wrapping_sub(untold.before) >= untold.enough
+            || untold.since.elapsed() >= INTERRUPT_DELAY_MAX
+    }
+
+    /// Interrupts the guest, if it wants to be told of what was published.
+    fn tell(&mut self, device: &Device, vring: &Vring) {
+        let Some(untold) = self.untold.take() else { return };
+        let memory = device.memory();
+        let state = vring.lock();
+        match wants_interrupt(state.get_queue(), &memory, untold.before) {
             Ok(true) => {
                 if let Err(error) = signal(&state) {
                     device.warn(|| format!("cannot interrupt the guest: {error}"));
                 }
             }
             Ok(false) => {}
-            Err(error) => device.warn(|| format!("cannot publish answers to the guest: {error}")),
+            Err(error) => device.warn(|| format!("cannot tell whether to interrupt the guest: {error}")),
         }
-        self.answers.clear();
     }
 
     /// Looks for work for as long as it pays, without the ring's lock. True: there is some.
