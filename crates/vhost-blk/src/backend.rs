@@ -4,7 +4,7 @@ use std::{
     io,
     os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
@@ -74,23 +74,21 @@ impl Device {
 /// The device and its workers, one per queue.
 pub(crate) struct Backend {
     device: Device,
-    workers: Vec<Mutex<Worker>>,
+    /// Made when its ring starts for the first time: most frontends use fewer queues than they may.
+    workers: Vec<OnceLock<Mutex<Worker>>>,
     /// Per worker, the event that ends its thread. The library keeps the number registered without
     /// owning the descriptor; we do, for longer than the library's threads live.
     exits: Vec<OwnedFd>,
 }
 
 impl Backend {
-    /// A device on `disk` for one connection, whose guest has no memory yet.
+    /// A device on `disk` for one connection, whose guest has no memory and whose queues are not open yet.
     pub(crate) fn new(disk: &dyn Disk, config: DeviceConfig) -> Result<Self, AnyError> {
-        let mut workers = Vec::new();
         let mut exits = Vec::new();
         for _ in 0..config.num_queues {
-            let io = disk.queue(u32::from(config.queue_size))?;
-            let poll_max = Duration::from_micros(u64::from(config.poll_max_us));
-            workers.push(Mutex::new(Worker::new(workers.len(), io, config.queue_size, poll_max)));
             exits.push(rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
         }
+        let workers = exits.iter().map(|_| OnceLock::new()).collect();
         let device = Device {
             config,
             disk: disk.traits(),
@@ -114,10 +112,33 @@ impl Backend {
         *self.device.inflight.lock().unwrap_or_else(PoisonError::into_inner) = Some(table);
     }
 
-    /// Descriptors that wake each worker when I/O is complete. They stay open as long as `self`.
-    pub(crate) fn wait_fds(&self) -> Vec<Vec<RawFd>> {
-        let fds = |worker| lock(worker).io().wait_fds().iter().map(|fd| fd.as_raw_fd()).collect();
-        self.workers.iter().map(fds).collect()
+    /// Makes what queue `index` needs to be served, if it is there and not open. Returns the descriptors
+    /// that are to wake its worker when I/O is complete, if they are new; they stay open as long as `self`.
+    pub(crate) fn open_queue(&self, disk: &dyn Disk, index: usize) -> Result<Vec<RawFd>, AnyError> {
+        let Some(place) = self.workers.get(index).filter(|place| place.get().is_none()) else {
+            return Ok(Vec::new());
+        };
+        let config = &self.device.config;
+        let io = disk.queue(u32::from(config.queue_size))?;
+        let poll_max = Duration::from_micros(u64::from(config.poll_max_us));
+        let worker = Worker::new(index, io, config.queue_size, poll_max);
+        let fds = worker.io().wait_fds().iter().map(AsRawFd::as_raw_fd).collect();
+        // Nobody else opens queues.
+        let _ = place.set(Mutex::new(worker));
+        Ok(fds)
+    }
+
+    /// The workers of open queues.
+    fn workers(&self) -> impl Iterator<Item = MutexGuard<'_, Worker>> {
+        self.workers.iter().filter_map(OnceLock::get).map(lock)
+    }
+
+    /// Descriptors that become readable when I/O is complete.
+    fn wait_fds(&self) -> Vec<RawFd> {
+        let fds = |worker: MutexGuard<'_, Worker>| -> Vec<RawFd> {
+            worker.io().wait_fds().iter().map(AsRawFd::as_raw_fd).collect()
+        };
+        self.workers().flat_map(fds).collect()
     }
 
     /// Makes workers let go of their rings, for good.
@@ -128,11 +149,9 @@ impl Backend {
     /// Waits for all I/O in flight of all queues, and publishes the answers. All at once: a write of one
     /// queue may wait for blocks that a finished write of another holds until it is answered.
     pub(crate) fn drain(&self) {
-        let fds: Vec<RawFd> = self.wait_fds().into_iter().flatten().collect();
+        let fds = self.wait_fds();
         loop {
-            for worker in &self.workers {
-                lock(worker).finish(&self.device);
-            }
+            self.workers().for_each(|mut worker| worker.finish(&self.device));
             if self.is_quiet() {
                 break;
             }
@@ -147,14 +166,12 @@ impl Backend {
                 log::error!("waiting for I/O of a connection that ends: {error}");
             }
         }
-        for worker in &self.workers {
-            lock(worker).drain(&self.device);
-        }
+        self.workers().for_each(|mut worker| worker.drain(&self.device));
     }
 
     /// Whether no I/O of any queue is in flight.
     pub(crate) fn is_quiet(&self) -> bool {
-        self.workers.iter().all(|worker| lock(worker).is_quiet())
+        self.workers().all(|worker| worker.is_quiet())
     }
 
     /// Serves queue `index` on the caller's thread until it is idle.
@@ -164,7 +181,7 @@ impl Backend {
     }
 
     fn worker(&self, index: usize) -> Option<MutexGuard<'_, Worker>> {
-        self.workers.get(index).map(lock)
+        self.workers.get(index).and_then(OnceLock::get).map(lock)
     }
 }
 
@@ -290,7 +307,8 @@ mod tests {
         let config = DeviceConfig { num_queues: 2, queue_size: 64, read_only: false, poll_max_us: 0 };
         let backend = Arc::new(Backend::new(&disk, config).unwrap());
         for queue in [1, 0] {
-            let mut worker = lock(&backend.workers[queue]);
+            backend.open_queue(&disk, queue).unwrap();
+            let mut worker = backend.worker(queue).unwrap();
             // Two sectors of one block, one from each queue, as a kernel with two CPUs writes them.
             let range = disk.geometry().sectors_at(queue as u64, 512).unwrap();
             worker.io_mut().push(0, Request::Write { range, buf: GuestBuf::zeroed(512), durable: false });

@@ -15,7 +15,7 @@ use std::{
 
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use vhost::vhost_user::{Error as VhostUserError, Listener};
-use vhost_user_backend::{Error as DaemonError, VhostUserDaemon};
+use vhost_user_backend::{Error as DaemonError, VhostUserDaemon, VringEpollHandler};
 use vmm_sys_util::epoll::EventSet;
 
 use crate::{
@@ -36,8 +36,27 @@ type Daemon = VhostUserDaemon<Arc<Backend>>;
 /// A frontend that is being served.
 pub(crate) struct Connection {
     pub(crate) relay: Relay,
-    pub(crate) backend: Arc<Backend>,
+    pub(crate) queues: Queues,
     daemon: Daemon,
+}
+
+/// A connection's queues and their threads.
+pub(crate) struct Queues {
+    pub(crate) backend: Arc<Backend>,
+    threads: Vec<Arc<VringEpollHandler<Arc<Backend>>>>,
+}
+
+impl Queues {
+    /// Makes queue `index` ready to be served, if it is one and is not.
+    pub(crate) fn open(&self, disk: &dyn Disk, index: usize) -> Result<(), AnyError> {
+        let fds = self.backend.open_queue(disk, index)?;
+        let Some(thread) = self.threads.get(index) else { return Ok(()) };
+        // Numbers up to the count of queues are the library's.
+        for (number, fd) in (self.threads.len() as u64 + 1..).zip(fds) {
+            thread.register_listener(fd, EventSet::IN, number)?;
+        }
+        Ok(())
+    }
 }
 
 impl Connection {
@@ -46,24 +65,19 @@ impl Connection {
         let backend = Arc::new(Backend::new(disk, config)?);
         let mut daemon = Daemon::new("vhost-user".to_owned(), backend.clone(), backend.shared_memory())
             .map_err(|error| error.to_string())?;
-        // Numbers up to the count of queues are the library's.
-        let first = u64::from(config.num_queues) + 1;
-        for (handler, fds) in daemon.get_epoll_handlers().iter().zip(backend.wait_fds()) {
-            for (number, fd) in (first..).zip(fds) {
-                handler.register_listener(fd, EventSet::IN, number)?;
-            }
-        }
+        let queues = Queues { backend, threads: daemon.get_epoll_handlers() };
         let library = connect_privately(&mut daemon)?;
         let mut relay = Relay::new(arrival.frontend, library);
         relay.replay(arrival.setup);
-        Ok(Self { relay, backend, daemon })
+        Ok(Self { relay, queues, daemon })
     }
 
     /// Takes the connection down. When this returns without an error, its threads are gone, and no
     /// I/O of it is in flight. Returns what the library had against the frontend, if anything; and the
     /// frontend for another server, if the relay was to [`remember`](Relay::remember) what it set up.
     pub(crate) fn close(self) -> io::Result<(Option<String>, Option<HandOver>)> {
-        let Self { relay, backend, mut daemon } = self;
+        let Self { relay, queues: Queues { backend, threads }, mut daemon } = self;
+        drop(threads);
         backend.stop();
         let handover = relay.hand_over();
         let (done, ended) = mpsc::channel();

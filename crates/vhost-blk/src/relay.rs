@@ -54,6 +54,8 @@ pub(crate) trait Gate {
 /// What is known of a ring that is about to start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Start {
+    /// Its number, as the frontend says it.
+    pub(crate) ring: u32,
     /// No ring that was not started over this connection is to continue where another left off.
     pub(crate) fresh: bool,
     /// The token of the in-flight table, if there is one.
@@ -315,15 +317,15 @@ impl Relay {
                 if message.payload_word(0) & NO_FD != 0 {
                     return Ok(());
                 }
+                let ring = message.payload_word(0) & RING_MASK;
                 let token = self.table.as_ref().map(|table| table.token());
                 let fresh = self.continued & !self.started == 0 && !self.brought;
-                gate.ring_starts(Start { fresh, token }).map_err(Ending::Refused)?;
+                gate.ring_starts(Start { ring, fresh, token }).map_err(Ending::Refused)?;
                 if let Some(table) = &self.table {
                     table.set_started();
                     // From now on it is this connection's, however often it is set again.
                     self.made = Some(table.token());
                 }
-                let ring = message.payload_word(0) & RING_MASK;
                 self.started |= 1u64.checked_shl(ring).unwrap_or(0);
                 Ok(())
             }

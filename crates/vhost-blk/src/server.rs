@@ -20,9 +20,8 @@ use rustix::{
 use session_disk::{ProcessId, SessionDisk};
 
 use crate::{
-    backend::Backend,
     boundary::{Admission, Boundary, EndReason, Identity, RingStart},
-    connection::{Arrival, Connection},
+    connection::{Arrival, Connection, Queues},
     disk::{Disk, chain},
     handover::HandOver,
     inflight::InflightTable,
@@ -298,12 +297,12 @@ impl Server {
     fn forward(&mut self) -> Result<(), ServerError> {
         let Some(mut served) = self.served.take() else { return Ok(()) };
         let owner = served.peer.process();
-        let Connection { relay, backend, .. } = &mut served.connection;
+        let Connection { relay, queues, .. } = &mut served.connection;
         let mut gate = SessionGate {
             boundary: &mut self.boundary,
             disk: self.disk.as_ref(),
             observer: self.observer.as_ref(),
-            backend,
+            queues,
             owner,
         };
         match relay.forward(&mut gate) {
@@ -413,16 +412,20 @@ struct SessionGate<'a> {
     boundary: &'a mut Boundary,
     disk: &'a dyn Disk,
     observer: &'a dyn Observer,
-    backend: &'a Backend,
+    queues: &'a Queues,
     owner: Option<ProcessId>,
 }
 
 impl Gate for SessionGate<'_> {
     fn inflight(&mut self, table: Arc<InflightTable>) {
-        self.backend.set_inflight(table);
+        self.queues.backend.set_inflight(table);
     }
 
     fn ring_starts(&mut self, start: Start) -> Result<(), String> {
+        // First: a session that can't be served must not begin.
+        self.queues
+            .open(self.disk, start.ring as usize)
+            .map_err(|error| format!("cannot set up queue {}: {}", start.ring, chain(error.as_ref())))?;
         let proven = start.token.is_some() && start.token == self.disk.token();
         match self.boundary.ring_starts(start.fresh, proven) {
             RingStart::Continue => {

@@ -266,6 +266,29 @@ fn frontend_is_refused_when_no_session_can_begin() {
     server.wait_for("left, open: false");
 }
 
+/// Invariant 6: a session that can't be served does not begin.
+#[test]
+fn frontend_is_refused_when_a_queue_cannot_be_made() {
+    let server = Running::new(|_| {});
+    server.disk.refuse_queues();
+    let mut driver = Driver::connect(&server.path, 1);
+    driver.negotiate(|offered| offered).unwrap();
+    assert!(driver.start_queues().is_err());
+    server.wait_for("refused: cannot set up queue 0: no memory");
+    server.wait_for("left, open: false");
+}
+
+/// A frontend that uses few of many queues costs what those cost; a ring that starts again has its queue.
+#[test]
+fn frontend_that_starts_few_rings_has_few_queues_made() {
+    let server = Running::new(|config| config.device.num_queues = 16);
+    let mut driver = Driver::start(&server.path, 2);
+    assert_eq!(driver.write(1, 0, &[1; 512]), 0);
+    driver.start_queues().unwrap();
+    assert_eq!(driver.read(0, 0, 512), Ok(vec![1; 512]));
+    assert_eq!(server.disk.queues(), 2);
+}
+
 #[test]
 fn frontend_whose_rings_are_not_fresh_gets_no_new_session() {
     let server = Running::new(|_| {});

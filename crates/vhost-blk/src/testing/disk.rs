@@ -35,6 +35,7 @@ struct State {
     token: Option<Uuid>,
     sessions: u64,
     refuse_sessions: bool,
+    refuse_queues: bool,
     turns_away: bool,
     held: bool,
     /// Writes that begin here are held back, others are not.
@@ -71,6 +72,15 @@ impl MemoryDisk {
 
     pub(crate) fn refuse_sessions(&self) {
         self.state().refuse_sessions = true;
+    }
+
+    pub(crate) fn refuse_queues(&self) {
+        self.state().refuse_queues = true;
+    }
+
+    /// How many queues were made.
+    pub(crate) fn queues(&self) -> usize {
+        self.state().wakers.len()
     }
 
     /// Whether frontends are turned away.
@@ -126,7 +136,11 @@ impl Disk for Arc<MemoryDisk> {
 
     fn queue(&self, _depth: u32) -> Result<Box<dyn DiskIo>, AnyError> {
         let waker = Arc::new(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?);
-        self.state().wakers.push(waker.clone());
+        let mut state = self.state();
+        if state.refuse_queues {
+            return Err("no memory".into());
+        }
+        state.wakers.push(waker.clone());
         Ok(Box::new(MemoryIo { disk: self.clone(), waker, queued: Vec::new(), submitted: Vec::new() }))
     }
 

@@ -60,6 +60,7 @@ impl Scene {
         let config =
             DeviceConfig { num_queues: 1, queue_size: QUEUE_SIZE, poll_max_us: 0, ..DeviceConfig::default() };
         let backend = Backend::new(&disk, config).unwrap();
+        backend.open_queue(&disk, 0).unwrap();
         let memory = Memory::from_ranges(&[(GuestAddress(0), 16 << 20)]).unwrap();
         backend.shared_memory().lock().unwrap().replace(memory.clone());
         let vring = Vring::new(SharedMemory::new(memory.clone()), QUEUE_SIZE).unwrap();
