@@ -2,9 +2,11 @@
 
 use std::ffi::OsString;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use session_disk::{Changes, DiskOptions, FlushPolicy};
+use vhost_blk::Polling;
 
 /// Non-persistent VM disks at native speed: a vhost-user-blk backend.
 ///
@@ -248,9 +250,10 @@ pub(crate) struct ServeArgs {
     /// Restore after the first session, then exit
     #[arg(long)]
     pub(crate) once: bool,
-    /// How long a queue polls for more work before it sleeps, in microseconds at most; 0: never
-    #[arg(long, value_name = "US", default_value_t = 50, value_parser = clap::value_parser!(u32).range(0..=10_000))]
-    pub(crate) poll_max_us: u32,
+    /// How long a queue polls for more work before it sleeps: microseconds, up to 10000 (0: never), or auto: up to 50,
+    /// as long as it pays and nobody else wants the core
+    #[arg(long, value_name = "US|auto", default_value = "auto", value_parser = parse_polling)]
+    pub(crate) poll_max_us: Polling,
     /// How long another VM waits for a session whose VM went away but whose process still runs, in seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 5)]
     pub(crate) reconnect_grace: u32,
@@ -371,6 +374,14 @@ fn parse_size(text: &str) -> Result<u64, String> {
     let number: u64 = digits.parse().map_err(|_| "expected a number, such as 40G".to_string())?;
     let size = number.checked_mul(1 << shift).ok_or("too large")?;
     blocks::Geometry::new(size).map(blocks::Geometry::size).map_err(|error| error.to_string())
+}
+
+fn parse_polling(text: &str) -> Result<Polling, String> {
+    match (text, text.parse::<u64>()) {
+        ("auto", _) => Ok(Polling::Auto),
+        (_, Ok(micros @ 0..=10_000)) => Ok(Polling::Fixed(Duration::from_micros(micros))),
+        _ => Err("expected microseconds from 0 to 10000, or auto".into()),
+    }
 }
 
 fn parse_queue_size(text: &str) -> Result<u16, String> {

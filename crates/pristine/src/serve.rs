@@ -172,7 +172,7 @@ fn config(args: &ServeArgs) -> ServerConfig {
             num_queues: args.num_queues,
             queue_size: args.queue_size,
             read_only: args.read_only,
-            poll_max_us: args.poll_max_us,
+            polling: args.poll_max_us,
         },
         reconnect_grace: Duration::from_secs(args.reconnect_grace.into()),
         once: args.once,

@@ -7,7 +7,6 @@ use std::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
-    time::Duration,
 };
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags};
@@ -120,8 +119,7 @@ impl Backend {
         };
         let config = &self.device.config;
         let io = disk.queue(u32::from(config.queue_size))?;
-        let poll_max = Duration::from_micros(u64::from(config.poll_max_us));
-        let worker = Worker::new(index, io, config.queue_size, poll_max);
+        let worker = Worker::new(index, io, config.queue_size, config.polling);
         let fds = worker.io().wait_fds().iter().map(AsRawFd::as_raw_fd).collect();
         // Nobody else opens queues.
         let _ = place.set(Mutex::new(worker));
@@ -283,12 +281,13 @@ impl VhostUserBackend for Backend {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::mpsc;
+    use std::{sync::mpsc, time::Duration};
 
     use blockio::{EngineKind, GuestBuf};
     use session_disk::{DiskOptions, ProvisionOptions, Request, SessionDisk, provision};
 
     use super::*;
+    use crate::poll::Polling;
 
     /// The queues' threads are gone; queue 0 has a write parked for a claim that queue 1 holds.
     #[test]
@@ -304,7 +303,12 @@ mod tests {
         provision(&ProvisionOptions { base, disk: options.clone(), size: None, adopt: false }).unwrap();
         let disk = SessionDisk::open(&options).unwrap();
         disk.begin_session(None).unwrap();
-        let config = DeviceConfig { num_queues: 2, queue_size: 64, read_only: false, poll_max_us: 0 };
+        let config = DeviceConfig {
+            num_queues: 2,
+            queue_size: 64,
+            read_only: false,
+            polling: Polling::Fixed(Duration::ZERO),
+        };
         let backend = Arc::new(Backend::new(&disk, config).unwrap());
         for queue in [1, 0] {
             backend.open_queue(&disk, queue).unwrap();

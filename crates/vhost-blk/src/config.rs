@@ -13,7 +13,7 @@ use virtio_bindings::{
     virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC},
 };
 
-use crate::disk::DiskTraits;
+use crate::{disk::DiskTraits, poll::Polling};
 
 /// Most queues of a device.
 pub const QUEUES_MAX: u16 = 16;
@@ -49,13 +49,13 @@ pub struct DeviceConfig {
     pub queue_size: u16,
     /// Refuse writes, discards and write-zeroes, and say so in the features.
     pub read_only: bool,
-    /// Longest time to poll for more work before sleeping, in microseconds; 0: never poll.
-    pub poll_max_us: u32,
+    /// How long to poll for more work before sleeping.
+    pub polling: Polling,
 }
 
 impl Default for DeviceConfig {
     fn default() -> Self {
-        Self { num_queues: 1, queue_size: QUEUE_SIZE_MAX, read_only: false, poll_max_us: 50 }
+        Self { num_queues: 1, queue_size: QUEUE_SIZE_MAX, read_only: false, polling: Polling::Auto }
     }
 }
 

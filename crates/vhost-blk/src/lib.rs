@@ -37,6 +37,7 @@ mod worker;
 pub use boundary::EndReason;
 pub use config::{DeviceConfig, QUEUE_SIZE_MAX, QUEUES_MAX};
 pub use handover::{HandOver, inherited_fds};
+pub use poll::Polling;
 pub use server::{Exit, Observer, Server, ServerConfig, ServerError, StopHandle};
 pub use socket::{Socket, SocketError};
 pub use unix_socket::SocketPermissions;

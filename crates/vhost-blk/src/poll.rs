@@ -1,52 +1,151 @@
 //! How long a worker looks for more work before it sleeps.
 //!
-//! A wake-up across cores is the dearest part of a small request, so a worker polls for a while
-//! after its last work. The window follows what polling would have caught: it opens when work came
-//! soon after falling asleep, and halves each time when it would have been waited for in vain, so
-//! that a queue that is idle most of the time soon does not poll at all.
+//! A wake-up across cores is the dearest part of a small request, so a worker polls for a while after
+//! its last work. That takes a core's time, so it goes on only where it pays:
+//!
+//! - Polling that ends in vain more often than not stops, as does polling of a worker that shares its
+//!   core with whom it waits for: an idle queue sleeps for ever, one with work now and then too.
+//! - It starts again when work comes so soon after falling asleep that polling might have caught it;
+//!   after each such trial that has failed, not before twice the time.
+//! - It stops at once when the core is wanted by others: the thread was away from it for longer than
+//!   interrupts take. Polling workers of many busy disks must not take the time of the guests.
+//!
+//! It does not yield the core while it polls: a guest that computes would then have it for its whole time
+//! slice, some milliseconds, while a worker that sleeps gets it back when it is woken.
+//!
+//! What a worker calls: [`woken`](PollWindow::woken) when its thread begins to run;
+//! [`begins`](PollWindow::begins) when there is nothing to do; while that and then
+//! [`goes_on`](PollWindow::goes_on) say so, it looks for work, for about a microsecond between two calls;
+//! [`found`](PollWindow::found) if there was some, else it sleeps.
 
 use std::time::{Duration, Instant};
 
-/// A window that is shorter than this is none.
-const MIN: Duration = Duration::from_micros(4);
+/// How long a queue polls for more work before it sleeps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Polling {
+    /// For 50 microseconds, but only as long as that pays and nobody else wants the core.
+    Auto,
+    /// For so long each time, whatever comes of it; never, if it is zero.
+    Fixed(Duration),
+}
 
-/// The polling window of one queue.
+/// Longest time that is polled if the policy is ours: about two wake-ups across cores.
+const AUTO: Duration = Duration::from_micros(50);
+/// Work that comes so soon after the last might be found by polling: the wake-ups of both sides, which
+/// there are without it, are in this time.
+const SOON: Duration = Duration::from_micros(150);
+/// A thread that was away from its core for so long has shared it.
+const AWAY: Duration = Duration::from_micros(60);
+/// What polling is given on trial, and most that it can earn; each success is one, each failure too.
+const CREDIT_TRIAL: u32 = 3;
+const CREDIT_MAX: u32 = 16;
+/// How long it does not poll after a trial has failed, or the core was shared: doubled each time, unless it
+/// went well for [`LONG`] times as long before.
+const REST_MIN: Duration = Duration::from_millis(4);
+const REST_MAX: Duration = Duration::from_millis(256);
+const LONG: u32 = 8;
+
+/// The polling of one queue.
 #[derive(Debug)]
 pub(crate) struct PollWindow {
-    max: Duration,
     window: Duration,
-    /// When the last work was done, if the worker has gone to sleep since.
+    auto: Option<Auto>,
+    /// When the last work was done, while there is none.
     idle_since: Option<Instant>,
 }
 
+/// What the policy knows.
+#[derive(Debug)]
+struct Auto {
+    /// What polling is worth; none: it does not poll.
+    credit: u32,
+    /// How long it rests, or has rested last.
+    rest: Duration,
+    rests_until: Option<Instant>,
+    /// When the last trial began.
+    tried: Option<Instant>,
+    /// When the worker has looked last, in this idle time; `None`: it has not.
+    looked: Option<Instant>,
+}
+
 impl PollWindow {
-    /// Never polls longer than `max`; not at all if that is zero.
-    pub(crate) fn new(max: Duration) -> Self {
-        Self { max, window: max, idle_since: None }
+    pub(crate) fn new(polling: Polling) -> Self {
+        let (window, auto) = match polling {
+            Polling::Fixed(window) => (window, None),
+            Polling::Auto => (AUTO, Some(Auto::new())),
+        };
+        Self { window, auto, idle_since: None }
     }
 
-    /// How long to poll now.
-    pub(crate) fn window(&self) -> Duration {
-        self.window
+    /// The worker has nothing to do since `now`. Whether to poll.
+    pub(crate) fn begins(&mut self, now: Instant) -> bool {
+        self.idle_since = Some(now);
+        match &mut self.auto {
+            None => !self.window.is_zero(),
+            Some(auto) => {
+                auto.looked = (auto.credit > 0).then_some(now);
+                auto.looked.is_some()
+            }
+        }
     }
 
-    /// The worker sleeps from now on; it had nothing to do since `since`.
-    pub(crate) fn sleeps(&mut self, since: Instant) {
-        self.idle_since = Some(since);
+    /// The worker has looked and found nothing until `now`. Whether to go on.
+    pub(crate) fn goes_on(&mut self, now: Instant) -> bool {
+        let Some(since) = self.idle_since else { return false };
+        if let Some(auto) = &mut self.auto
+            && let Some(looked) = auto.looked.replace(now)
+            && now.saturating_duration_since(looked) > AWAY
+        {
+            auto.stop(now);
+            return false;
+        }
+        now.saturating_duration_since(since) < self.window
+    }
+
+    /// The worker has found something by polling.
+    pub(crate) fn found(&mut self) {
+        self.idle_since = None;
+        if let Some(auto) = &mut self.auto {
+            auto.credit = (auto.credit + 1).min(CREDIT_MAX);
+        }
     }
 
     /// The worker was woken at `now`.
     pub(crate) fn woken(&mut self, now: Instant) {
         let Some(since) = self.idle_since.take() else { return };
-        let idle = now.saturating_duration_since(since);
-        if idle <= self.max {
-            self.window = self.max;
-        } else {
-            self.window /= 2;
-            if self.window < MIN {
-                self.window = Duration::ZERO;
-            }
+        if let Some(auto) = &mut self.auto {
+            auto.slept(now, now.saturating_duration_since(since) <= SOON);
         }
+    }
+}
+
+impl Auto {
+    fn new() -> Self {
+        Self { credit: CREDIT_TRIAL, rest: Duration::ZERO, rests_until: None, tried: None, looked: None }
+    }
+
+    /// The worker had slept until `now`, for a `short` time, and perhaps polled in vain before.
+    fn slept(&mut self, now: Instant, short: bool) {
+        if self.looked.take().is_some() {
+            self.credit = self.credit.saturating_sub(1);
+            // Only if there was work and polling did not find it: an idle queue has nothing against polling.
+            if self.credit == 0 && short {
+                self.stop(now);
+            }
+        } else if self.credit == 0 && short && self.rests_until.is_none_or(|until| now >= until) {
+            self.credit = CREDIT_TRIAL;
+            self.tried = Some(now);
+        }
+    }
+
+    /// Polls no more for a while.
+    fn stop(&mut self, now: Instant) {
+        let went_well =
+            self.tried.is_some_and(|tried| now.saturating_duration_since(tried) > self.rest * LONG);
+        self.rest = if went_well { REST_MIN } else { (self.rest * 2).clamp(REST_MIN, REST_MAX) };
+        self.rests_until = Some(now + self.rest);
+        self.credit = 0;
+        self.looked = None;
     }
 }
 
@@ -54,40 +153,140 @@ impl PollWindow {
 mod tests {
     use super::*;
 
-    fn sleep_for(poll: &mut PollWindow, micros: u64) {
-        let now = Instant::now();
-        poll.sleeps(now);
-        poll.woken(now + Duration::from_micros(micros));
+    /// A worker, with a clock of its own.
+    struct Worker {
+        poll: PollWindow,
+        now: Instant,
+        /// Time spent polling.
+        polled: Duration,
     }
 
-    #[test]
-    fn poll_window_of_a_busy_queue_opens_at_once() {
-        let mut poll = PollWindow::new(Duration::from_micros(50));
-        for _ in 0..10 {
-            sleep_for(&mut poll, 1_000_000);
+    impl Worker {
+        fn new(polling: Polling) -> Self {
+            Self { poll: PollWindow::new(polling), now: Instant::now(), polled: Duration::ZERO }
         }
-        sleep_for(&mut poll, 49);
-        assert_eq!(poll.window(), Duration::from_micros(50));
+
+        /// The next work comes after `micros`, if the worker polls; a worker that sleeps has it `woken_after`.
+        /// Looks at the clock each microsecond. Whether polling has found the work.
+        fn idle(&mut self, micros: u64, woken_after: u64) -> bool {
+            let begin = self.now;
+            let mut goes_on = self.poll.begins(self.now);
+            while goes_on {
+                if self.now >= begin + Duration::from_micros(micros) {
+                    self.poll.found();
+                    return true;
+                }
+                self.now += Duration::from_micros(1);
+                self.polled += Duration::from_micros(1);
+                goes_on = self.poll.goes_on(self.now);
+            }
+            self.now = self.now.max(begin + Duration::from_micros(woken_after));
+            self.poll.woken(self.now);
+            false
+        }
+
+        fn idles(&mut self, times: u32, micros: u64, woken_after: u64) -> u32 {
+            (0..times).map(|_| u32::from(self.idle(micros, woken_after))).sum()
+        }
     }
 
     #[test]
-    fn poll_window_of_an_idle_queue_shuts_soon() {
-        let mut poll = PollWindow::new(Duration::from_micros(50));
-        let mut spent = Duration::ZERO;
+    fn polling_of_a_busy_queue_finds_all_its_work() {
+        let mut worker = Worker::new(Polling::Auto);
+        assert_eq!(worker.idles(10_000, 10, 80), 10_000);
+    }
+
+    /// Must show 8: idle disks cost nothing.
+    #[test]
+    fn polling_of_an_idle_queue_stops_for_good() {
+        let mut worker = Worker::new(Polling::Auto);
+        worker.idles(1000, 10, 80);
+        assert_eq!(worker.idles(1_000_000, 5_000, 5_000), 0);
+        let most = AUTO * CREDIT_MAX;
+        assert!(worker.polled < Duration::from_millis(11) + most, "{:?}", worker.polled);
+    }
+
+    #[test]
+    fn polling_of_a_queue_that_is_busy_again_starts_with_its_second_request() {
+        let mut worker = Worker::new(Polling::Auto);
+        worker.idles(100, 5_000, 5_000);
+        assert_eq!(worker.idles(100, 10, 80), 99);
+    }
+
+    #[test]
+    fn polling_that_fails_more_often_than_not_stops() {
+        let mut worker = Worker::new(Polling::Auto);
         for _ in 0..1000 {
-            sleep_for(&mut poll, 1_000_000);
-            spent += poll.window();
+            worker.idle(10, 80);
+            worker.idles(2, 1_000, 1_000);
         }
-        assert_eq!(poll.window(), Duration::ZERO);
-        assert!(spent < Duration::from_micros(50));
+        worker.polled = Duration::ZERO;
+        for _ in 0..1000 {
+            worker.idle(10, 80);
+            worker.idles(2, 1_000, 1_000);
+        }
+        // Each request that comes soon is a trial.
+        assert!(worker.polled < AUTO * 3 * 1000, "{:?}", worker.polled);
+    }
+
+    /// On one core with the guest: it can't make a request while the worker polls, and does so at once
+    /// when it sleeps.
+    #[test]
+    fn polling_that_keeps_the_guest_from_its_core_is_hardly_tried() {
+        let mut worker = Worker::new(Polling::Auto);
+        let begin = worker.now;
+        let found = worker.idles(1_000_000, u64::MAX / 2000, 7);
+        assert_eq!(found, 0);
+        let share = worker.polled.as_secs_f64() / (worker.now - begin).as_secs_f64();
+        assert!(share < 0.005, "{share}");
+    }
+
+    /// The guests' time: a worker that is away from its core while it polls shares it with somebody.
+    #[test]
+    fn polling_on_a_core_that_others_want_pauses_longer_and_longer() {
+        let mut worker = Worker::new(Polling::Auto);
+        let begin = worker.now;
+        while worker.now < begin + Duration::from_secs(10) {
+            // Every 10 ms it is away for 3 ms.
+            worker.idles(500, 10, 20);
+            worker.poll.begins(worker.now);
+            worker.now += Duration::from_millis(3);
+            worker.poll.goes_on(worker.now);
+        }
+        let share = worker.polled.as_secs_f64() / 10.0;
+        assert!(share < 0.1, "{share}");
+        // Left alone, it polls again soon.
+        worker.now += REST_MAX;
+        assert_eq!(worker.idles(100, 10, 80), 99);
     }
 
     #[test]
-    fn poll_window_switched_off_never_opens() {
-        let mut poll = PollWindow::new(Duration::ZERO);
-        for micros in [0, 1, 10, 1000] {
-            sleep_for(&mut poll, micros);
-            assert_eq!(poll.window(), Duration::ZERO);
+    fn polling_that_was_interrupted_rarely_goes_on() {
+        let mut worker = Worker::new(Polling::Auto);
+        let (begin, mut found) = (worker.now, 0);
+        for _ in 0..20 {
+            // Once a second.
+            found += worker.idles(100_000, 10, 10);
+            worker.poll.begins(worker.now);
+            worker.now += Duration::from_micros(100);
+            worker.poll.goes_on(worker.now);
         }
+        let share = worker.polled.as_secs_f64() / (worker.now - begin).as_secs_f64();
+        assert!(found > 20 * 98_000 && share > 0.98, "{found} {share}");
+    }
+
+    #[test]
+    fn polling_for_a_fixed_time_does_so_always() {
+        let mut worker = Worker::new(Polling::Fixed(Duration::from_micros(30)));
+        assert_eq!(worker.idles(100, 5_000, 5_000), 0);
+        assert_eq!(worker.polled, Duration::from_micros(30) * 100);
+        assert!(worker.idle(29, 80) && !worker.idle(31, 80));
+    }
+
+    #[test]
+    fn polling_switched_off_never_begins() {
+        let mut worker = Worker::new(Polling::Fixed(Duration::ZERO));
+        assert_eq!(worker.idles(1000, 0, 1), 0);
+        assert_eq!(worker.polled, Duration::ZERO);
     }
 }

@@ -12,10 +12,7 @@
 //! When a ring starts, the first pass looks into the in-flight table (see [`inflight`](crate::inflight))
 //! for where to begin, and takes first what a server before has taken and not answered.
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{sync::Arc, time::Instant};
 
 use session_disk::Request;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
@@ -25,7 +22,7 @@ use crate::{
     backend::Device,
     disk::{DiskIo, Finished},
     inflight::InflightQueue,
-    poll::PollWindow,
+    poll::{PollWindow, Polling},
     replay,
     request::{Action, Memory, Parsed, Parser, Status},
     slots::{Slot, Slots, Used, part_token},
@@ -99,7 +96,7 @@ enum Pass {
 
 impl Worker {
     /// A worker for queue `index`, of at most `queue_size` elements.
-    pub(crate) fn new(index: usize, io: Box<dyn DiskIo>, queue_size: u16, poll_max: Duration) -> Self {
+    pub(crate) fn new(index: usize, io: Box<dyn DiskIo>, queue_size: u16, polling: Polling) -> Self {
         let room = usize::from(queue_size);
         Self {
             index,
@@ -107,7 +104,7 @@ impl Worker {
             slots: Slots::new(queue_size),
             parser: Parser::default(),
             batch: Vec::with_capacity(room),
-            poll: PollWindow::new(poll_max),
+            poll: PollWindow::new(polling),
             finished: Vec::with_capacity(room),
             answers: Vec::with_capacity(room),
             all_at_once: false,
@@ -140,12 +137,9 @@ impl Worker {
                 Pass::Stopped => return self.tell(device, vring),
                 Pass::Idle => self.tell(device, vring),
             }
-            let idle_since = Instant::now();
-            if self.spin(device, vring, idle_since) || self.arm(device, vring) {
-                continue;
+            if !self.spin(device, vring) && !self.arm(device, vring) {
+                return;
             }
-            self.poll.sleeps(idle_since);
-            return;
         }
         // Nothing is taken any more, but other queues may wait for what this one's finished requests hold.
         self.finish(device);
@@ -447,26 +441,26 @@ impl Worker {
     }
 
     /// Looks for work for as long as it pays, without the ring's lock. True: there is some.
-    fn spin(&mut self, device: &Device, vring: &Vring, since: Instant) -> bool {
-        let window = self.poll.window();
-        if window.is_zero() {
-            return false;
-        }
-        while since.elapsed() < window && vring.is_active() && !device.is_stopping() {
+    fn spin(&mut self, device: &Device, vring: &Vring) -> bool {
+        let mut goes_on = self.poll.begins(Instant::now());
+        while goes_on && vring.is_active() && !device.is_stopping() {
             for _ in 0..LOOKS_PER_TIME {
                 if let Some(watch) = self.watch.as_ref().filter(|_| !self.slots.is_full())
                     && avail_index(&watch.memory, watch.avail_ring).is_ok_and(|at| at != watch.next_avail)
                 {
+                    self.poll.found();
                     return true;
                 }
                 if self.io.in_flight() > 0 {
                     self.io.reap(&mut self.finished);
                     if !self.finished.is_empty() {
+                        self.poll.found();
                         return true;
                     }
                 }
                 std::hint::spin_loop();
             }
+            goes_on = self.poll.goes_on(Instant::now());
         }
         false
     }

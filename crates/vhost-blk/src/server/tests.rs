@@ -25,7 +25,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 use crate::{
-    SocketPermissions,
+    Polling, SocketPermissions,
     testing::{DATA_AT, Driver, MemoryDisk},
 };
 
@@ -340,7 +340,7 @@ fn stop_under_io_in_flight_reaps_it_and_leaves_the_session_open() {
 
 #[test]
 fn stop_of_a_server_whose_queue_is_never_idle_is_quick() {
-    let mut server = Running::new(|config| config.device.poll_max_us = 60_000_000);
+    let mut server = Running::new(|config| config.device.polling = Polling::Fixed(Duration::from_secs(60)));
     let mut driver = Driver::start(&server.path, 1);
     assert_eq!(driver.write(0, 0, &[1; 512]), 0);
     let (busy, stopped) = (AtomicBool::new(false), AtomicBool::new(false));

@@ -3,7 +3,7 @@
 //! session disk, from the available ring to the used ring. The kernel's part is not counted, nor the
 //! clock's.
 
-use std::sync::atomic::AtomicBool;
+use std::{sync::atomic::AtomicBool, time::Duration};
 
 use session_disk::{DiskOptions, ProvisionOptions, SessionDisk, provision};
 use vhost_user_backend::VringT;
@@ -16,6 +16,7 @@ use vm_memory::{Bytes, GuestAddress};
 use crate::{
     backend::Backend,
     config::DeviceConfig,
+    poll::Polling,
     request::Memory,
     vring::{SharedMemory, Vring},
 };
@@ -58,7 +59,7 @@ impl Scene {
         disk.drain(&AtomicBool::new(false), &mut |_| ()).unwrap();
         disk.begin_session(None).unwrap();
         let config =
-            DeviceConfig { num_queues: 1, queue_size: QUEUE_SIZE, poll_max_us: 0, ..DeviceConfig::default() };
+            DeviceConfig { num_queues: 1, queue_size: QUEUE_SIZE, polling: Polling::Fixed(Duration::ZERO), ..DeviceConfig::default() };
         let backend = Backend::new(&disk, config).unwrap();
         backend.open_queue(&disk, 0).unwrap();
         let memory = Memory::from_ranges(&[(GuestAddress(0), 16 << 20)]).unwrap();

@@ -19,7 +19,7 @@ fn server_of_a_frontend_reads_what_was_written_through_any_queue() {
 
 #[test]
 fn server_without_event_index_and_without_polling_answers_too() {
-    let server = Running::new(|config| config.device.poll_max_us = 0);
+    let server = Running::new(|config| config.device.polling = Polling::Fixed(Duration::ZERO));
     let mut driver = Driver::connect(&server.path, 1);
     driver.negotiate(|offered| offered & !(1 << VIRTIO_RING_F_EVENT_IDX)).unwrap();
     driver.start_queues().unwrap();
@@ -186,7 +186,7 @@ fn stopping_a_ring_waits_for_its_io_and_publishes_it() {
 
 #[test]
 fn stopping_a_ring_that_is_polled_does_not_wait_for_the_polling() {
-    let server = Running::new(|config| config.device.poll_max_us = 60_000_000);
+    let server = Running::new(|config| config.device.polling = Polling::Fixed(Duration::from_secs(60)));
     let mut driver = Driver::start(&server.path, 1);
     assert_eq!(driver.write(0, 0, &[1; 512]), 0);
     let start = Instant::now();
@@ -260,7 +260,7 @@ fn memory_replaced_under_io_in_flight_receives_it_where_it_was_asked_for() {
 
 #[test]
 fn kick_that_replaces_a_running_rings_is_listened_to() {
-    let server = Running::new(|config| config.device.poll_max_us = 0);
+    let server = Running::new(|config| config.device.polling = Polling::Fixed(Duration::ZERO));
     let mut driver = Driver::start(&server.path, 1);
     assert_eq!(driver.write(0, 0, &[1; 512]), 0);
     driver.replace_kick(0);
