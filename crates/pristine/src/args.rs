@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use session_disk::{Changes, DiskOptions, FlushPolicy};
-use vhost_blk::Polling;
+use vhost_blk::{Cpus, Polling};
+
+use crate::affinity::QueueAffinity;
 
 /// Non-persistent VM disks at native speed: a vhost-user-blk backend.
 ///
@@ -43,6 +45,7 @@ pub(crate) enum Command {
     #[command(after_help = "Examples:
   pristine serve --disk vm1.raw --socket-path /run/vm1.sock --num-queues 2
   pristine serve --disk vm1.raw --socket-path /run/vm1.sock --direct --once
+  pristine serve --disk vm1.raw --socket-path /run/vm1.sock --num-queues 2 --queue-affinity '0@[2],1@[3]'
 
 Also understood without the word serve, as QEMU's conventions for backend programs have it:
   pristine --socket-path /run/vm1.sock --blk-file vm1.raw [--read-only]
@@ -254,6 +257,13 @@ pub(crate) struct ServeArgs {
     /// as long as it pays and nobody else wants the core
     #[arg(long, value_name = "US|auto", default_value = "auto", value_parser = parse_polling)]
     pub(crate) poll_max_us: Polling,
+    /// CPUs that the queues' threads may run on, such as 0-3,8 [default: where the process may]
+    #[arg(long, value_name = "LIST")]
+    pub(crate) cpus: Option<Cpus>,
+    /// CPUs of single queues, such as 0@[0,2],1@[1,3-5]; others have those of --cpus. Their threads are called
+    /// pristine-q0 and so on
+    #[arg(long, value_name = "QUEUE@[LIST],...")]
+    pub(crate) queue_affinity: Option<QueueAffinity>,
     /// How long another VM waits for a session whose VM went away but whose process still runs, in seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 5)]
     pub(crate) reconnect_grace: u32,

@@ -13,6 +13,7 @@ macro_rules! say {
     }};
 }
 
+mod affinity;
 mod args;
 mod commands;
 mod control_socket;

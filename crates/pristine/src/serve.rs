@@ -13,8 +13,11 @@ use indicatif::BinaryBytes;
 use session_disk::{
     Basis, DrainObserver, DrainTrouble, Drainer, ProcessId, SessionDisk, SessionStart, SessionSummary,
 };
-use vhost_blk::{DeviceConfig, EndReason, Exit, Observer, Server, ServerConfig, Socket, SocketPermissions};
+use vhost_blk::{
+    Cpus, DeviceConfig, EndReason, Exit, Observer, Server, ServerConfig, Socket, SocketPermissions,
+};
 
+use crate::affinity;
 use crate::args::{ResetOn, ServeArgs};
 use crate::commands::{amount, seconds};
 use crate::control_socket::Operator;
@@ -34,6 +37,7 @@ pub(crate) fn serve(args: &ServeArgs) -> Result<ExitCode, Failure> {
     let Some(path) = &args.disk else { return Err(Failure::usage("--disk is missing")) };
     // Before any number of a descriptor is used for something else.
     let handover = notify::kept();
+    let queue_cpus = affinity::of_queues(args.num_queues, args.cpus.as_ref(), args.queue_affinity.as_ref())?;
     // A path that can't be bound must change nothing, and a disk that can't be opened must turn nobody
     // away: Cloud Hypervisor gives up a disk whose server accepts and then ends.
     let place = Place::find(args)?;
@@ -55,9 +59,13 @@ pub(crate) fn serve(args: &ServeArgs) -> Result<ExitCode, Failure> {
     }
     let stop = Arc::new(AtomicBool::new(false));
     let reporter = Arc::new(Reporter::new(Arc::clone(&disk)));
-    let mut server =
-        Server::new(Arc::clone(&disk), socket, config(args), Arc::clone(&reporter) as Arc<dyn Observer>)
-            .map_err(|error| Failure::of(&error))?;
+    let mut server = Server::new(
+        Arc::clone(&disk),
+        socket,
+        config(args, queue_cpus),
+        Arc::clone(&reporter) as Arc<dyn Observer>,
+    )
+    .map_err(|error| Failure::of(&error))?;
     let handle = server.stop_handle();
     let operator = Operator::new(Arc::clone(&disk), Arc::clone(&reporter), handle.clone());
     let control = ControlServer::start(&disk.paths().control(disk.id()), Arc::new(operator))
@@ -166,13 +174,14 @@ impl fmt::Display for Place<'_> {
     }
 }
 
-fn config(args: &ServeArgs) -> ServerConfig {
+fn config(args: &ServeArgs, queue_cpus: Vec<Option<Cpus>>) -> ServerConfig {
     ServerConfig {
         device: DeviceConfig {
             num_queues: args.num_queues,
             queue_size: args.queue_size,
             read_only: args.read_only,
             polling: args.poll_max_us,
+            queue_cpus,
         },
         reconnect_grace: Duration::from_secs(args.reconnect_grace.into()),
         once: args.once,

@@ -1,10 +1,11 @@
 //! The device as the vhost-user library sees it: one per connection of a frontend.
 
 use std::{
+    ffi::CString,
     io,
     os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd},
     sync::{
-        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        Arc, Mutex, MutexGuard, Once, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
@@ -78,6 +79,8 @@ pub(crate) struct Backend {
     /// Per worker, the event that ends its thread. The library keeps the number registered without
     /// owning the descriptor; we do, for longer than the library's threads live.
     exits: Vec<OwnedFd>,
+    /// Whether each worker's thread has its name and its place.
+    placed: Vec<Once>,
 }
 
 impl Backend {
@@ -88,6 +91,7 @@ impl Backend {
             exits.push(rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
         }
         let workers = exits.iter().map(|_| OnceLock::new()).collect();
+        let placed = exits.iter().map(|_| Once::new()).collect();
         let device = Device {
             config,
             disk: disk.traits(),
@@ -98,7 +102,7 @@ impl Backend {
             warnings: RateLimit::new(),
             inflight: Mutex::new(None),
         };
-        Ok(Self { device, workers, exits })
+        Ok(Self { device, workers, exits, placed })
     }
 
     /// The memory that the library is to fill.
@@ -176,6 +180,19 @@ impl Backend {
     #[cfg(test)]
     pub(crate) fn serve_queue(&self, index: usize, vring: &Vring) {
         self.worker(index).unwrap().run(&self.device, vring);
+    }
+
+    /// Gives the calling thread, which is queue `index`'s, its name and its processors.
+    fn place(&self, index: usize) {
+        if let Ok(name) = CString::new(format!("pristine-q{index}")) {
+            // For `ps` and `top` alone.
+            let _ = rustix::thread::set_name(&name);
+        }
+        if let Some(Some(cpus)) = self.device.config.queue_cpus.get(index)
+            && let Err(error) = cpus.confine()
+        {
+            log::warn!("queue {index} runs on any processor, it can't be confined to {cpus}: {error}");
+        }
     }
 
     fn worker(&self, index: usize) -> Option<MutexGuard<'_, Worker>> {
@@ -272,6 +289,9 @@ impl VhostUserBackend for Backend {
         vrings: &[Vring],
         thread_id: usize,
     ) -> io::Result<()> {
+        if let Some(placed) = self.placed.get(thread_id) {
+            placed.call_once(|| self.place(thread_id));
+        }
         if let (Some(vring), Some(mut worker)) = (vrings.first(), self.worker(thread_id)) {
             worker.run(&self.device, vring);
         }
@@ -308,6 +328,7 @@ mod tests {
             queue_size: 64,
             read_only: false,
             polling: Polling::Fixed(Duration::ZERO),
+            ..DeviceConfig::default()
         };
         let backend = Arc::new(Backend::new(&disk, config).unwrap());
         for queue in [1, 0] {

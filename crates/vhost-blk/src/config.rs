@@ -13,7 +13,7 @@ use virtio_bindings::{
     virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC},
 };
 
-use crate::{disk::DiskTraits, poll::Polling};
+use crate::{cpus::Cpus, disk::DiskTraits, poll::Polling};
 
 /// Most queues of a device.
 pub const QUEUES_MAX: u16 = 16;
@@ -41,7 +41,7 @@ const PHYSICAL_BLOCK: u32 = 4096;
 const WRITEBACK_AT: usize = 32;
 
 /// How a device looks to a guest; fixed while a server runs.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct DeviceConfig {
     /// Number of virtqueues, each with a worker thread: 1 to [`QUEUES_MAX`].
     pub num_queues: u16,
@@ -51,11 +51,20 @@ pub struct DeviceConfig {
     pub read_only: bool,
     /// How long to poll for more work before sleeping.
     pub polling: Polling,
+    /// Processors that the thread of each queue may run on, by the queue's number. Where there is none,
+    /// it may run where the process may.
+    pub queue_cpus: Vec<Option<Cpus>>,
 }
 
 impl Default for DeviceConfig {
     fn default() -> Self {
-        Self { num_queues: 1, queue_size: QUEUE_SIZE_MAX, read_only: false, polling: Polling::Auto }
+        Self {
+            num_queues: 1,
+            queue_size: QUEUE_SIZE_MAX,
+            read_only: false,
+            polling: Polling::Auto,
+            queue_cpus: Vec::new(),
+        }
     }
 }
 
@@ -259,7 +268,7 @@ mod tests {
         let good = DeviceConfig::default();
         assert!(good.problem().is_none());
         for (num_queues, queue_size) in [(0, 128), (17, 128), (1, 0), (1, 1), (1, 100), (1, 2048)] {
-            assert!(DeviceConfig { num_queues, queue_size, ..good }.problem().is_some());
+            assert!(DeviceConfig { num_queues, queue_size, ..good.clone() }.problem().is_some());
         }
     }
 

@@ -13,6 +13,7 @@ mod backend;
 mod boundary;
 mod config;
 mod connection;
+mod cpus;
 mod disk;
 mod guest;
 mod handover;
@@ -36,6 +37,7 @@ mod worker;
 
 pub use boundary::EndReason;
 pub use config::{DeviceConfig, QUEUE_SIZE_MAX, QUEUES_MAX};
+pub use cpus::Cpus;
 pub use handover::{HandOver, inherited_fds};
 pub use poll::Polling;
 pub use server::{Exit, Observer, Server, ServerConfig, ServerError, StopHandle};

@@ -270,7 +270,7 @@ impl Server {
                 if self.held.take().is_some() {
                     self.refuse("the owner of the session has come back");
                 }
-                match Connection::open(self.disk.as_ref(), self.config.device, arrival) {
+                match Connection::open(self.disk.as_ref(), self.config.device.clone(), arrival) {
                     Ok(mut connection) => {
                         if self.config.hand_over {
                             connection.relay.remember();

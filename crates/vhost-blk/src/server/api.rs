@@ -17,7 +17,7 @@ use thiserror::Error;
 use crate::{boundary::EndReason, config::DeviceConfig, disk::AnyError};
 
 /// How a server behaves.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct ServerConfig {
     /// How the device looks to the guest.
     pub device: DeviceConfig,

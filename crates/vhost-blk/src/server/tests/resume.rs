@@ -119,7 +119,7 @@ fn frontend_that_was_handed_over_gets_its_answers() {
     config.device.num_queues = 2;
     let server = |disk: Arc<MemoryDisk>| {
         let socket = Socket::bind(&path, SocketPermissions::default()).unwrap();
-        Server::with_disk(Arc::new(disk), socket, config, Arc::new(Events::default())).unwrap()
+        Server::with_disk(Arc::new(disk), socket, config.clone(), Arc::new(Events::default())).unwrap()
     };
     let mut first = server(MemoryDisk::new(DISK_LEN));
     let stop = first.stop_handle();
