@@ -136,3 +136,27 @@ fn of_switches(pid: u32) -> Vec<(String, String)> {
     switches.sort();
     switches
 }
+
+/// Pages of the guest's memory that are first touched by the server shall be huge, if the host's policy
+/// is to ask: every mapping of it is advised so.
+#[test]
+fn guest_memory_is_mapped_for_huge_pages() {
+    let lab = provisioned();
+    let server = lab.serve(&[]);
+    let mut client = Remote::connected(&lab.socket(), 1);
+    client.ask("read 0 4096");
+    let smaps = fs::read_to_string(format!("/proc/{}/smaps", server.0.pid())).unwrap();
+    // A mapping's lines: its range and its file, its numbers, its flags.
+    let (mut of_guest, mut seen) = (false, 0);
+    for line in smaps.lines() {
+        if line.split('-').next().is_some_and(|word| u64::from_str_radix(word, 16).is_ok()) {
+            of_guest = line.contains("/memfd:libblkio-buf");
+        } else if of_guest && let Some(flags) = line.strip_prefix("VmFlags:") {
+            assert!(flags.split_whitespace().any(|flag| flag == "hg"), "{flags}");
+            seen += 1;
+        }
+    }
+    assert!(seen > 0, "{smaps}");
+    client.leave();
+    server.stop();
+}

@@ -22,6 +22,7 @@ use vmm_sys_util::{
 use crate::{
     config::{self, DeviceConfig},
     disk::{AnyError, Disk, DiskTraits},
+    hugepages,
     inflight::InflightTable,
     limit::RateLimit,
     request::Memory,
@@ -251,7 +252,8 @@ impl VhostUserBackend for Backend {
         Ok(())
     }
 
-    fn update_memory(&self, _mem: SharedMemory) -> io::Result<()> {
+    fn update_memory(&self, memory: SharedMemory) -> io::Result<()> {
+        hugepages::advise(&memory.memory());
         // It is the one that workers look at in each pass; requests on their way keep the old one.
         Ok(())
     }

@@ -17,6 +17,7 @@ mod cpus;
 mod disk;
 mod guest;
 mod handover;
+mod hugepages;
 mod inflight;
 mod limit;
 mod peer;

@@ -78,7 +78,8 @@ impl Driver {
     }
 
     pub(crate) fn over(stream: UnixStream, queues: usize) -> Self {
-        let (memory, memfd) = new_memory();
+        let memfd = new_memfd();
+        let memory = memory_of(&memfd);
         let queue = |_| Queue {
             avail: 0,
             used: 0,
@@ -186,7 +187,13 @@ impl Driver {
 
     /// Gives the device other memory with the same contents; returns the old one.
     pub(crate) fn replace_memory(&mut self) -> Memory {
-        let (memory, memfd) = new_memory();
+        self.replace_memory_by(new_memfd())
+    }
+
+    /// The same; the new memory is that of a file.
+    pub(crate) fn replace_memory_by(&mut self, memfd: File) -> Memory {
+        memfd.set_len(MEMORY_LEN as u64).unwrap();
+        let memory = memory_of(&memfd);
         let mut bytes = vec![0; MEMORY_LEN];
         self.memory.read_slice(&mut bytes, GuestAddress(0)).unwrap();
         memory.write_slice(&bytes, GuestAddress(0)).unwrap();
@@ -363,10 +370,13 @@ fn state_avail(queue: &Queue) -> u16 {
     queue.avail
 }
 
-fn new_memory() -> (Memory, File) {
+fn new_memfd() -> File {
     let memfd = File::from(rustix::fs::memfd_create("guest", MemfdFlags::CLOEXEC).unwrap());
     memfd.set_len(MEMORY_LEN as u64).unwrap();
+    memfd
+}
+
+fn memory_of(memfd: &File) -> Memory {
     let backing = FileOffset::new(memfd.try_clone().unwrap(), 0);
-    let memory = Memory::from_ranges_with_files([(GuestAddress(0), MEMORY_LEN, Some(backing))]).unwrap();
-    (memory, memfd)
+    Memory::from_ranges_with_files([(GuestAddress(0), MEMORY_LEN, Some(backing))]).unwrap()
 }

@@ -1,5 +1,7 @@
 //! The device behind a running server: requests, rings, memory.
 
+use rustix::fs::{FallocateFlags, MemfdFlags};
+
 use super::*;
 
 #[test]
@@ -266,4 +268,29 @@ fn kick_that_replaces_a_running_rings_is_listened_to() {
     driver.replace_kick(0);
     assert_eq!(driver.write(0, 0, &[2; 512]), 0);
     assert_eq!(driver.read(0, 0, 512), Ok(vec![2; 512]));
+}
+
+/// Huge pages of the guest's memory are huge in the server's mapping too. Looked at only where the host
+/// has some: `echo 8 > /proc/sys/vm/nr_hugepages`.
+#[test]
+fn server_of_a_guest_with_huge_pages_maps_them_as_they_are() {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
+    let memfd = std::fs::File::from(rustix::fs::memfd_create("guest-in-huge-pages", flags).unwrap());
+    if let Err(error) = rustix::fs::fallocate(&memfd, FallocateFlags::empty(), 0, 4 << 20) {
+        eprintln!("not looked at, the host gives no huge pages: {error}");
+        return;
+    }
+    let server = Running::new(|_| {});
+    let mut driver = Driver::start(&server.path, 1);
+    driver.replace_memory_by(memfd);
+    assert_eq!(driver.write(0, 3, &[7; 4096]), 0);
+    assert_eq!(driver.read(0, 3, 4096), Ok(vec![7; 4096]));
+    let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+    let mut mappings: Vec<&str> = smaps.split("VmFlags").collect();
+    mappings.retain(|mapping| mapping.contains("/memfd:guest-in-huge-pages"));
+    // The driver's and the server's.
+    assert_eq!(mappings.len(), 2, "{smaps}");
+    for mapping in mappings {
+        assert!(mapping.lines().any(|line| line.starts_with("KernelPageSize:") && line.contains(" 2048 kB")));
+    }
 }
