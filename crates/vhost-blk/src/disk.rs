@@ -63,6 +63,11 @@ pub(crate) trait DiskIo: Send {
     fn read_now(&mut self, range: BlockRange, buf: GuestView<'_>) -> bool;
     /// Writes at once, if that need not wait. `false`: it is to be pushed.
     fn write_now(&mut self, range: BlockRange, buf: GuestView<'_>, durable: bool) -> bool;
+    /// Whether a write was refused only because it is not logged: it can be tried again after
+    /// `log_announced`.
+    fn announce(&mut self, range: BlockRange) -> bool;
+    /// Logs everything that was announced.
+    fn log_announced(&mut self);
     /// Takes a request that cannot be done at once; nothing is submitted before `submit`.
     fn push(&mut self, token: u64, request: Request);
     fn submit(&mut self);
@@ -159,6 +164,14 @@ impl DiskIo for SessionIo {
 
     fn write_now(&mut self, range: BlockRange, buf: GuestView<'_>, durable: bool) -> bool {
         self.queue.write_now(range, buf, durable)
+    }
+
+    fn announce(&mut self, range: BlockRange) -> bool {
+        self.queue.announce(range)
+    }
+
+    fn log_announced(&mut self) {
+        self.queue.log_announced();
     }
 
     fn push(&mut self, token: u64, request: Request) {

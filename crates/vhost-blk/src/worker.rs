@@ -12,8 +12,12 @@
 //! When a ring starts, the first pass looks into the in-flight table (see [`inflight`](crate::inflight))
 //! for where to begin, and takes first what a server before has taken and not answered.
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
+use blocks::BlockRange;
 use session_disk::Request;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{GuestAddress, GuestMemoryBackend};
@@ -24,7 +28,7 @@ use crate::{
     inflight::InflightQueue,
     poll::{PollWindow, Polling},
     replay,
-    request::{Action, Memory, Parsed, Parser, Status},
+    request::{Action, Data, Memory, Parsed, Parser, Status},
     slots::{Slot, Slots, Used, part_token},
     used::{avail_index, publish, used_head, used_index, wants_interrupt},
     vring::{Vring, signal},
@@ -46,10 +50,13 @@ pub(crate) struct Worker {
     parser: Parser,
     /// Requests that were taken and are not started, by their heads.
     batch: Vec<(u16, Parsed)>,
+    /// Writes of the batch that are made when their blocks are logged.
+    announced: Vec<(u16, Parsed)>,
     poll: PollWindow,
     finished: Vec<Finished>,
     answers: Vec<Used>,
-    /// Whether all requests of the last pass that had some were done at once.
+    /// Whether all requests of the last pass that had some were done at once, and none was to be logged (one
+    /// record of many blocks costs as much as one of a few).
     all_at_once: bool,
     /// Answers that the guest was not told of by an interrupt, if it wants one.
     untold: Option<Untold>,
@@ -104,6 +111,7 @@ impl Worker {
             slots: Slots::new(queue_size),
             parser: Parser::default(),
             batch: Vec::with_capacity(room),
+            announced: Vec::new(),
             poll: PollWindow::new(polling),
             finished: Vec::with_capacity(room),
             answers: Vec::with_capacity(room),
@@ -202,10 +210,11 @@ impl Worker {
                 None
             }
         };
-        self.start_batch(device, &memory);
         if taken.is_some_and(|taken| taken > 0) {
-            self.all_at_once = self.slots.is_empty();
+            self.start_batch(device, &memory);
             self.io.submit();
+        } else {
+            self.parser.end();
         }
         if self.io.in_flight() > 0 {
             self.io.reap(&mut self.finished);
@@ -313,9 +322,12 @@ impl Worker {
                     view.is_some_and(|view| self.io.read_now(*range, view)).then_some((Status::Ok, data.len))
                 }
                 (Action::Write { range, data }, Some(_)) => {
-                    let view = self.parser.view(*data);
-                    view.is_some_and(|view| self.io.write_now(*range, view, durable))
-                        .then_some((Status::Ok, 0))
+                    let done = self.write_now(*range, *data, durable);
+                    if !done && self.io.announce(*range) {
+                        self.announced.push((head, Parsed { status_at, action }));
+                        continue;
+                    }
+                    done.then_some((Status::Ok, 0))
                 }
                 _ => None,
             };
@@ -326,8 +338,33 @@ impl Worker {
                 None => self.start(memory, head, status_at, action, durable),
             }
         }
-        self.parser.end();
         self.batch = batch;
+        self.all_at_once = self.announced.is_empty();
+        if !self.announced.is_empty() {
+            self.start_announced(memory, durable);
+        }
+        self.parser.end();
+        self.all_at_once &= self.slots.is_empty();
+    }
+
+    /// Logs the first touches of a batch, all at once, and makes their writes.
+    fn start_announced(&mut self, memory: &Arc<Memory>, durable: bool) {
+        self.io.log_announced();
+        let mut announced = std::mem::take(&mut self.announced);
+        for (head, Parsed { status_at, action }) in announced.drain(..) {
+            match &action {
+                Action::Write { range, data } if self.write_now(*range, *data, durable) => {
+                    self.answers.push(self.parser.answer(head, status_at, Status::Ok, 0));
+                }
+                _ => self.start(memory, head, status_at, action, durable),
+            }
+        }
+        self.announced = announced;
+    }
+
+    fn write_now(&mut self, range: BlockRange, data: Data, durable: bool) -> bool {
+        let view = self.parser.view(data);
+        view.is_some_and(|view| self.io.write_now(range, view, durable))
     }
 
     /// Starts a request that cannot be done at once.

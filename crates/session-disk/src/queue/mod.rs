@@ -3,7 +3,8 @@
 //! Crash order, as far as it is kept here (the numbers are the design's):
 //!
 //! 1. *Write to a clean block*: [`DiskQueue::write_clean`] stages it, [`DiskQueue::submit`] makes the
-//!    intent durable, appends the record (log, live page, L: [`Shared::own`]), then submits the data.
+//!    intent durable, appends the record (log, live page, L: [`Shared::own`]), then submits the data. Or
+//!    it is [announced](DiskQueue::announce), logged in the same way, and written when its blocks are in L.
 //! 2. *Whole pending block*: [`DiskQueue::start_write`] claims, looks at P again and makes the intent
 //!    durable; the data is submitted; when all of it is written [`DiskQueue::take_blocks`] appends the record, clears
 //!    P and releases. A record first would vouch for old content if we were killed between the two.
@@ -55,6 +56,8 @@ pub struct DiskQueue {
     slots: Slots,
     fills: Vec<Option<Fill>>,
     free_fills: Vec<usize>,
+    /// Blocks to log before what was announced is written.
+    announced: Vec<Extent>,
     /// Blocks to log before anything of `staged` is submitted.
     first_touches: Vec<Extent>,
     staged: Vec<(usize, Op)>,
@@ -91,6 +94,7 @@ impl DiskQueue {
             slots: Slots::default(),
             fills: Vec::new(),
             free_fills: Vec::new(),
+            announced: Vec::new(),
             first_touches: Vec::new(),
             staged: Vec::new(),
             parked: VecDeque::new(),
@@ -128,6 +132,28 @@ impl DiskQueue {
             self.bytes_written += range.len();
         }
         done
+    }
+
+    /// Says that `range` is going to be written. `true`: [`write_now`](Self::write_now) has refused that only because
+    /// the log has not all of it, and can be asked again after [`log_announced`](Self::log_announced).
+    pub fn announce(&mut self, range: BlockRange) -> bool {
+        let touched = range.touched();
+        let is_first = self.enter() && self.is_clean(touched) && !self.shared.owned.contains_all(touched);
+        if is_first {
+            let missing = self.shared.owned.mixed_runs(touched).filter(|(owned, _)| !owned);
+            self.announced.extend(missing.map(|(_, run)| run));
+        }
+        is_first
+    }
+
+    /// Logs what was announced, in one record. If that fails, its writes are still refused: pushed, they fail.
+    pub fn log_announced(&mut self) {
+        let mut announced = std::mem::take(&mut self.announced);
+        if let Err(error) = self.log_extents(&mut announced) {
+            log::debug!("{}: not logged: {error}", self.shared.disk.path().display());
+        }
+        announced.clear();
+        self.announced = announced;
     }
 
     /// Begins a pass, if it has not begun; whether requests are taken.

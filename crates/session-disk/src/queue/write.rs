@@ -105,13 +105,10 @@ impl DiskQueue {
     /// then the data. If any of it fails, nothing changes and the writes fail (invariant 6).
     pub(super) fn log_first_touches(&mut self) {
         let mut staged = std::mem::take(&mut self.staged);
-        Extent::normalize(&mut self.first_touches);
-        let logged = self
-            .first_touches
-            .iter()
-            .try_for_each(|extent| self.shared.intents.ensure(*extent).map_err(io::Error::other))
-            .and_then(|()| self.shared.own(&self.first_touches));
-        self.first_touches.clear();
+        let mut extents = std::mem::take(&mut self.first_touches);
+        let logged = self.log_extents(&mut extents);
+        extents.clear();
+        self.first_touches = extents;
         match logged {
             Ok(()) => {
                 for (slot, op) in staged.drain(..) {
@@ -133,6 +130,15 @@ impl DiskQueue {
         if self.staged.is_empty() {
             self.staged = staged;
         }
+    }
+
+    /// The middle of step 1: intents, then record, live page and L.
+    pub(super) fn log_extents(&self, extents: &mut Vec<Extent>) -> io::Result<()> {
+        Extent::normalize(extents);
+        extents
+            .iter()
+            .try_for_each(|extent| self.shared.intents.ensure(*extent).map_err(io::Error::other))
+            .and_then(|()| self.shared.own(extents))
     }
 
     /// Steps 2 and 3 up to the data: a claimed run of pending blocks, of which `part` is written.

@@ -238,6 +238,12 @@ impl DiskIo for MemoryIo {
         false
     }
 
+    fn announce(&mut self, _: BlockRange) -> bool {
+        false
+    }
+
+    fn log_announced(&mut self) {}
+
     fn push(&mut self, token: u64, request: Request) {
         self.disk.in_flight.fetch_add(1, Ordering::SeqCst);
         self.queued.push((token, request));

@@ -58,8 +58,12 @@ impl Scene {
         let disk = SessionDisk::open(&options).unwrap();
         disk.drain(&AtomicBool::new(false), &mut |_| ()).unwrap();
         disk.begin_session(None).unwrap();
-        let config =
-            DeviceConfig { num_queues: 1, queue_size: QUEUE_SIZE, polling: Polling::Fixed(Duration::ZERO), ..DeviceConfig::default() };
+        let config = DeviceConfig {
+            num_queues: 1,
+            queue_size: QUEUE_SIZE,
+            polling: Polling::Fixed(Duration::ZERO),
+            ..DeviceConfig::default()
+        };
         let backend = Backend::new(&disk, config).unwrap();
         backend.open_queue(&disk, 0).unwrap();
         let memory = Memory::from_ranges(&[(GuestAddress(0), 16 << 20)]).unwrap();
