@@ -163,7 +163,7 @@ pub trait Engine: Send + fmt::Debug {
     /// never reached the kernel because the ring itself is broken.
     fn submit(&mut self);
 
-    /// Appends what is complete to `done`. Never blocks.
+    /// Appends what is complete to `done`, or some of it: then the descriptor stays readable. Never blocks.
     fn reap(&mut self, done: &mut Vec<Completion>);
 
     /// Waits until `reap` has something to append, nothing that was submitted is in flight, or

@@ -30,6 +30,12 @@ use crate::{
 /// it and nothing is in flight that would free some.
 const SUBMIT_TRIES_MAX: u32 = 1000;
 
+/// How many calls of direct I/O are handed to the kernel, and how many completions to the caller, at once.
+///
+/// What is handed over together is done together: the device would wait while all of it is prepared, and then
+/// whoever waits for answers while all of them are looked at. In small parts the three work at the same time.
+const DIRECT_BATCH: usize = 4;
+
 /// An engine on an io_uring of its own.
 pub(crate) struct UringEngine {
     ring: IoUring,
@@ -48,6 +54,8 @@ pub(crate) struct UringEngine {
     /// Works in either ring or in the kernel.
     at_work: usize,
     at_work_max: usize,
+    /// The most calls that are handed to the kernel at once, and completions that are handed out at once.
+    batch: usize,
     ready: Vec<Completion>,
     /// Why nothing can be submitted any more.
     broken: Option<Errno>,
@@ -65,6 +73,7 @@ impl UringEngine {
                 _ => Err(error),
             }
         })?;
+        let batch = if files.iter().any(|file| file.is_direct()) { DIRECT_BATCH } else { usize::MAX };
         let descriptors: Vec<i32> = files.iter().map(|file| file.fd.as_raw_fd()).collect();
         let registered = !files.is_empty() && ring.submitter().register_files(&descriptors).is_ok();
         let at_work_max = ring.params().sq_entries().min(ring.params().cq_entries()) as usize;
@@ -79,6 +88,7 @@ impl UringEngine {
             ringed: Vec::new(),
             at_work: 0,
             at_work_max,
+            batch,
             ready: Vec::new(),
             broken: None,
             pace: Pace::default(),
@@ -88,12 +98,22 @@ impl UringEngine {
     /// Makes the next calls of all released works, as far as the ring has room. Afterwards
     /// nothing is left to start, or the kernel has calls at work that will complete.
     fn start(&mut self) {
-        if self.broken.is_some() {
-            return self.fail_unstarted();
+        while self.broken.is_none() && self.fill() {
+            self.enter();
+            if !self.ringed.is_empty() {
+                break;
+            }
         }
+        if self.broken.is_some() {
+            self.fail_unstarted();
+        }
+    }
+
+    /// Puts a batch of next calls into the submission ring. Returns whether there is anything in it.
+    fn fill(&mut self) -> bool {
         let Self { ring, files, works, queue, ringed, pace, ready, idle, .. } = self;
         let mut entries = ring.submission();
-        while self.released > 0 && self.at_work < self.at_work_max {
+        while self.released > 0 && self.at_work < self.at_work_max && ringed.len() < self.batch {
             let Some(slot) = queue.pop_front() else { break };
             self.released -= 1;
             let Some(work) = works.get_mut(slot as usize) else { continue };
@@ -137,9 +157,7 @@ impl UringEngine {
             self.at_work += 1;
         }
         drop(entries);
-        if !self.ringed.is_empty() {
-            self.enter();
-        }
+        !self.ringed.is_empty()
     }
 
     /// Hands the submission ring to the kernel.
@@ -193,10 +211,11 @@ impl UringEngine {
         self.released = 0;
     }
 
-    /// Takes completions out of the ring. Works with another call to make are queued.
+    /// Takes a batch of completions out of the ring. Works with another call to make are queued.
     fn collect(&mut self) {
         let Self { ring, works, idle, queue, released, at_work, ready, .. } = self;
-        for entry in ring.completion() {
+        let room = self.batch.saturating_sub(ready.len());
+        for entry in ring.completion().take(room) {
             let slot = entry.user_data() as u32;
             let Some(work) = works.get_mut(slot as usize) else { continue };
             *at_work -= 1;
@@ -296,6 +315,8 @@ impl Drop for UringEngine {
         self.at_work -= self.ringed.len();
         self.ringed.clear();
         loop {
+            // Nobody will ask for these; they would be in the way of the next ones.
+            self.ready.clear();
             self.collect();
             if self.at_work == 0 {
                 break;

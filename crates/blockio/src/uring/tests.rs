@@ -208,3 +208,43 @@ fn operation_that_makes_no_sense_completes_as_invalid_input() {
         assert!(done.buf.is_some());
     }
 }
+
+/// Direct I/O is handed out in small parts: whoever waits for the descriptor gets all of it.
+#[test]
+fn completions_beyond_a_batch_are_told_of_until_all_are_reaped() {
+    let (_guard, file) = regular(1 << 16);
+    let mut engine = UringEngine::new(64, vec![file]).unwrap();
+    engine.batch = 4;
+    for token in 0..50 {
+        engine.push(token, read(512));
+    }
+    engine.submit();
+    let mut done = Vec::new();
+    while engine.in_flight() > 0 {
+        let fd = engine.completion_fd().unwrap();
+        rustix::event::poll(&mut [PollFd::new(&fd, PollFlags::IN)], None).unwrap();
+        let before = done.len();
+        engine.reap(&mut done);
+        assert!(done.len() - before <= 4);
+    }
+    let mut tokens: Vec<u64> = done.iter().map(|done| done.token).collect();
+    tokens.sort_unstable();
+    assert!(tokens.into_iter().eq(0..50));
+}
+
+#[test]
+fn engine_dropped_with_more_than_a_batch_complete_ends() {
+    let (_guard, file) = regular(1 << 16);
+    let mut engine = UringEngine::new(64, vec![file]).unwrap();
+    engine.batch = 4;
+    for token in 0..50 {
+        engine.push(token, read(512));
+    }
+    engine.submit();
+    let (gone, ended) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        drop(engine);
+        gone.send(()).unwrap();
+    });
+    ended.recv_timeout(Duration::from_secs(30)).expect("dropping the engine hangs");
+}
