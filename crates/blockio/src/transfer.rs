@@ -8,7 +8,10 @@ use std::{io, sync::Arc};
 
 use rustix::{fs::FallocateFlags, io::Errno};
 
-use crate::{AlignedBuf, Alignment, Buffer, Completion, File, FileIndex, IoVec, Op, probe::BOUNCE_MAX};
+use crate::{
+    AlignedBuf, Alignment, Buffer, Completion, File, FileIndex, IoVec, Op,
+    probe::{BOUNCE_MAX, PUNCH, ZERO},
+};
 
 /// The most pieces that one call takes (the kernel's `UIO_MAXIOV`).
 pub(crate) const PIECES_MAX: usize = 1024;
@@ -99,26 +102,31 @@ impl Work {
 
     /// Begins an operation.
     pub(crate) fn begin(&mut self, token: u64, op: Op, files: &[Arc<File>]) {
-        (self.token, self.file) = (token, op.file());
-        (self.offset, self.len) = (op.offset(), op.len());
-        (self.done, self.asked, self.stalls, self.align) = (0, 0, 0, 1);
-        (self.bounces, self.bounce, self.refused) = (false, None, None);
-        let file = files.get(usize::from(self.file.0));
-        self.kind = match &op {
-            Op::SyncData { .. } => Kind::SyncData,
-            op if op.is_empty() => Kind::Nothing,
-            Op::Read { .. } => Kind::Read,
-            Op::Write { dsync, .. } => Kind::Write { dsync: *dsync },
-            Op::Punch { .. } => Kind::Allocate(crate::probe::PUNCH),
-            Op::Zero { may_unmap, .. } => {
-                Kind::Allocate(file.map_or(crate::probe::ZERO, |file| file.zero_mode(*may_unmap)))
+        let (file, kind, offset, len) = match op {
+            Op::Read { file, offset, buf } => (file, Kind::Read, offset, self.take_buf(buf)),
+            Op::Write { file, offset, buf, dsync } => {
+                (file, Kind::Write { dsync }, offset, self.take_buf(buf))
+            }
+            Op::SyncData { file } => (file, Kind::SyncData, 0, 0),
+            Op::Punch { file, offset, len } => (file, Kind::Allocate(PUNCH), offset, len),
+            Op::Zero { file, offset, len, may_unmap } => {
+                let mode = files.get(usize::from(file.0)).map_or(ZERO, |file| file.zero_mode(may_unmap));
+                (file, Kind::Allocate(mode), offset, len)
             }
         };
-        self.buf = op.into_buf();
-        if let Err(error) = self.check(file) {
+        (self.token, self.file, self.offset, self.len) = (token, file, offset, len);
+        (self.done, self.asked, self.stalls, self.align) = (0, 0, 0, 1);
+        self.bounces = false;
+        self.kind = if len == 0 && !matches!(kind, Kind::SyncData) { Kind::Nothing } else { kind };
+        if let Err(error) = self.check(files.get(usize::from(file.0))) {
             self.kind = Kind::Nothing;
             self.refused = Some(error);
         }
+    }
+
+    /// Keeps the memory of an operation; how long it is.
+    fn take_buf(&mut self, buf: Buffer) -> u64 {
+        self.buf.insert(buf).len() as u64
     }
 
     fn check(&mut self, file: Option<&Arc<File>>) -> io::Result<()> {
@@ -130,7 +138,7 @@ impl Work {
         let Some(buf) = self.buf.as_ref().filter(|_| file.is_direct()) else { return Ok(()) };
         let alignment = file.alignment();
         self.align = u64::from(alignment.offset.max(1));
-        if !self.offset.is_multiple_of(self.align) || !self.len.is_multiple_of(self.align) {
+        if !is_aligned(self.offset | self.len, self.align) {
             return refuse("offset or length are not aligned for direct I/O");
         }
         self.bounces = !memory_is_aligned(buf, alignment);
@@ -232,15 +240,23 @@ impl Work {
     /// Ends the operation; the work is idle again.
     pub(crate) fn complete(&mut self, result: io::Result<()>) -> Completion {
         self.kind = Kind::Nothing;
-        self.bounce = None;
+        if self.bounces {
+            self.bounce = None;
+        }
         Completion { token: self.token, result, buf: self.buf.take() }
     }
 }
 
+/// Whether all numbers that were joined in `bits` are multiples of `align`. Alignments are powers of two (`probe`
+/// sees to it); a division would take longer than the rest of what is to be done.
+fn is_aligned(bits: u64, align: u64) -> bool {
+    bits & (align - 1) == 0
+}
+
 fn memory_is_aligned(buf: &Buffer, alignment: Alignment) -> bool {
+    let (memory, offset) = (u64::from(alignment.memory.max(1)), u64::from(alignment.offset.max(1)));
     let aligned = |base: *const u8, len: usize| {
-        base.addr().is_multiple_of(alignment.memory.max(1) as usize)
-            && len.is_multiple_of(alignment.offset.max(1) as usize)
+        is_aligned(base.addr() as u64, memory) && is_aligned(len as u64, offset)
     };
     match buf {
         Buffer::Owned(buf) => aligned(buf.as_ptr(), buf.len()),

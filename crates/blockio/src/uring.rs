@@ -211,8 +211,8 @@ impl UringEngine {
         self.released = 0;
     }
 
-    /// Takes a batch of completions out of the ring. Works with another call to make are queued.
-    fn collect(&mut self) {
+    /// Moves a batch of completions out of the ring to `done`. Works with another call to make are queued.
+    fn collect(&mut self, done: &mut Vec<Completion>) {
         let Self { ring, works, idle, queue, released, at_work, ready, .. } = self;
         let room = self.batch.saturating_sub(ready.len());
         for entry in ring.completion().take(room) {
@@ -223,7 +223,7 @@ impl UringEngine {
             let outcome = usize::try_from(outcome).map_err(|_| io::Error::from_raw_os_error(-outcome));
             match work.advance(outcome) {
                 Some(result) => {
-                    ready.push(work.complete(result));
+                    done.push(work.complete(result));
                     idle.push(slot);
                 }
                 None => {
@@ -232,6 +232,15 @@ impl UringEngine {
                 }
             }
         }
+    }
+
+    /// Takes a batch of completions out of the ring, to be reaped.
+    fn collect_ready(&mut self) {
+        let mut ready = std::mem::take(&mut self.ready);
+        if ready.len() < self.batch {
+            self.collect(&mut ready);
+        }
+        self.ready = ready;
     }
 
     /// Waits until the completion ring is not empty, a signal came, or the timeout is over.
@@ -275,7 +284,7 @@ impl Engine for UringEngine {
     }
 
     fn reap(&mut self, done: &mut Vec<Completion>) {
-        self.collect();
+        self.collect(done);
         if self.released > 0 || !self.ringed.is_empty() {
             self.start();
         }
@@ -285,7 +294,7 @@ impl Engine for UringEngine {
     fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         loop {
-            self.collect();
+            self.collect_ready();
             self.start();
             if !self.ready.is_empty() || self.at_work == 0 {
                 return Ok(());
@@ -317,7 +326,7 @@ impl Drop for UringEngine {
         loop {
             // Nobody will ask for these; they would be in the way of the next ones.
             self.ready.clear();
-            self.collect();
+            self.collect_ready();
             if self.at_work == 0 {
                 break;
             }
