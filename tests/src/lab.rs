@@ -38,12 +38,16 @@ impl Lab {
 
     /// A lab whose images lie in `parent`.
     pub fn in_dir(parent: &Path) -> Self {
+        match Path::new("/dev/shm") {
+            shm if shm.is_dir() => Self::in_dirs(parent, shm),
+            _ => Self::in_dirs(parent, &std::env::temp_dir()),
+        }
+    }
+
+    /// A lab whose images lie in `parent`, and what servers keep in memory in `runtime`.
+    pub fn in_dirs(parent: &Path, runtime: &Path) -> Self {
         let short = tempfile::Builder::new().prefix("pt").tempdir().unwrap();
-        let runtime = match Path::new("/dev/shm") {
-            shm if shm.is_dir() => scratch_dir(shm),
-            _ => tempfile::tempdir().unwrap(),
-        };
-        Self { dir: scratch_dir(parent), short, runtime }
+        Self { dir: scratch_dir(parent), short, runtime: scratch_dir(runtime) }
     }
 
     /// A path in the lab's directory.

@@ -11,8 +11,8 @@ use crate::wait_until;
 pub struct Image<'a> {
     /// Where it is.
     pub path: &'a Path,
-    /// QEMU's format driver: `raw` or `qcow2`.
-    pub format: &'a str,
+    /// If it is a qcow2 overlay: of which raw image.
+    pub overlay_of: Option<&'a Path>,
     /// QEMU's `aio`: `threads`, `native`, `io_uring`.
     pub aio: &'a str,
     /// Whether it goes past the host's page cache.
@@ -22,22 +22,24 @@ pub struct Image<'a> {
 impl<'a> Image<'a> {
     /// A raw image that is opened as QEMU does by default.
     pub fn raw(path: &'a Path) -> Self {
-        Self { path, format: "raw", aio: "threads", direct: false }
+        Self { path, overlay_of: None, aio: "threads", direct: false }
     }
 
     /// QEMU's `--blockdev` options for it, as the node `f`.
     fn blockdev(&self) -> Vec<String> {
         let direct = if self.direct { "on" } else { "off" };
-        let file = |node| {
-            format!(
-                "driver=file,node-name={node},discard=unmap,aio={},cache.direct={direct},filename={}",
-                self.aio,
-                self.path.display()
-            )
+        let file = |node, path: &Path, more| {
+            let path = path.display();
+            let aio = self.aio;
+            format!("driver=file,node-name={node},aio={aio},cache.direct={direct},{more},filename={path}")
         };
-        match self.format {
-            "raw" => vec![file("f")],
-            format => vec![file("p"), format!("driver={format},node-name=f,file=p,cache.direct={direct}")],
+        match self.overlay_of {
+            None => vec![file("f", self.path, "discard=unmap")],
+            Some(base) => vec![
+                file("b", base, "read-only=on"),
+                file("p", self.path, "discard=unmap"),
+                format!("driver=qcow2,node-name=f,file=p,backing=b,cache.direct={direct}"),
+            ],
         }
     }
 }
@@ -59,7 +61,10 @@ pub fn storage_daemon(launcher: &[&str], image: &Image<'_>, socket: &Path, queue
             socket.display()
         ),
     ]);
-    let process = Process::spawn("qemu-storage-daemon", &command);
-    wait_until("qemu-storage-daemon listens", || socket.exists());
+    let mut process = Process::spawn("qemu-storage-daemon", &command);
+    wait_until("qemu-storage-daemon listens", || {
+        assert!(!process.ended(), "qemu-storage-daemon has ended: {}", process.output());
+        socket.exists()
+    });
     process
 }

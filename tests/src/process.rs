@@ -135,6 +135,11 @@ impl Process {
         wait_until("all threads have stopped", || std::fs::read_dir(&tasks).unwrap().all(stopped));
     }
 
+    /// Whether it has ended.
+    pub fn ended(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_some()
+    }
+
     /// Waits for its end, and for the last of its output. Panics after `limit`.
     pub fn wait(&mut self, limit: Duration) -> ExitStatus {
         let begin = Instant::now();

@@ -2,6 +2,7 @@
 
 use std::fmt::{self, Display, Formatter};
 use std::path::PathBuf;
+use std::process::Command;
 use std::time::Duration;
 
 use rustix::process::Signal;
@@ -14,6 +15,7 @@ use crate::images;
 use crate::lab::{Lab, Server};
 use crate::peer::{Image, storage_daemon};
 use crate::process::Process;
+use crate::program::run;
 use crate::remote::Remote;
 
 /// Who serves the disk.
@@ -23,6 +25,12 @@ pub enum Backend {
     Pristine,
     /// `qemu-storage-daemon` on an equal raw file, with QEMU's `aio`.
     Daemon(&'static str),
+    /// `qemu-storage-daemon` with io_uring on a new qcow2 overlay of the base image.
+    FreshOverlay,
+    /// `qemu-storage-daemon` with io_uring on a qcow2 overlay that has all blocks already.
+    FullOverlay,
+    /// A plain loop on the peer's raw file, without backend: `sync` or `io_uring`.
+    Limit(&'static str),
 }
 
 impl Display for Backend {
@@ -30,6 +38,9 @@ impl Display for Backend {
         match self {
             Self::Pristine => f.write_str("pristine"),
             Self::Daemon(aio) => write!(f, "qemu-storage-daemon, {aio}"),
+            Self::FreshOverlay => f.write_str("qcow2 overlay, fresh"),
+            Self::FullOverlay => f.write_str("qcow2 overlay, allocated"),
+            Self::Limit(way) => write!(f, "limit, {way}"),
         }
     }
 }
@@ -67,9 +78,47 @@ impl Bench {
         self.lab.path("peer.img")
     }
 
-    /// Starts `backend` with `queues` virtqueues.
+    /// The image that `backend` opens, which is made if it is an overlay.
+    fn disk_of(&self, backend: Backend) -> PathBuf {
+        let overlay = |name| {
+            let path = self.lab.path(name);
+            let mut qemu_img = Command::new("qemu-img");
+            qemu_img.arg("create").args(["-q", "-f", "qcow2", "-F", "raw", "-b"]);
+            run(qemu_img.arg(self.lab.base()).arg(&path)).ok();
+            path
+        };
+        match backend {
+            Backend::Pristine => self.lab.disk(),
+            Backend::Daemon(_) | Backend::Limit(_) => self.peer_disk(),
+            Backend::FreshOverlay => overlay("fresh.qcow2"),
+            Backend::FullOverlay => {
+                let path = self.lab.path("full.qcow2");
+                if !path.exists() {
+                    // An overlay that has all its clusters: a copy whose backing file is named later.
+                    let mut copy = Command::new("qemu-img");
+                    copy.args(["convert", "-q", "-f", "raw", "-O", "qcow2"]);
+                    run(copy.arg(self.lab.base()).arg(&path)).ok();
+                    let mut rebase = Command::new("qemu-img");
+                    rebase.args(["rebase", "-q", "-u", "-f", "qcow2", "-F", "raw", "-b"]);
+                    run(rebase.arg(self.lab.base()).arg(&path)).ok();
+                }
+                path
+            }
+        }
+    }
+
+    /// Starts `backend` with `queues` virtqueues; what was written before is written back, what is read
+    /// is in memory, unless all is direct.
     pub fn start(&self, backend: Backend, queues: usize, place: Place) -> Running<'_> {
         let lab = &self.lab;
+        let disk = self.ready(backend);
+        let daemon = |image: Image<'_>| {
+            let socket = lab.runtime().join("peer");
+            let process = storage_daemon(place.launcher(), &image, &socket, queues as u32);
+            (process, socket)
+        };
+        let base = lab.base();
+        let raw = Image { direct: self.direct, ..Image::raw(&disk) };
         let (process, socket) = match backend {
             Backend::Pristine => {
                 let mut serve = lab.pristine("serve", &["--queue-size", "512"]);
@@ -80,38 +129,54 @@ impl Bench {
                 }
                 (Server::start(&place.launched(&serve)).0, lab.socket())
             }
-            Backend::Daemon(aio) => {
-                let socket = lab.runtime().join("peer");
-                let disk = self.peer_disk();
-                let image = Image { aio, direct: self.direct, ..Image::raw(&disk) };
-                (storage_daemon(place.launcher(), &image, &socket, queues as u32), socket)
+            Backend::Daemon(aio) => daemon(Image { aio, ..raw }),
+            Backend::FreshOverlay | Backend::FullOverlay => {
+                daemon(Image { aio: "io_uring", overlay_of: Some(&base), ..raw })
             }
+            Backend::Limit(_) => panic!("a limit is no server"),
         };
         Running { bench: self, backend, process, socket }
     }
 
-    /// Puts the load of `point` on `backend` for `time`; what was written before is written back, what
-    /// is read is in memory.
+    /// Puts the load of `point` on `backend` for `time`.
     pub fn measure(&self, backend: Backend, point: Point, time: Duration) -> Sample {
-        let disk = match backend {
-            Backend::Pristine => self.lab.disk(),
-            Backend::Daemon(_) => self.peer_disk(),
-        };
-        machine::settle(&disk);
-        if !self.direct {
-            machine::warm(&disk);
+        if let Backend::Limit(way) = backend {
+            return self.limit(way, point, time);
         }
-        let running = self.start(backend, point.queues, Self::place(point, Place::Backend));
-        let sample = running.load(point, time);
+        let running = self.start(backend, point.queues, place(point, Place::Backend));
+        let sample = running.load(point, time, None);
         running.stop();
         sample
     }
 
-    /// Two queues need more than one processor, and so do their clients: they are where the kernel
-    /// puts them.
-    fn place(point: Point, place: Place) -> Place {
-        if point.queues == 1 { place } else { Place::Anywhere }
+    fn limit(&self, way: &str, point: Point, time: Duration) -> Sample {
+        let file = self.ready(Backend::Limit("sync"));
+        let cache = if self.direct { "direct" } else { "buffered" };
+        let mut client = Remote::start_with(Place::Backend.launcher(), &self.lab.socket());
+        let file = file.display();
+        let (pattern, seconds) = (point.pattern.name(), time.as_secs_f64());
+        let answer = client.ask(&format!("limit {file} {way} {cache} {pattern} {} {seconds}", point.depth));
+        client.leave();
+        let score: Score = answer.parse().unwrap();
+        Sample { score, cpu_us: score.client_us }
     }
+
+    fn ready(&self, backend: Backend) -> PathBuf {
+        let disk = self.disk_of(backend);
+        machine::settle(&disk);
+        if !self.direct {
+            machine::warm(&disk);
+            if backend == Backend::FreshOverlay {
+                machine::warm(&self.lab.base());
+            }
+        }
+        disk
+    }
+}
+
+/// Two queues need more than one processor, and so do their clients: they are where the kernel puts them.
+fn place(point: Point, place: Place) -> Place {
+    if point.queues == 1 { place } else { Place::Anywhere }
 }
 
 /// A backend at work.
@@ -126,17 +191,26 @@ pub struct Running<'a> {
 }
 
 impl Running<'_> {
-    /// Puts the load of `point` on it for `time`, by a client in a session of its own.
-    pub fn load(&self, point: Point, time: Duration) -> Sample {
-        let place = Bench::place(point, Place::Client);
-        let mut client = Remote::start_with(place.launcher(), &self.socket);
+    /// Puts the load of `point` on it for `time`, by a client in a session of its own; at a `rate`, if
+    /// there is one (see [`Load`](crate::client::Load)).
+    pub fn load(&self, point: Point, time: Duration, rate: Option<f64>) -> Sample {
         let Point { pattern, depth, queues } = point;
-        let before = cpu_seconds(self.process.pid());
-        let answer = client.ask(&format!("bench {} {depth} {} {queues}", pattern.name(), time.as_secs_f64()));
-        let cpu = cpu_seconds(self.process.pid()) - before;
-        client.leave();
+        let rate = rate.map_or(String::new(), |rate| rate.to_string());
+        let command = format!("bench {} {depth} {} {queues} {rate}", pattern.name(), time.as_secs_f64());
+        let (answer, cpu) = self.asked(&command, place(point, Place::Client));
         let score: Score = answer.parse().unwrap();
         Sample { score, cpu_us: cpu * 1e6 / score.requests as f64 }
+    }
+
+    /// The answer of a client in a session of its own, and the processor time that it took the backend,
+    /// in seconds.
+    pub fn asked(&self, command: &str, place: Place) -> (String, f64) {
+        let mut client = Remote::start_with(place.launcher(), &self.socket);
+        let before = cpu_seconds(self.process.pid());
+        let answer = client.ask(command);
+        let cpu = cpu_seconds(self.process.pid()) - before;
+        client.leave();
+        (answer, cpu)
     }
 
     /// Stops it; `pristine` first restores what was written, so that the next backend is not measured

@@ -2,9 +2,13 @@
 //! measurements, and numbers.
 
 pub mod backend;
+mod facts;
 pub mod machine;
 pub mod options;
+mod plot;
 pub mod points;
+pub mod report;
+pub mod suite;
 
 /// The one in the middle, or just above it. Panics if there is none.
 pub fn median(values: impl IntoIterator<Item = f64>) -> f64 {

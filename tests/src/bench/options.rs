@@ -24,9 +24,8 @@ impl Options {
     /// given to `more`, which may take the word's value and says whether it understands it. Without a
     /// `--dir` the directories are `/dev/shm` and the target directory's `scratch`.
     pub fn parsed(mut self, words: Vec<String>, mut more: impl FnMut(&str, &mut Values) -> bool) -> Self {
-        let mut words = Values { words: words.into_iter(), last: String::new() };
-        while let Some(word) = words.words.next() {
-            words.last.clone_from(&word);
+        let mut words = Values::new(words);
+        while let Some(word) = words.word() {
             match word.as_str() {
                 "--size" => self.size = words.parsed::<u64>() << 20,
                 "--seconds" => self.seconds = words.parsed(),
@@ -52,6 +51,18 @@ pub struct Values {
 }
 
 impl Values {
+    /// The words of a command line.
+    pub fn new(words: Vec<String>) -> Self {
+        Self { words: words.into_iter(), last: String::new() }
+    }
+
+    /// The next word.
+    pub fn word(&mut self) -> Option<String> {
+        let word = self.words.next()?;
+        self.last.clone_from(&word);
+        Some(word)
+    }
+
     /// The value of the option at hand.
     pub fn value(&mut self) -> String {
         self.words.next().unwrap_or_else(|| refuse(&format!("{} needs a value", self.last)))

@@ -19,6 +19,7 @@
 //!   reopen                     ok SUMMARY         connects again after the backend's death, looks at everything, goes on
 //!   enough                     ok SUMMARY         looks at everything
 //! bench PATTERN DEPTH SECONDS [QUEUES [RATE]]     ok SCORE   see `Load` and `Score`
+//! limit FILE LOOP CACHE PATTERN DEPTH SECONDS     ok SCORE   of the file itself; LOOP: sync, io_uring; CACHE: buffered, direct
 //! passes DEPTH COUNT SEED      ok FIRST STEADY    writes a second into COUNT blocks, and then into the same
 //! touches SEED                 ok REGION BLOCK STEADY                       microseconds of a single write
 //! ```
@@ -30,7 +31,8 @@ use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::Duration;
 
 use pristine_tests::client::{
-    Client, Done, Endure, Load, Pattern, Plan, Request, Shape, run_load, run_model, run_passes, run_touches,
+    Client, Done, Endure, Load, Loop, Pattern, Plan, Request, Shape, run_limit, run_load, run_model,
+    run_passes, run_touches,
 };
 use pristine_tests::random::{Random, contents, scattered};
 use sha2::{Digest, Sha256};
@@ -79,6 +81,16 @@ fn number(word: &str) -> Result<u64, String> {
 
 fn float(word: &str) -> Result<f64, String> {
     word.parse().map_err(|_| format!("\"{word}\" is not a number"))
+}
+
+fn load(pattern: &str, depth: &str, seconds: &str) -> Result<Load, String> {
+    Ok(Load {
+        pattern: Pattern::named(pattern).ok_or("no such pattern")?,
+        depth: number(depth)? as usize,
+        queues: 1,
+        time: Duration::from_secs_f64(float(seconds)?),
+        rate: None,
+    })
 }
 
 impl Session {
@@ -142,13 +154,16 @@ impl Session {
             }
             ("bench", [pattern, depth, seconds, more @ ..]) => {
                 let load = Load {
-                    pattern: Pattern::named(pattern).ok_or("no such pattern")?,
-                    depth: number(depth)? as usize,
                     queues: more.first().map_or(Ok(1), |word| number(word))? as usize,
-                    time: Duration::from_secs_f64(float(seconds)?),
                     rate: more.get(1).map(|word| float(word)).transpose()?,
+                    ..load(pattern, depth, seconds)?
                 };
                 run_load(&self.socket, load).map(|score| score.to_string())
+            }
+            ("limit", [file, way, cache, pattern, depth, seconds]) => {
+                let way = if *way == "sync" { Loop::Sync } else { Loop::IoUring };
+                let load = load(pattern, depth, seconds)?;
+                run_limit(file.as_ref(), *cache == "direct", way, load).map(|score| score.to_string())
             }
             ("passes", [depth, count, seed]) => {
                 let depth = number(depth)? as usize;

@@ -130,9 +130,8 @@ pub fn run_load(socket: &Path, load: Load) -> Result<Score, String> {
     let Load { pattern, depth, queues, .. } = load;
     let shape = Shape { queues, queue_size: 512, slots: depth * queues, slot_len: pattern.request_len() };
     let mut client = Client::connect(socket, shape)?;
-    let part = client.capacity() / queues as u64;
-    let requests = client.capacity() / pattern.request_len() as u64;
-    if part < pattern.request_len() as u64 {
+    let capacity = client.capacity();
+    if capacity / (queues as u64) < pattern.request_len() as u64 {
         return Err("the disk is too small".into());
     }
     client.fill_buffers();
@@ -141,13 +140,7 @@ pub fn run_load(socket: &Path, load: Load) -> Result<Score, String> {
         let threads: Vec<_> = (0..)
             .zip(client.lanes(depth))
             .map(|(index, lane)| {
-                let aim = Aim {
-                    pattern,
-                    requests,
-                    random: Random::new(depth as u64 + index),
-                    at: index * part,
-                    part: index * part..(index + 1) * part,
-                };
+                let aim = Aim::new(pattern, capacity, index, queues as u64, depth as u64 + index);
                 scope.spawn(move || Driver::new(lane, aim, load, begin).run())
             })
             .collect();
@@ -170,8 +163,16 @@ pub fn run_load(socket: &Path, load: Load) -> Result<Score, String> {
     })
 }
 
+/// A request and its byte offset.
+#[derive(Clone, Copy)]
+pub(super) enum Next {
+    Read(u64),
+    Write(u64),
+    Flush,
+}
+
 /// Where the next request goes.
-struct Aim {
+pub(super) struct Aim {
     pattern: Pattern,
     /// Requests that fit on the disk.
     requests: u64,
@@ -182,25 +183,36 @@ struct Aim {
 }
 
 impl Aim {
-    fn begin(&mut self, lane: &mut Lane<'_>, slot: usize) {
-        let len = self.pattern.request_len() as u64;
-        match self.pattern {
-            Pattern::RandomRead => lane.read(slot, self.random.below(self.requests) * len),
-            Pattern::RandomWrite => lane.write(slot, self.random.below(self.requests) * len),
-            Pattern::Mix => {
-                let offset = self.random.below(self.requests) * len;
-                match self.random.below(10) {
-                    0..7 => lane.read(slot, offset),
-                    _ => lane.write(slot, offset),
-                }
-            }
-            Pattern::SequentialRead => lane.read(slot, self.next(len)),
-            Pattern::SequentialWrite => lane.write(slot, self.next(len)),
-            Pattern::Flush => lane.flush(slot),
+    /// For the queue `index` of so many, on a disk of `size` bytes.
+    pub(super) fn new(pattern: Pattern, size: u64, index: u64, queues: u64, seed: u64) -> Self {
+        let part = size / queues;
+        Self {
+            pattern,
+            requests: size / pattern.request_len() as u64,
+            random: Random::new(seed),
+            at: index * part,
+            part: index * part..(index + 1) * part,
         }
     }
 
-    fn next(&mut self, len: u64) -> u64 {
+    pub(super) fn next(&mut self) -> Next {
+        match self.pattern {
+            Pattern::RandomRead => Next::Read(self.anywhere()),
+            Pattern::RandomWrite => Next::Write(self.anywhere()),
+            Pattern::Mix if self.random.below(10) < 7 => Next::Read(self.anywhere()),
+            Pattern::Mix => Next::Write(self.anywhere()),
+            Pattern::SequentialRead => Next::Read(self.behind_it()),
+            Pattern::SequentialWrite => Next::Write(self.behind_it()),
+            Pattern::Flush => Next::Flush,
+        }
+    }
+
+    fn anywhere(&mut self) -> u64 {
+        self.random.below(self.requests) * self.pattern.request_len() as u64
+    }
+
+    fn behind_it(&mut self) -> u64 {
+        let len = self.pattern.request_len() as u64;
         if self.at + len > self.part.end {
             self.at = self.part.start;
         }
@@ -271,7 +283,11 @@ impl<'a> Driver<'a> {
 
     fn begin(&mut self, slot: usize, since: Instant) {
         self.since[slot] = since;
-        self.aim.begin(&mut self.lane, slot);
+        match self.aim.next() {
+            Next::Read(offset) => self.lane.read(slot, offset),
+            Next::Write(offset) => self.lane.write(slot, offset),
+            Next::Flush => self.lane.flush(slot),
+        }
     }
 
     /// The next request comes when one is answered.
@@ -329,7 +345,7 @@ impl<'a> Driver<'a> {
 }
 
 /// Processor time of this thread.
-fn thread_time() -> Duration {
+pub(super) fn thread_time() -> Duration {
     let time = clock_gettime(ClockId::ThreadCPUTime);
     Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }

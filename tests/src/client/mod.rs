@@ -6,6 +6,7 @@
 mod endure;
 mod histogram;
 mod lane;
+mod limit;
 mod load;
 mod memory;
 mod model;
@@ -13,6 +14,7 @@ mod passes;
 mod requests;
 
 pub use endure::{Endure, Endured};
+pub use limit::{Loop, run_limit};
 pub use load::{Load, Pattern, Score, run_load};
 pub use model::{Plan, Summary, run as run_model};
 pub use passes::{Touches, run_passes, run_touches};
