@@ -13,16 +13,19 @@ const LABEL_ROOM: f64 = 96.0;
 const BAR: f64 = 8.0;
 const GROUP_GAP: f64 = 9.0;
 const TITLE: f64 = 42.0;
+/// Bars of other backends end here, in multiples of the longest of `pristine`, if they are longer.
+const MOST_OF_OURS: f64 = 2.5;
 
 /// Text, then bars in the order of the palette, for light pages and for dark ones.
 const STYLE: &str = "\
 text { font: 11px system-ui, 'Segoe UI', 'DejaVu Sans', sans-serif; fill: #1f2328 }
 .title { font-size: 13px; font-weight: 600 } .strong { font-weight: 600 } .dim { fill: #59636e }
+.halo { paint-order: stroke; stroke: #ffffff; stroke-width: 3px }
 .page { fill: #ffffff } .line { stroke: #8c959f; stroke-dasharray: 2 2 } .limit { fill: #cf222e }
 .c0 { fill: #0969da } .c1 { fill: #e3a04f } .c2 { fill: #bc6a1c } .c3 { fill: #7d4310 }
 .c4 { fill: #afb8c1 } .c5 { fill: #818b98 } .c6 { fill: #57606a }
 @media (prefers-color-scheme: dark) {
-text { fill: #e6edf3 } .dim { fill: #9198a1 } .page { fill: #0d1117 } .line { stroke: #6e7681 }
+text { fill: #e6edf3 } .dim { fill: #9198a1 } .page { fill: #0d1117 } .halo { stroke: #0d1117 } .line { stroke: #6e7681 }
 .limit { fill: #ff7b72 } .c0 { fill: #58a6ff } .c1 { fill: #f0b972 } .c2 { fill: #d18440 } .c3 { fill: #a5662d }
 .c4 { fill: #6e7681 } .c5 { fill: #8b949e } .c6 { fill: #b1bac4 }
 }
@@ -104,6 +107,9 @@ fn panel(body: &mut String, section: &Section, names: &[&str], x: f64, top: f64)
     };
     let rows: Vec<&Row> = section.rows.iter().filter(|row| section.ratio(row).is_some()).collect();
     let longest = rows.iter().flat_map(|row| bars_of(row)).map(|(_, length)| length).fold(1.0, f64::max);
+    // A single bad peer shall not press all others flat.
+    let ours = rows.iter().filter_map(|row| section.ratio(row)).fold(1.0, f64::max);
+    let longest = longest.min(ours * MOST_OF_OURS);
     let scale = (PANEL_WIDTH - BARS_AT - LABEL_ROOM) / longest;
     let better = match section.better {
         Better::Higher => "longer is better",
@@ -118,17 +124,21 @@ fn panel(body: &mut String, section: &Section, names: &[&str], x: f64, top: f64)
         text(body, "", x, y + (height / 2.0) + 4.0, &row.label);
         for (index, (colour, length)) in bars.iter().enumerate() {
             let y = y + index as f64 * BAR;
-            bar(body, &format!("c{colour}"), x + BARS_AT, y, (length * scale).max(1.0), BAR - 1.0);
-        }
-        if let (Some(ratio), Some(ours)) = (section.ratio(row), row.values[0]) {
-            // The label stands beside the longest of the bars that it could cover.
-            let end = bars.iter().take(2).map(|(_, length)| length * scale).fold(0.0, f64::max);
-            let label = format!("{}x", short(ratio));
-            text(body, "strong", x + BARS_AT + end + 6.0, y + 9.0, &label);
-            let after = x + BARS_AT + end + 12.0 + label.len() as f64 * 7.0;
-            text(body, "dim", after, y + 9.0, &short(ours));
+            let class = format!("c{colour}");
+            bar(body, &class, x + BARS_AT, y, (length.min(longest) * scale).max(1.0), BAR - 1.0);
+            if *length > longest {
+                arrow(body, &class, x + BARS_AT + longest * scale + 2.0, y + BAR / 2.0 - 0.5);
+            }
         }
         limits(body, section, row, x + BARS_AT, y, height, scale);
+        if let (Some(ratio), Some(ours)) = (section.ratio(row), row.values[0]) {
+            // The label stands beside the longest of the bars that it could cover.
+            let end = bars.iter().take(2).map(|(_, length)| length.min(longest) * scale).fold(0.0, f64::max);
+            let label = format!("{}x", short(ratio));
+            text(body, "strong halo", x + BARS_AT + end + 6.0, y + 9.0, &label);
+            let after = x + BARS_AT + end + 12.0 + label.len() as f64 * 7.0;
+            text(body, "dim halo", after, y + 9.0, &short(ours));
+        }
         y += height + GROUP_GAP;
     }
     let one = x + BARS_AT + scale;
@@ -154,10 +164,14 @@ fn limits(body: &mut String, section: &Section, row: &Row, x: f64, y: f64, heigh
         if at <= edge {
             bar(body, "limit", x + at - 1.0, y - 1.0, 2.0, height + 1.0);
         } else {
-            let (at, middle) = (x + edge, y + height / 2.0);
-            let _ = writeln!(body, "<path class=\"limit\" d=\"M{at:.1} {:.1}l6 4l-6 4z\"/>", middle - 4.0);
+            arrow(body, "limit", x + edge, y + height / 2.0);
         }
     }
+}
+
+/// It goes on, to the right of there.
+fn arrow(body: &mut String, class: &str, x: f64, y: f64) {
+    let _ = writeln!(body, "<path class=\"{class}\" d=\"M{x:.1} {:.1}l6 4l-6 4z\"/>", y - 4.0);
 }
 
 fn bar(body: &mut String, class: &str, x: f64, y: f64, width: f64, height: f64) {
