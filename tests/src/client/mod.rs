@@ -3,6 +3,7 @@
 //! Whoever only wants to be a client uses it through the program `vhost-client` (see
 //! [`remote`](crate::remote)): the end of a session is the end of the client's *process*.
 
+mod copy;
 mod endure;
 mod histogram;
 mod lane;
@@ -13,6 +14,7 @@ mod model;
 mod passes;
 mod requests;
 
+pub use copy::{Way, copy};
 pub use endure::{Endure, Endured};
 pub use limit::{Loop, run_limit};
 pub use load::{Load, Pattern, Score, run_load};
