@@ -122,7 +122,7 @@ impl<'a> Subject<'a> {
     fn new(lab: &'a Lab) -> Self {
         let options =
             DiskOptions { runtime_dir: Some(lab.runtime().to_owned()), ..DiskOptions::new(lab.disk()) };
-        let provision = ProvisionOptions { base: lab.base(), disk: options, size: None, adopt: false };
+        let provision = ProvisionOptions::new(lab.base(), options);
         session_disk::provision(&provision).unwrap();
         Self { lab }
     }

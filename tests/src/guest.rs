@@ -23,6 +23,27 @@ pub struct Guest {
     monitor: Option<TempDir>,
 }
 
+/// The first process of a guest that boots from its disk.
+const SWITCH_ROOT: &str = "#!/bin/busybox sh
+/bin/busybox mkdir -p /bin
+/bin/busybox --install -s /bin
+export PATH=/bin
+mount -t devtmpfs dev /dev
+for pass in 1 2 3 4 5 6; do
+    for module in /modules/*.ko; do
+        [ -e $module ] && insmod $module 2>/dev/null && rm $module
+    done
+done
+tries=0
+while [ ! -b /dev/vda ] && [ $tries -lt 200 ]; do
+    tries=$((tries + 1))
+    usleep 50000
+done
+mount -t ext4 -o ro /dev/vda /mnt
+mount --move /dev /mnt/dev
+exec switch_root /mnt /sbin/init
+";
+
 /// How a guest is to be built.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
@@ -52,12 +73,24 @@ impl Guest {
     /// The same, with programs of the host (name in the guest, path).
     pub fn boot_with(socket: &Path, options: Options, script: &str, programs: &[(&str, &Path)]) -> Self {
         let dir = scratch_dir(&scratch_root());
-        let initrd = dir.path().join("initramfs");
         let mut archive = Archive::prepared().unwrap();
         archive.add("job", script.as_bytes());
         for (name, path) in programs {
             add_program(&mut archive, name, path, dir.path());
         }
+        Self::boot_archive(socket, options, archive, dir)
+    }
+
+    /// Boots a guest whose root file system is the ext4 one on `/dev/vda`, as a distribution's initramfs does. Its
+    /// own `/sbin/init` decides what it does.
+    pub fn boot_from_disk(socket: &Path, options: Options) -> Self {
+        let mut archive = Archive::prepared().unwrap();
+        archive.add("init", SWITCH_ROOT.as_bytes());
+        Self::boot_archive(socket, options, archive, scratch_dir(&scratch_root()))
+    }
+
+    fn boot_archive(socket: &Path, options: Options, archive: Archive, dir: TempDir) -> Self {
+        let initrd = dir.path().join("initramfs");
         archive.write(&initrd).unwrap();
         let reconnect = if options.reconnects { ",reconnect=1" } else { "" };
         let accel = std::env::var("PRISTINE_TEST_ACCEL").unwrap_or_else(|_| "tcg".into());

@@ -45,10 +45,20 @@ pub fn ext4(path: &Path, size: u64, files: &[(&str, &[u8])]) {
     for (name, contents) in files {
         fs::write(tree.path().join(name), contents).unwrap();
     }
+    ext4_of(path, size, tree.path());
+}
+
+/// An image of `size` bytes with an ext4 file system that holds what the directory `tree` does.
+pub fn ext4_of(path: &Path, size: u64, tree: &Path) {
     File::create(path).unwrap().set_len(size).unwrap();
     let mut mke2fs = Command::new("mke2fs");
     mke2fs.env("PATH", path_with_sbin());
-    run(mke2fs.args(["-q", "-t", "ext4", "-d"]).arg(tree.path()).arg(path)).ok();
+    run(mke2fs.args(["-q", "-t", "ext4", "-E", "root_owner=0:0", "-d"]).arg(tree).arg(path)).ok();
+}
+
+/// Runs `qemu-img` in the directory `dir`.
+pub fn qemu_img(dir: &Path, args: &[&str]) {
+    run(Command::new("qemu-img").args(args).current_dir(dir)).ok();
 }
 
 /// `PATH` and the directories of the system's own tools, which a user's `PATH` may lack.

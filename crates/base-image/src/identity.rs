@@ -1,9 +1,12 @@
 //! What makes a base the same base as before.
 
 use std::fmt;
+use std::path::PathBuf;
 
 use blockio::Identity;
 use serde::{Deserialize, Serialize};
+
+use crate::format::BaseFormat;
 
 /// What is remembered of a base, to notice a change of its contents without reading it.
 ///
@@ -13,7 +16,24 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BaseIdentity {
-    /// Size in bytes.
+    /// Size of the disk in bytes.
+    pub size: u64,
+    /// The witnesses of a regular file; `None` for a block device.
+    pub file: Option<FileIdentity>,
+    /// The files that it is backed by, the nearest first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub backing: Vec<BackingIdentity>,
+}
+
+/// What is remembered of a file that a base is backed by.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BackingIdentity {
+    /// Absolute path.
+    pub path: PathBuf,
+    /// Its format, as the file above it says.
+    pub format: BaseFormat,
+    /// Size of the file (not of the disk that it makes) in bytes.
     pub size: u64,
     /// The witnesses of a regular file; `None` for a block device.
     pub file: Option<FileIdentity>,
@@ -33,8 +53,21 @@ pub struct FileIdentity {
     pub ctime_ns: i64,
 }
 
+impl FileIdentity {
+    /// Of a regular file.
+    pub(crate) fn of(identity: &Identity) -> Self {
+        let narrow = |ns: i128| i64::try_from(ns).unwrap_or(i64::MAX);
+        Self {
+            inode: identity.inode,
+            birth_ns: identity.birth_ns.map(narrow),
+            mtime_ns: narrow(identity.mtime_ns),
+            ctime_ns: narrow(identity.ctime_ns),
+        }
+    }
+}
+
 /// The first difference between two identities.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
     /// Another size in bytes: before, now.
     Size(u64, u64),
@@ -44,6 +77,10 @@ pub enum Change {
     Replaced,
     /// The contents or the attributes were changed.
     Times,
+    /// It is not backed by the same files any more.
+    Chain,
+    /// A file that it is backed by is not what it was.
+    Backing(PathBuf, Box<Change>),
 }
 
 impl fmt::Display for Change {
@@ -53,6 +90,8 @@ impl fmt::Display for Change {
             Change::Kind => write!(f, "it was a file and is a device, or the other way round"),
             Change::Replaced => write!(f, "it is another file under the same name"),
             Change::Times => write!(f, "it was written to, or its attributes were changed"),
+            Change::Chain => write!(f, "it is backed by other files than before"),
+            Change::Backing(path, change) => write!(f, "of the file {} beneath it, {change}", path.display()),
         }
     }
 }
@@ -60,34 +99,46 @@ impl fmt::Display for Change {
 impl BaseIdentity {
     /// Of a regular file.
     pub fn of_file(identity: &Identity) -> Self {
-        let narrow = |ns: i128| i64::try_from(ns).unwrap_or(i64::MAX);
-        Self {
-            size: identity.size,
-            file: Some(FileIdentity {
-                inode: identity.inode,
-                birth_ns: identity.birth_ns.map(narrow),
-                mtime_ns: narrow(identity.mtime_ns),
-                ctime_ns: narrow(identity.ctime_ns),
-            }),
-        }
+        Self { size: identity.size, file: Some(FileIdentity::of(identity)), backing: Vec::new() }
     }
 
     /// Of a block device, or of anything that only has a size.
     pub const fn of_size(size: u64) -> Self {
-        Self { size, file: None }
+        Self { size, file: None, backing: Vec::new() }
     }
 
     /// The first difference to `now`, if there is one.
     pub fn change_to(&self, now: &BaseIdentity) -> Option<Change> {
-        if self.size != now.size {
-            return Some(Change::Size(self.size, now.size));
+        if let Some(change) = change(self.size, self.file.as_ref(), now.size, now.file.as_ref()) {
+            return Some(change);
         }
-        match (&self.file, &now.file) {
-            (None, None) => None,
-            (Some(a), Some(b)) if a.inode != b.inode || a.birth_ns != b.birth_ns => Some(Change::Replaced),
-            (Some(a), Some(b)) if a != b => Some(Change::Times),
-            (Some(_), Some(_)) => None,
-            _ => Some(Change::Kind),
+        if self.backing.len() != now.backing.len() {
+            return Some(Change::Chain);
         }
+        self.backing.iter().zip(&now.backing).find_map(|(before, now)| {
+            if before.path != now.path || before.format != now.format {
+                return Some(Change::Chain);
+            }
+            let change = change(before.size, before.file.as_ref(), now.size, now.file.as_ref())?;
+            Some(Change::Backing(now.path.clone(), Box::new(change)))
+        })
+    }
+}
+
+fn change(
+    size: u64,
+    file: Option<&FileIdentity>,
+    size_now: u64,
+    file_now: Option<&FileIdentity>,
+) -> Option<Change> {
+    if size != size_now {
+        return Some(Change::Size(size, size_now));
+    }
+    match (file, file_now) {
+        (None, None) => None,
+        (Some(a), Some(b)) if a.inode != b.inode || a.birth_ns != b.birth_ns => Some(Change::Replaced),
+        (Some(a), Some(b)) if a != b => Some(Change::Times),
+        (Some(_), Some(_)) => None,
+        _ => Some(Change::Kind),
     }
 }

@@ -2,12 +2,25 @@
 //!
 //! This crate knows where a base's bytes come from, which of them are data and which are holes, and
 //! how to tell that somebody changed it. It never opens anything for writing, and it knows nothing
-//! of sessions. Raw files and block devices are read today; the type leaves room for formats whose
-//! bytes are not at the same offset of a file.
+//! of sessions.
+//!
+//! A raw file or block device is read by whoever has an I/O engine. The bytes of a qcow2 image, and of the files
+//! that it is backed by, are looked up and unpacked by threads of this crate; [`BaseImage::engine`] makes that look
+//! like any other I/O.
 #![forbid(unsafe_code)]
 
+mod chain;
+mod engine;
+mod error;
+mod format;
 mod identity;
-mod raw;
+mod image;
+mod pool;
+mod qcow2;
 
-pub use identity::{BaseIdentity, Change};
-pub use raw::{BaseError, BaseImage, Content};
+pub use chain::Trust;
+pub use error::BaseError;
+pub use format::BaseFormat;
+pub use identity::{BackingIdentity, BaseIdentity, Change, FileIdentity};
+pub use image::{BaseImage, Content};
+pub use pool::Urgency;

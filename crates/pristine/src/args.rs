@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use base_image::BaseFormat;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use session_disk::{Changes, DiskOptions, FlushPolicy};
 use vhost_blk::{Cpus, Polling};
@@ -39,7 +40,13 @@ pub(crate) enum Command {
     #[command(after_help = "Examples:
   pristine provision --base golden.raw --disk vm1.raw
   pristine provision --base golden.raw --disk vm1.raw --lazy --size 40G
-  pristine provision --base golden.raw --disk /dev/vg0/vm1")]
+  pristine provision --base golden.raw --disk /dev/vg0/vm1
+  pristine provision --base golden.qcow2 --disk vm1.raw
+  pristine provision --base debian-12.img --base-format qcow2 --disk vm1.raw
+
+The format is decided once, here. A raw image is never taken for qcow2 because of how it begins: a guest may have written
+that. A qcow2 image may lie on others (backing files) in its own directory, or in one named by --backing-dir; each must name
+the format of the next.")]
     Provision(ProvisionArgs),
     /// Serve a session disk to VMs, one after the other
     #[command(after_help = "Examples:
@@ -145,9 +152,16 @@ pub(crate) struct ReportArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct ProvisionArgs {
-    /// The base image: a raw file or a block device; it is never written
+    /// The base image: a raw file, a block device or a qcow2 image; it is never written
     #[arg(long, value_name = "BASE")]
     pub(crate) base: PathBuf,
+    /// The base's format, raw or qcow2 [default: qcow2 if it is named *.qcow2 and begins as such, raw if nothing
+    /// says otherwise; else it must be said]
+    #[arg(long, value_name = "FORMAT")]
+    pub(crate) base_format: Option<BaseFormat>,
+    /// A directory in which files may lie that a qcow2 base is backed by, besides the base's own; may be repeated
+    #[arg(long, value_name = "DIR")]
+    pub(crate) backing_dir: Vec<PathBuf>,
     #[command(flatten)]
     pub(crate) disk: DiskArgs,
     /// Copy nothing now: the disk can be served at once and is filled in the background

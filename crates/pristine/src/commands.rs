@@ -37,6 +37,8 @@ pub(crate) fn provision(args: &ProvisionArgs) -> Result<ExitCode, Failure> {
     let _signals = StopOnSignal::start(Arc::clone(&stop), || ())?;
     let options = ProvisionOptions {
         base: args.base.clone(),
+        base_format: args.base_format,
+        backing_dirs: args.backing_dir.clone(),
         disk: args.disk.options(),
         size: args.size,
         adopt: args.adopt,
@@ -177,7 +179,10 @@ fn print_status(options: &DiskOptions, status: &Status) {
         DiskState::Held => "held: kept as the session left it until `pristine session release`",
     };
     say!("disk     {}, {}", options.disk.display(), BinaryBytes(status.size));
-    say!("base     {}", status.base.display());
+    say!("base     {}, {}", status.base.display(), status.base_format);
+    for file in &status.base_backing {
+        say!("  on     {}", file.display());
+    }
     say!("state    {state}");
     say!("dirty    {}", amount(status.dirty_blocks));
     say!("pending  {}", amount(status.pending_blocks));

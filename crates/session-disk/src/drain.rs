@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use base_image::Content;
+use base_image::{Content, Urgency};
 use blockio::{AlignedBuf, Buffer, Completion, Engine, Op};
 use blocks::{BlockRange, Extent};
 
@@ -80,7 +80,7 @@ pub(crate) struct Drain {
 
 impl Drain {
     pub(crate) fn new(shared: Arc<Shared>) -> Result<Self, Error> {
-        let engine = shared.new_engine(IN_FLIGHT_RUNS_MAX as u32)?;
+        let engine = shared.new_engine(IN_FLIGHT_RUNS_MAX as u32, Urgency::Background)?;
         let waker =
             Waker::new().map_err(|error| Error::state("make a wake-up for", shared.disk.path(), error))?;
         Ok(Self {

@@ -7,7 +7,7 @@ use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use base_image::BaseIdentity;
+use base_image::{BaseFormat, BaseIdentity};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 use write_log::{LogId, LogKind};
@@ -97,6 +97,9 @@ impl DiskFile {
 pub struct BaseEntry {
     /// Absolute path.
     pub path: PathBuf,
+    /// Its format, decided when the disk was provisioned: its contents never change that.
+    #[serde(default, skip_serializing_if = "BaseFormat::is_raw")]
+    pub format: BaseFormat,
     /// What it looked like.
     pub identity: BaseIdentity,
 }
@@ -227,7 +230,11 @@ mod tests {
             disk: Uuid::from_u128(1),
             size: 1 << 20,
             file: Some(DiskFile { inode: 7, birth_ns: None }),
-            base: BaseEntry { path: "/images/golden.raw".into(), identity: BaseIdentity::of_size(1 << 20) },
+            base: BaseEntry {
+                path: "/images/golden.raw".into(),
+                format: BaseFormat::Qcow2,
+                identity: BaseIdentity::of_size(1 << 20),
+            },
             next_sequence: 3,
             logs: vec![LogEntry { sequence: 2, uuid: Uuid::from_u128(2), kind: EntryKind::Session }],
             pristine_since: None,
@@ -262,6 +269,15 @@ mod tests {
         for len in 0..bytes.len() - 1 {
             assert!(Manifest::parse(Path::new("m"), &bytes[..len]).is_err(), "cut at {len}");
         }
+    }
+
+    /// A manifest that names no format is of a raw base, whatever that begins with.
+    #[test]
+    fn manifest_without_a_format_is_of_a_raw_base() {
+        let mut value = serde_json::to_value(manifest()).unwrap();
+        value["base"].as_object_mut().unwrap().remove("format").unwrap();
+        let old: Manifest = serde_json::from_value(value).unwrap();
+        assert_eq!(old.base.format, BaseFormat::Raw);
     }
 
     /// Manifests from before holds stay readable.

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use base_image::{BaseIdentity, BaseImage};
+use base_image::{BaseIdentity, BaseImage, Trust};
 use blockio::{File, FileKind, ImageAccess, OpenOptions};
 use blocks::Geometry;
 use write_log::{LogContents, LogError, LogId};
@@ -61,8 +61,12 @@ pub(crate) fn open_disk(path: &Path, direct: bool, live: Option<&LivePage>) -> R
     }
 }
 
-/// Fails if the two paths name one file or device.
-pub(crate) fn refuse_same_file(disk: &Path, base: &Path) -> Result<(), Error> {
+/// Fails if the disk is the base, or a file that the base is made of.
+pub(crate) fn refuse_disk_of_base(disk: &Path, base: &BaseImage) -> Result<(), Error> {
+    base.paths()?.iter().try_for_each(|path| refuse_same_file(disk, path))
+}
+
+fn refuse_same_file(disk: &Path, base: &Path) -> Result<(), Error> {
     let id = |path: &Path| -> Result<(u64, u64, u64), Error> {
         let metadata = fs::metadata(path).map_err(|error| Error::state("open", path, error))?;
         Ok(if metadata.rdev() != 0 { (0, 0, metadata.rdev()) } else { (metadata.dev(), metadata.ino(), 0) })
@@ -96,7 +100,9 @@ pub(crate) fn check_size(disk: &File, manifest: &Manifest) -> Result<Geometry, E
 /// Opens the base of a manifest; fails if it changed.
 pub(crate) fn open_base(manifest: &Manifest) -> Result<BaseImage, Error> {
     let path = &manifest.base.path;
-    let base = BaseImage::open(path).map_err(|error| match error {
+    // Nothing is guessed and no file opened that it did not consist of when the disk was provisioned.
+    let trust = Trust::Recorded(&manifest.base.identity.backing);
+    let base = BaseImage::open(path, Some(manifest.base.format), trust).map_err(|error| match error {
         base_image::BaseError::Io(error) if error.is_in_use() => {
             Error::InUse { path: path.clone(), by: " by a program that may write to it".into() }
         }

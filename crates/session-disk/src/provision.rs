@@ -4,7 +4,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use base_image::{BaseImage, Content};
+use base_image::{BaseFormat, BaseImage, Content, Trust};
 use blockio::{File, FileKind, OpenOptions};
 use blocks::{BLOCK_SIZE, BlockSet, Extent, Geometry};
 use uuid::Uuid;
@@ -14,7 +14,7 @@ use crate::disk::{next_entry, unix_ns};
 use crate::intents::Intents;
 use crate::live::LivePage;
 use crate::manifest::{BaseEntry, DiskFile, EntryKind, MANIFEST_VERSION, Manifest};
-use crate::open::{disk_witness, file_number, lock_state_dir, open_disk, refuse_same_file};
+use crate::open::{disk_witness, file_number, lock_state_dir, open_disk, refuse_disk_of_base};
 use crate::storage::Storage;
 use crate::{DiskOptions, Error, Paths, witness};
 
@@ -23,12 +23,24 @@ use crate::{DiskOptions, Error, Paths, witness};
 pub struct ProvisionOptions {
     /// The base.
     pub base: PathBuf,
+    /// Its format; `None`: as its file name says and its contents bear out, or raw. It is decided here, once.
+    pub base_format: Option<BaseFormat>,
+    /// Where files may lie that the base is backed by, besides its own directory.
+    pub backing_dirs: Vec<PathBuf>,
     /// The disk and where its state goes.
     pub disk: DiskOptions,
     /// Size of the disk in bytes, if it is to be larger than the base; the tail is zeroes.
     pub size: Option<u64>,
     /// Take over an existing file: all of its blocks are restored.
     pub adopt: bool,
+}
+
+impl ProvisionOptions {
+    /// A new disk from `base`, of the base's size; the base's format is as its file name says.
+    pub fn new(base: impl Into<PathBuf>, disk: DiskOptions) -> Self {
+        let (base_format, backing_dirs) = (None, Vec::new());
+        Self { base: base.into(), base_format, backing_dirs, disk, size: None, adopt: false }
+    }
 }
 
 /// What was made; files that were not there before can be removed again.
@@ -85,14 +97,14 @@ fn make(options: &ProvisionOptions, made: &mut Made) -> Result<(u64, u64), Error
     let (paths, storage) = (options.disk.paths(), Storage::new(options.disk.tape.clone()));
     let base_path =
         fs::canonicalize(&options.base).map_err(|e| Error::state("open base image", &options.base, e))?;
-    let base = BaseImage::open(&base_path)?;
+    let base = BaseImage::open(&base_path, options.base_format, Trust::Directories(&options.backing_dirs))?;
     let exists = match fs::metadata(path) {
         Ok(_) => true,
         Err(error) if error.kind() == io::ErrorKind::NotFound => false,
         Err(error) => return Err(Error::state("open", path, error)),
     };
     if exists {
-        refuse_same_file(path, &base_path)?;
+        refuse_disk_of_base(path, &base)?;
     }
     let state_before = existing_state(options, &paths)?;
     let before = state_before.as_ref().map(|manifest| manifest.disk);
@@ -135,7 +147,7 @@ fn make(options: &ProvisionOptions, made: &mut Made) -> Result<(u64, u64), Error
         disk: Uuid::new_v4(),
         size,
         file: disk_witness(&disk)?.as_ref().and_then(DiskFile::of),
-        base: BaseEntry { path: base_path, identity: base.identity()? },
+        base: BaseEntry { path: base_path, format: base.format(), identity: base.identity()? },
         next_sequence: 1,
         logs: Vec::new(),
         pristine_since: None,

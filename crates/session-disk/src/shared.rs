@@ -4,7 +4,7 @@ use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use base_image::{BaseIdentity, BaseImage};
+use base_image::{BaseIdentity, BaseImage, Urgency};
 use blockio::fault::{FaultEngine, FaultPlan};
 use blockio::{Engine, EngineKind, File, FileIndex};
 use blocks::{BlockSet, Extent, Geometry};
@@ -115,10 +115,15 @@ impl Shared {
         }
     }
 
-    /// An engine for [`DISK`] and [`BASE`] with up to `depth` operations at work.
-    pub(crate) fn new_engine(&self, depth: u32) -> Result<Box<dyn Engine>, Error> {
+    /// An engine for [`DISK`] and [`BASE`] with up to `depth` operations at work. What is read of the base
+    /// is urgent, or can wait for those that are.
+    pub(crate) fn new_engine(&self, depth: u32, urgency: Urgency) -> Result<Box<dyn Engine>, Error> {
         let files = vec![Arc::clone(&self.disk), Arc::clone(self.base.file())];
         let engine = blockio::new_engine(self.engine, depth, files)?;
+        let engine = self
+            .base
+            .engine(engine, BASE, urgency)
+            .map_err(|error| Error::state("make readers for", self.base.path(), error))?;
         let engine = self.storage.engine(engine, &[self.disk.path(), self.base.path()]);
         match &self.faults {
             None => Ok(engine),

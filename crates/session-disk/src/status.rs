@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use base_image::BaseFormat;
 use blockio::{File, OpenOptions};
 use blocks::BLOCK_SIZE;
 use serde::Serialize;
@@ -56,6 +57,11 @@ pub struct Status {
     pub size: u64,
     /// The base.
     pub base: PathBuf,
+    /// The base's format.
+    pub base_format: BaseFormat,
+    /// The files that the base is backed by, the nearest first.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub base_backing: Vec<PathBuf>,
     /// The process that serves the disk.
     pub server_pid: Option<u32>,
     /// The process that owns the open session, if its identity is known.
@@ -104,6 +110,8 @@ pub fn status(options: &DiskOptions) -> Result<Status, Error> {
         blocks: geometry.blocks(),
         size: geometry.size(),
         base: manifest.base.path.clone(),
+        base_format: manifest.base.format,
+        base_backing: manifest.base.identity.backing.iter().map(|file| file.path.clone()).collect(),
         server_pid: None,
         session_owner_pid: None,
         logs: manifest.logs.len(),

@@ -77,10 +77,8 @@ fn adopt_that_fails_leaves_the_old_verdict() {
     let state = bench.options.paths().state_dir().to_owned();
     std::fs::create_dir(state.join("manifest.new")).unwrap();
     let adopt = session_disk::ProvisionOptions {
-        base: bench.base_path(),
-        disk: bench.options.clone(),
-        size: None,
         adopt: true,
+        ..session_disk::ProvisionOptions::new(bench.base_path(), bench.options.clone())
     };
     session_disk::provision(&adopt).unwrap_err();
     std::fs::remove_dir(state.join("manifest.new")).unwrap();

@@ -279,7 +279,7 @@ fn held_disk_is_not_adopted() {
     let content = bench.disk_content();
     let adopt = || {
         let (base, disk) = (bench.base_path(), bench.options.clone());
-        provision(&ProvisionOptions { base, disk, size: None, adopt: true })
+        provision(&ProvisionOptions { adopt: true, ..ProvisionOptions::new(base, disk) })
     };
     assert!(matches!(adopt(), Err(Error::Held { .. })));
     assert!(bench.disk_content() == content);

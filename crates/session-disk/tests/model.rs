@@ -81,10 +81,8 @@ impl Ground {
         let mut counts = Counts::default();
         let mut world = World::new(&Remains::default());
         let wanted = ProvisionOptions {
-            base: self.dir.path().join("base.raw"),
-            disk: options(&world, manner),
             size: Some(DISK_SIZE),
-            adopt: false,
+            ..ProvisionOptions::new(self.dir.path().join("base.raw"), options(&world, manner))
         };
         provision(&wanted).unwrap();
         let mut life = Life::open(options(&world, manner), &self.image, &WINDOWS);

@@ -153,7 +153,7 @@ fn disk_that_is_adopted_is_believed_and_its_state_before_is_not() {
     let before = named(&bench).unwrap();
     std::fs::remove_dir_all(bench.options.paths().state_dir()).unwrap();
     let wanted =
-        ProvisionOptions { base: bench.base_path(), disk: bench.options.clone(), size: None, adopt: true };
+        ProvisionOptions { adopt: true, ..ProvisionOptions::new(bench.base_path(), bench.options.clone()) };
     provision(&wanted).unwrap();
     assert!(named(&bench).unwrap() > before);
     assert_eq!(*bench.open().basis(), Basis::ExactLogs);
@@ -274,7 +274,7 @@ fn disk_whose_file_can_have_no_attributes_has_no_witness() {
             tape: Some(Arc::new(NoAttributes(errno))),
             ..DiskOptions::new(dir.path().join("disk.raw"))
         };
-        let wanted = ProvisionOptions { base, disk: options.clone(), size: None, adopt: false };
+        let wanted = ProvisionOptions::new(base, options.clone());
         provision(&wanted).unwrap();
         let bench = Bench { dir, base: common::base_content(MIB), options };
         bench.assert_restores_exactly(&bench.open());

@@ -156,10 +156,8 @@ fn scenario(dir: &Path, base: &Image, engine: EngineKind, schedule: &Arc<Schedul
         ..DiskOptions::new(dir.join("disk.raw"))
     };
     let mut wanted = ProvisionOptions {
-        base: dir.join("base.raw"),
-        disk: options.clone(),
         size: Some(DISK_SIZE),
-        adopt: false,
+        ..ProvisionOptions::new(dir.join("base.raw"), options.clone())
     };
     if provision(&wanted).is_err() {
         assert!(!options.disk.exists(), "a provision that failed leaves nothing");

@@ -322,7 +322,7 @@ mod tests {
             engine: Some(EngineKind::Sync),
             ..DiskOptions::new(dir.path().join("disk.raw"))
         };
-        provision(&ProvisionOptions { base, disk: options.clone(), size: None, adopt: false }).unwrap();
+        provision(&ProvisionOptions::new(base, options.clone())).unwrap();
         let disk = SessionDisk::open(&options).unwrap();
         disk.begin_session(None).unwrap();
         let config = DeviceConfig {

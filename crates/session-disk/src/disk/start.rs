@@ -13,7 +13,7 @@ use crate::live::LivePage;
 use crate::manifest::{DiskFile, Manifest};
 use crate::open::{
     check_size, describe, disk_witness, file_number, judge, lock_state_dir, open_base, open_disk,
-    open_for_sync, refuse_same_file,
+    open_for_sync, refuse_disk_of_base,
 };
 use crate::recover::{Basis, GoesOn};
 use crate::shared::{FlushPolicy, Parts, Shared};
@@ -53,7 +53,7 @@ impl SessionDisk {
             )));
         }
         let base = open_base(&manifest)?;
-        refuse_same_file(&options.disk, &manifest.base.path)?;
+        refuse_disk_of_base(&options.disk, &base)?;
         let (live, before) = LivePage::open(&paths, manifest.disk, number)?;
         let was_open = before.session_open;
         let before = if options.resume { before } else { before.session_over() };

@@ -78,7 +78,7 @@ fn pristine_disk() -> (tempfile::TempDir, DiskOptions) {
         runtime_dir: Some(dir.path().join("run")),
         ..DiskOptions::new(dir.path().join("disk.raw"))
     };
-    provision(&ProvisionOptions { base, disk: options.clone(), size: None, adopt: false }).unwrap();
+    provision(&ProvisionOptions::new(base, options.clone())).unwrap();
     let disk = SessionDisk::open(&options).unwrap();
     disk.drain(&AtomicBool::new(false), &mut |_| ()).unwrap();
     disk.stop().unwrap();

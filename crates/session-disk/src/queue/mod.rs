@@ -25,6 +25,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use base_image::Urgency;
 use blockio::{AlignedBuf, Buffer, Completion, Engine, GuestBuf, GuestView, Op, Quick};
 use blocks::{BlockRange, Extent};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -83,7 +84,7 @@ fn failed(kind: io::ErrorKind) -> io::Error {
 
 impl DiskQueue {
     pub(crate) fn new(shared: Arc<Shared>, counters: Arc<QueueCounters>, depth: u32) -> Result<Self, Error> {
-        let engine = shared.new_engine(depth)?;
+        let engine = shared.new_engine(depth, Urgency::Guest)?;
         shared.disk.map_resident();
         let waker =
             Waker::new().map_err(|error| Error::state("make a wake-up for", shared.disk.path(), error))?;

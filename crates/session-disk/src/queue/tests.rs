@@ -72,7 +72,7 @@ impl Bench {
             runtime_dir: Some(dir.path().join("run")),
             ..DiskOptions::new(dir.path().join("disk.raw"))
         };
-        provision(&ProvisionOptions { base: path, disk: options.clone(), size: None, adopt: false }).unwrap();
+        provision(&ProvisionOptions::new(path, options.clone())).unwrap();
         let disk = SessionDisk::open(&options).unwrap();
         if !lazy {
             disk.drain(&AtomicBool::new(false), &mut |_| ()).unwrap();

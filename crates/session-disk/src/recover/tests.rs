@@ -11,7 +11,11 @@ fn manifest(generation: u64, has_log: bool) -> Manifest {
         disk: Uuid::from_u128(1),
         size: SIZE,
         file: None,
-        base: BaseEntry { path: "/images/golden.raw".into(), identity: BaseIdentity::of_size(SIZE) },
+        base: BaseEntry {
+            path: "/images/golden.raw".into(),
+            format: base_image::BaseFormat::Raw,
+            identity: BaseIdentity::of_size(SIZE),
+        },
         next_sequence: 3,
         logs: has_log.then_some(log).into_iter().collect(),
         pristine_since: None,

@@ -66,10 +66,8 @@ impl Bench {
             ..DiskOptions::new(dir.path().join("disk.raw"))
         };
         let made = provision(&ProvisionOptions {
-            base: base_path,
-            disk: options.clone(),
             size: disk_size,
-            adopt: false,
+            ..ProvisionOptions::new(base_path, options.clone())
         })
         .unwrap();
         assert!(made.pending_blocks > 0);

@@ -67,10 +67,9 @@ impl Ground {
 
     fn provision_options(&self, world: &World, adopt: bool) -> ProvisionOptions {
         ProvisionOptions {
-            base: self.base_path.clone(),
-            disk: world.options(EngineKind::Sync),
             size: Some(DISK_SIZE),
             adopt,
+            ..ProvisionOptions::new(&self.base_path, world.options(EngineKind::Sync))
         }
     }
 }

@@ -1,0 +1,266 @@
+//! A base image: what it holds, where, and whether it is still the same.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use blockio::{DataRanges, Engine, File, FileIndex, FileKind};
+
+use crate::chain::{Chain, Trust, open_file};
+use crate::engine::BaseEngine;
+use crate::error::BaseError;
+use crate::format::{BaseFormat, HEAD_LEN, decide};
+use crate::identity::BaseIdentity;
+use crate::pool::{Pool, Source, Urgency};
+
+/// How many stored bytes are looked for at once.
+const LOOK_MAX: u64 = 4 << 20;
+
+/// What a range of the base holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Content {
+    /// Bytes that have to be read; the length in bytes.
+    Data(u64),
+    /// A hole, or past the end of the base: all zeroes; the length in bytes.
+    Hole(u64),
+}
+
+/// An open base image. Past its end it reads as zeroes, so that a disk may be larger.
+///
+/// Its files are opened read-only and buffered, always: all disks of a host share its page cache.
+#[derive(Debug)]
+pub struct BaseImage {
+    file: Arc<File>,
+    format: BaseFormat,
+    size: u64,
+    bytes: Bytes,
+}
+
+/// Where the bytes are.
+#[derive(Debug)]
+enum Bytes {
+    /// Byte `n` of the base is byte `n` of the file. What the file system was asked of its data holds as
+    /// long as the base is the same.
+    Raw(Mutex<DataRanges>),
+    /// They have to be looked for.
+    Chain(Arc<Chain>, Arc<Pool>),
+}
+
+impl Source for Chain {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> std::io::Result<()> {
+        Chain::read_at(self, buf, offset)
+    }
+}
+
+impl BaseImage {
+    /// Opens the base at `path`, an absolute path without links, and takes QEMU's image locks for a reader that wants no
+    /// writers on it and all that it is backed by.
+    ///
+    /// Where `format` is not named, it is what the file's name says and its contents bear out, or raw.
+    ///
+    /// # Errors
+    /// If it can't be opened, read, understood or trusted, or if its format is not clear.
+    pub fn open(path: &Path, format: Option<BaseFormat>, trust: Trust<'_>) -> Result<Self, BaseError> {
+        let file = open_file(path)?;
+        let format = match format {
+            Some(format) => format,
+            None => find_format(&file)?,
+        };
+        let (size, bytes) = match format {
+            BaseFormat::Raw => (file.size()?, Bytes::Raw(Mutex::default())),
+            BaseFormat::Qcow2 => {
+                let chain = Arc::new(Chain::open(Arc::clone(&file), format, trust)?);
+                let pool = Pool::new(Arc::clone(&chain) as Arc<dyn Source>);
+                (chain.size(), Bytes::Chain(chain, Arc::new(pool)))
+            }
+        };
+        blocks::Geometry::new(size).map_err(|source| BaseError::Size { path: path.to_owned(), source })?;
+        Ok(Self { file, format, size, bytes })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        self.file.path()
+    }
+
+    /// How its bytes lie in its file.
+    pub fn format(&self) -> BaseFormat {
+        self.format
+    }
+
+    /// Its size in bytes.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// The base's file, for an engine. Only for [`BaseFormat::Raw`] is byte `n` of it the base's byte `n`: see
+    /// [`engine`](Self::engine).
+    pub fn file(&self) -> &Arc<File> {
+        &self.file
+    }
+
+    /// The paths of the files that it is made of, its own first.
+    pub fn paths(&self) -> Result<Vec<PathBuf>, BaseError> {
+        let backing = self.identity()?.backing.into_iter().map(|file| file.path);
+        Ok([self.path().to_owned()].into_iter().chain(backing).collect())
+    }
+
+    /// An engine that reads the base as its file `base`, from `inner`, which has [`file`](Self::file) in that
+    /// place.
+    ///
+    /// # Errors
+    /// If the kernel has no descriptors to spare.
+    pub fn engine(
+        &self,
+        inner: Box<dyn Engine>,
+        base: FileIndex,
+        urgency: Urgency,
+    ) -> std::io::Result<Box<dyn Engine>> {
+        match &self.bytes {
+            Bytes::Raw(_) => Ok(inner),
+            Bytes::Chain(_, pool) => Ok(Box::new(BaseEngine::new(inner, base, Arc::clone(pool), urgency)?)),
+        }
+    }
+
+    /// What would have to stay the same for the contents to be known unchanged.
+    pub fn identity(&self) -> Result<BaseIdentity, BaseError> {
+        let of_file = match self.file.kind() {
+            FileKind::Regular => BaseIdentity::of_file(&self.file.identity()?),
+            FileKind::BlockDevice => BaseIdentity::of_size(self.file.size()?),
+        };
+        match &self.bytes {
+            Bytes::Raw(_) => Ok(of_file),
+            Bytes::Chain(chain, _) => {
+                Ok(BaseIdentity { size: chain.size(), backing: chain.backing()?, ..of_file })
+            }
+        }
+    }
+
+    /// Fails if the base is not the one that `expected` was taken from.
+    pub fn check(&self, expected: &BaseIdentity) -> Result<(), BaseError> {
+        match expected.change_to(&self.identity()?) {
+            None => Ok(()),
+            Some(change) => Err(BaseError::Changed { path: self.path().to_owned(), change }),
+        }
+    }
+
+    /// How many of the `len` bytes at `offset` the base has; the rest lies past its end and is zero.
+    pub fn bytes_inside(&self, offset: u64, len: u64) -> u64 {
+        self.size.saturating_sub(offset).min(len)
+    }
+
+    /// What the base holds at `offset`, for at most `len` bytes (which must not be 0).
+    ///
+    /// Boundaries inside a block belong to data: where a block has any data, it is data.
+    pub fn content_at(&self, offset: u64, len: u64) -> Result<Content, BaseError> {
+        let block_start = offset / blocks::BLOCK_SIZE * blocks::BLOCK_SIZE;
+        if block_start >= self.size {
+            return Ok(Content::Hole(len));
+        }
+        let end = offset.saturating_add(len).next_multiple_of(blocks::BLOCK_SIZE);
+        let data = match &self.bytes {
+            Bytes::Raw(ranges) => lock(ranges).next(&self.file, block_start)?,
+            Bytes::Chain(chain, _) => {
+                let (hole, data) = chain
+                    .content(block_start, end - block_start, LOOK_MAX)
+                    .map_err(|source| self.read_error(block_start, source))?;
+                let start = block_start + hole;
+                (data > 0).then_some(start..start + data)
+            }
+        };
+        let Some(data) = data else { return Ok(Content::Hole(len)) };
+        let data_start = data.start / blocks::BLOCK_SIZE * blocks::BLOCK_SIZE;
+        if data_start > offset {
+            return Ok(Content::Hole((data_start - offset).min(len)));
+        }
+        let data_end = data.end.div_ceil(blocks::BLOCK_SIZE) * blocks::BLOCK_SIZE;
+        Ok(Content::Data(data_end.saturating_sub(offset).min(len).max(1)))
+    }
+
+    /// Reads `buf.len()` bytes at `offset`; zeroes past the end.
+    pub fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<(), BaseError> {
+        let inside = self.bytes_inside(offset, buf.len() as u64) as usize;
+        let (head, tail) = buf.split_at_mut(inside);
+        tail.fill(0);
+        if head.is_empty() {
+            return Ok(());
+        }
+        match &self.bytes {
+            Bytes::Raw(_) => Ok(self.file.read_exact_at(head, offset)?),
+            Bytes::Chain(chain, _) => {
+                chain.read_at(head, offset).map_err(|source| self.read_error(offset, source))
+            }
+        }
+    }
+
+    fn read_error(&self, offset: u64, source: std::io::Error) -> BaseError {
+        BaseError::Read { path: self.path().to_owned(), offset, source }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The format of a file for which none was named.
+fn find_format(file: &File) -> Result<BaseFormat, BaseError> {
+    let mut head = [0; HEAD_LEN];
+    let inside = file.size()?.min(HEAD_LEN as u64) as usize;
+    let head = head.get_mut(..inside).unwrap_or_default();
+    file.read_exact_at(head, 0)?;
+    decide(file.path(), head).map_err(|what| BaseError::Refused { path: file.path().to_owned(), what })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Seek, SeekFrom, Write};
+
+    use super::*;
+    use crate::identity::Change;
+
+    fn image(parts: &[(u64, &[u8])], size: u64) -> tempfile::NamedTempFile {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(size).unwrap();
+        for (offset, bytes) in parts {
+            file.seek(SeekFrom::Start(*offset)).unwrap();
+            file.write_all(bytes).unwrap();
+        }
+        file
+    }
+
+    fn raw(path: &Path) -> Result<BaseImage, BaseError> {
+        BaseImage::open(path, None, Trust::Directories(&[]))
+    }
+
+    #[test]
+    fn content_of_a_sparse_file_is_holes_and_whole_blocks_of_data() {
+        let file = image(&[(1 << 20, &[7; 100])], 4 << 20);
+        let base = raw(file.path()).unwrap();
+        assert_eq!(base.content_at(0, 4 << 20).unwrap(), Content::Hole(1 << 20));
+        let Content::Data(len) = base.content_at(1 << 20, 4096).unwrap() else { panic!("expected data") };
+        assert_eq!(len, 4096);
+        assert_eq!(base.content_at(8 << 20, 512).unwrap(), Content::Hole(512));
+    }
+
+    #[test]
+    fn read_across_the_end_of_a_base_gives_zeroes() {
+        let file = image(&[(0, &[9; 1024])], 1024);
+        let base = raw(file.path()).unwrap();
+        let mut buf = [1; 4096];
+        base.read_at(&mut buf, 512).unwrap();
+        assert!(buf[..512].iter().all(|b| *b == 9) && buf[512..].iter().all(|b| *b == 0));
+    }
+
+    /// Invariant 5: a base that changed is noticed.
+    #[test]
+    fn check_of_a_base_that_was_written_to_fails() {
+        let file = image(&[(0, &[9; 1024])], 1024);
+        let base = raw(file.path()).unwrap();
+        let identity = base.identity().unwrap();
+        base.check(&identity).unwrap();
+        // File systems keep times at the granularity of a clock tick: write until it shows.
+        while base.identity().unwrap() == identity {
+            std::os::unix::fs::FileExt::write_all_at(file.as_file(), b"x", 0).unwrap();
+        }
+        assert!(matches!(base.check(&identity), Err(BaseError::Changed { change: Change::Times, .. })));
+    }
+}
