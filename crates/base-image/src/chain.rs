@@ -224,6 +224,11 @@ impl Chain {
         Ok(())
     }
 
+    /// Where the first file is.
+    pub(crate) fn path(&self) -> &Path {
+        self.layers.first().map_or(Path::new(""), |layer| layer.file().path())
+    }
+
     /// Size of the disk in bytes.
     pub(crate) fn size(&self) -> u64 {
         self.size

@@ -47,6 +47,19 @@ pub enum BaseError {
         /// What the operating system said.
         source: io::Error,
     },
+    /// A manifest that can't be written.
+    #[error("cannot {operation} {path}")]
+    Manifest {
+        /// What was tried, a verb.
+        operation: &'static str,
+        /// The manifest or its directory.
+        path: PathBuf,
+        /// What the operating system said.
+        source: io::Error,
+    },
+    /// The operator asked to stop.
+    #[error("stopped")]
+    Stopped,
     /// Contents that can't be read.
     #[error("cannot read base image {path} at byte {offset} of the disk")]
     Read {

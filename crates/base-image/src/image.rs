@@ -1,9 +1,10 @@
 //! A base image: what it holds, where, and whether it is still the same.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
-use blockio::{DataRanges, Engine, File, FileIndex, FileKind};
+use blockio::{Engine, File, FileIndex, FileKind};
 
 use crate::chain::{Chain, Trust, open_file};
 use crate::engine::BaseEngine;
@@ -11,6 +12,8 @@ use crate::error::BaseError;
 use crate::format::{BaseFormat, HEAD_LEN, decide};
 use crate::identity::BaseIdentity;
 use crate::pool::{Pool, Source, Urgency};
+use crate::seal::{CHUNK_SIZE, Seal, Verified};
+use crate::store::Store;
 
 /// How many stored bytes are looked for at once.
 const LOOK_MAX: u64 = 4 << 20;
@@ -32,22 +35,16 @@ pub struct BaseImage {
     file: Arc<File>,
     format: BaseFormat,
     size: u64,
-    bytes: Bytes,
+    store: Arc<Store>,
+    /// What compares it with its seal, if it has one.
+    verified: Option<Arc<Verified>>,
+    /// Threads that read it, where an engine alone can't.
+    pool: Option<Arc<Pool>>,
 }
 
-/// Where the bytes are.
-#[derive(Debug)]
-enum Bytes {
-    /// Byte `n` of the base is byte `n` of the file. What the file system was asked of its data holds as
-    /// long as the base is the same.
-    Raw(Mutex<DataRanges>),
-    /// They have to be looked for.
-    Chain(Arc<Chain>, Arc<Pool>),
-}
-
-impl Source for Chain {
+impl Source for Store {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> std::io::Result<()> {
-        Chain::read_at(self, buf, offset)
+        Store::read_at(self, buf, offset)
     }
 }
 
@@ -65,16 +62,44 @@ impl BaseImage {
             Some(format) => format,
             None => find_format(&file)?,
         };
-        let (size, bytes) = match format {
-            BaseFormat::Raw => (file.size()?, Bytes::Raw(Mutex::default())),
+        let (size, store) = match format {
+            BaseFormat::Raw => (file.size()?, Store::Raw(Arc::clone(&file), Mutex::default())),
             BaseFormat::Qcow2 => {
-                let chain = Arc::new(Chain::open(Arc::clone(&file), format, trust)?);
-                let pool = Pool::new(Arc::clone(&chain) as Arc<dyn Source>);
-                (chain.size(), Bytes::Chain(chain, Arc::new(pool)))
+                let chain = Chain::open(Arc::clone(&file), format, trust)?;
+                (chain.size(), Store::Chain(chain))
             }
         };
         blocks::Geometry::new(size).map_err(|source| BaseError::Size { path: path.to_owned(), source })?;
-        Ok(Self { file, format, size, bytes })
+        let store = Arc::new(store);
+        let pool = match format {
+            BaseFormat::Raw => None,
+            BaseFormat::Qcow2 => Some(Arc::new(Pool::new(Arc::clone(&store) as Arc<dyn Source>))),
+        };
+        Ok(Self { file, format, size, store, verified: None, pool })
+    }
+
+    /// The same base, of which from now on nothing is read that is not what was sealed.
+    ///
+    /// # Errors
+    /// If the seal is of a disk of another size.
+    pub fn sealed(self, seal: Seal) -> Result<Self, BaseError> {
+        if seal.size() != self.size {
+            let what = format!(
+                "it has {} bytes, and when it was sealed it had {}; if it is right as it is, seal it again with \
+                 `pristine base seal`",
+                self.size,
+                seal.size()
+            );
+            return Err(BaseError::Refused { path: self.path().to_owned(), what });
+        }
+        let verified = Arc::new(Verified::new(Arc::clone(&self.store), Arc::new(seal)));
+        let pool = Pool::new(Arc::clone(&verified) as Arc<dyn Source>);
+        Ok(Self { verified: Some(verified), pool: Some(Arc::new(pool)), ..self })
+    }
+
+    /// The seal that all that is read is compared with.
+    pub fn seal(&self) -> Option<&Seal> {
+        self.verified.as_ref().map(|verified| verified.seal().as_ref())
     }
 
     /// Where it is.
@@ -92,20 +117,22 @@ impl BaseImage {
         self.size
     }
 
-    /// The base's file, for an engine. Only for [`BaseFormat::Raw`] is byte `n` of it the base's byte `n`: see
-    /// [`engine`](Self::engine).
+    /// The base's file, for an engine; only [`engine`](Self::engine) knows whether byte `n` of it is the base's.
     pub fn file(&self) -> &Arc<File> {
         &self.file
     }
 
     /// The paths of the files that it is made of, its own first.
+    ///
+    /// # Errors
+    /// If one of them can't be looked at.
     pub fn paths(&self) -> Result<Vec<PathBuf>, BaseError> {
         let backing = self.identity()?.backing.into_iter().map(|file| file.path);
         Ok([self.path().to_owned()].into_iter().chain(backing).collect())
     }
 
     /// An engine that reads the base as its file `base`, from `inner`, which has [`file`](Self::file) in that
-    /// place.
+    /// place. Of a raw base without a seal it is `inner` itself.
     ///
     /// # Errors
     /// If the kernel has no descriptors to spare.
@@ -115,27 +142,33 @@ impl BaseImage {
         base: FileIndex,
         urgency: Urgency,
     ) -> std::io::Result<Box<dyn Engine>> {
-        match &self.bytes {
-            Bytes::Raw(_) => Ok(inner),
-            Bytes::Chain(_, pool) => Ok(Box::new(BaseEngine::new(inner, base, Arc::clone(pool), urgency)?)),
+        match &self.pool {
+            None => Ok(inner),
+            Some(pool) => Ok(Box::new(BaseEngine::new(inner, base, Arc::clone(pool), urgency)?)),
         }
     }
 
     /// What would have to stay the same for the contents to be known unchanged.
+    ///
+    /// # Errors
+    /// If a file can't be looked at.
     pub fn identity(&self) -> Result<BaseIdentity, BaseError> {
         let of_file = match self.file.kind() {
             FileKind::Regular => BaseIdentity::of_file(&self.file.identity()?),
             FileKind::BlockDevice => BaseIdentity::of_size(self.file.size()?),
         };
-        match &self.bytes {
-            Bytes::Raw(_) => Ok(of_file),
-            Bytes::Chain(chain, _) => {
+        match &*self.store {
+            Store::Raw(..) => Ok(of_file),
+            Store::Chain(chain) => {
                 Ok(BaseIdentity { size: chain.size(), backing: chain.backing()?, ..of_file })
             }
         }
     }
 
     /// Fails if the base is not the one that `expected` was taken from.
+    ///
+    /// # Errors
+    /// If it changed, or can't be looked at.
     pub fn check(&self, expected: &BaseIdentity) -> Result<(), BaseError> {
         match expected.change_to(&self.identity()?) {
             None => Ok(()),
@@ -151,32 +184,42 @@ impl BaseImage {
     /// What the base holds at `offset`, for at most `len` bytes (which must not be 0).
     ///
     /// Boundaries inside a block belong to data: where a block has any data, it is data.
+    ///
+    /// # Errors
+    /// If that can't be found out, or if there is a hole that was none when the base was sealed.
     pub fn content_at(&self, offset: u64, len: u64) -> Result<Content, BaseError> {
+        let content = self.stored_at(offset, len)?;
+        if let (Content::Hole(hole), Some(verified)) = (content, &self.verified) {
+            verified.check_hole(offset, hole).map_err(|source| self.read_error(offset, source))?;
+        }
+        Ok(content)
+    }
+
+    fn stored_at(&self, offset: u64, len: u64) -> Result<Content, BaseError> {
         let block_start = offset / blocks::BLOCK_SIZE * blocks::BLOCK_SIZE;
         if block_start >= self.size {
             return Ok(Content::Hole(len));
         }
         let end = offset.saturating_add(len).next_multiple_of(blocks::BLOCK_SIZE);
-        let data = match &self.bytes {
-            Bytes::Raw(ranges) => lock(ranges).next(&self.file, block_start)?,
-            Bytes::Chain(chain, _) => {
-                let (hole, data) = chain
-                    .content(block_start, end - block_start, LOOK_MAX)
-                    .map_err(|source| self.read_error(block_start, source))?;
-                let start = block_start + hole;
-                (data > 0).then_some(start..start + data)
-            }
-        };
-        let Some(data) = data else { return Ok(Content::Hole(len)) };
-        let data_start = data.start / blocks::BLOCK_SIZE * blocks::BLOCK_SIZE;
+        let (hole, data) = self
+            .store
+            .content(block_start, end - block_start, LOOK_MAX)
+            .map_err(|source| self.read_error(block_start, source))?;
+        if data == 0 {
+            return Ok(Content::Hole(len));
+        }
+        let data_start = (block_start + hole) / blocks::BLOCK_SIZE * blocks::BLOCK_SIZE;
         if data_start > offset {
             return Ok(Content::Hole((data_start - offset).min(len)));
         }
-        let data_end = data.end.div_ceil(blocks::BLOCK_SIZE) * blocks::BLOCK_SIZE;
+        let data_end = (block_start + hole + data).next_multiple_of(blocks::BLOCK_SIZE);
         Ok(Content::Data(data_end.saturating_sub(offset).min(len).max(1)))
     }
 
     /// Reads `buf.len()` bytes at `offset`; zeroes past the end.
+    ///
+    /// # Errors
+    /// If that can't be read, or is not what was sealed.
     pub fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<(), BaseError> {
         let inside = self.bytes_inside(offset, buf.len() as u64) as usize;
         let (head, tail) = buf.split_at_mut(inside);
@@ -184,12 +227,36 @@ impl BaseImage {
         if head.is_empty() {
             return Ok(());
         }
-        match &self.bytes {
-            Bytes::Raw(_) => Ok(self.file.read_exact_at(head, offset)?),
-            Bytes::Chain(chain, _) => {
-                chain.read_at(head, offset).map_err(|source| self.read_error(offset, source))
+        let read = match &self.verified {
+            None => self.store.read_at(head, offset),
+            Some(verified) => Source::read_at(&**verified, head, offset),
+        };
+        read.map_err(|source| self.read_error(offset, source))
+    }
+
+    /// Compares every chunk with the seal; returns those that can't be read or are not what was sealed. `progress` is told how many
+    /// bytes are done. A base without a seal has no bad chunks.
+    ///
+    /// # Errors
+    /// [`BaseError::Stopped`] if `stop` is set.
+    pub fn bad_chunks(
+        &self,
+        stop: &AtomicBool,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<Vec<BadChunk>, BaseError> {
+        let Some(verified) = &self.verified else { return Ok(Vec::new()) };
+        let mut bad = Vec::new();
+        for (chunk, offset) in (0..self.size.div_ceil(CHUNK_SIZE)).zip((0..).step_by(CHUNK_SIZE as usize)) {
+            if stop.load(Ordering::Acquire) {
+                return Err(BaseError::Stopped);
             }
+            let len = CHUNK_SIZE.min(self.size - offset);
+            if let Err(error) = verified.check_chunk(chunk) {
+                bad.push(BadChunk { offset, len, why: error.to_string() });
+            }
+            progress(offset + len);
         }
+        Ok(bad)
     }
 
     fn read_error(&self, offset: u64, source: std::io::Error) -> BaseError {
@@ -197,8 +264,15 @@ impl BaseImage {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+/// A part of a base that is not what was sealed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BadChunk {
+    /// First byte.
+    pub offset: u64,
+    /// Bytes.
+    pub len: u64,
+    /// What is wrong.
+    pub why: String,
 }
 
 /// The format of a file for which none was named.

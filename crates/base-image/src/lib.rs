@@ -7,6 +7,9 @@
 //! A raw file or block device is read by whoever has an I/O engine. The bytes of a qcow2 image, and of the files
 //! that it is backed by, are looked up and unpacked by threads of this crate; [`BaseImage::engine`] makes that look
 //! like any other I/O.
+//!
+//! [`seal`] writes the hash of every chunk of a base beside it; of a base that is [`sealed`](BaseImage::sealed)
+//! nothing is read that does not have its hash.
 #![forbid(unsafe_code)]
 
 mod chain;
@@ -17,10 +20,13 @@ mod identity;
 mod image;
 mod pool;
 mod qcow2;
+mod seal;
+mod store;
 
 pub use chain::Trust;
 pub use error::BaseError;
 pub use format::BaseFormat;
 pub use identity::{BackingIdentity, BaseIdentity, Change, FileIdentity};
-pub use image::{BaseImage, Content};
+pub use image::{BadChunk, BaseImage, Content};
 pub use pool::Urgency;
+pub use seal::{CHUNK_SIZE, Root, Seal, manifest_path, seal};

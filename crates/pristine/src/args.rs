@@ -66,8 +66,9 @@ Also understood without the word serve, as QEMU's conventions for backend progra
     /// Compare a disk with its base: exit 0 if every byte is equal, else 1 and what differs
     #[command(after_help = "Examples:
   pristine verify --disk vm1.raw
-  pristine verify --disk vm1.raw --json")]
-    Verify(ReportArgs),
+  pristine verify --disk vm1.raw --json
+  pristine verify --disk vm1.raw --deep")]
+    Verify(VerifyArgs),
     /// Show what state a disk is in, also while it is served
     #[command(after_help = "Examples:
   pristine status --disk vm1.raw
@@ -76,6 +77,8 @@ Also understood without the word serve, as QEMU's conventions for backend progra
 States: pristine, in-session, restoring (a server is at it), interrupted (restore or serve goes on), held (as the session
 left it until `pristine session release`), kept (changed by sessions of `serve --reset-on never`).")]
     Status(ReportArgs),
+    /// Seal base images, and look at them
+    Base(BaseArgs),
     /// End a session, or keep what it leaves
     Session(SessionArgs),
     /// Look into write logs
@@ -89,13 +92,15 @@ impl Command {
             Self::Provision(args) => (&args.disk.disk, &args.disk.dirs),
             Self::Serve(args) => (args.disk.as_ref()?, &args.dirs),
             Self::Restore(RestoreArgs { disk, .. }) => (&disk.disk, &disk.dirs),
-            Self::Verify(args) | Self::Status(args) => (&args.disk.disk, &args.disk.dirs),
+            Self::Verify(VerifyArgs { report, .. }) | Self::Status(report) => {
+                (&report.disk.disk, &report.disk.dirs)
+            }
             Self::Session(args) => match &args.command {
                 SessionCommand::End(args) | SessionCommand::Hold(args) | SessionCommand::Release(args) => {
                     (&args.disk, &args.dirs)
                 }
             },
-            Self::Log(_) => return None,
+            Self::Log(_) | Self::Base(_) => return None,
         };
         let state = dirs.state_dir.as_ref().map(|dir| format!(" --state-dir {}", dir.display()));
         Some(format!("--disk {}{}", disk.display(), state.unwrap_or_default()))
@@ -151,17 +156,72 @@ pub(crate) struct ReportArgs {
 }
 
 #[derive(Debug, Args)]
-pub(crate) struct ProvisionArgs {
-    /// The base image: a raw file, a block device or a qcow2 image; it is never written
-    #[arg(long, value_name = "BASE")]
-    pub(crate) base: PathBuf,
-    /// The base's format, raw or qcow2 [default: qcow2 if it is named *.qcow2 and begins as such, raw if nothing
+pub(crate) struct VerifyArgs {
+    #[command(flatten)]
+    pub(crate) report: ReportArgs,
+    /// Before that, compare the base with its seal, and name the chunks that are not as they were sealed
+    #[arg(long)]
+    pub(crate) deep: bool,
+}
+
+/// How a base is to be read.
+#[derive(Debug, Args)]
+pub(crate) struct FormatArgs {
+    /// The base's format, raw or qcow2 [default: what was sealed; qcow2 if it is named *.qcow2 and begins as such; raw if nothing
     /// says otherwise; else it must be said]
     #[arg(long, value_name = "FORMAT")]
     pub(crate) base_format: Option<BaseFormat>,
     /// A directory in which files may lie that a qcow2 base is backed by, besides the base's own; may be repeated
     #[arg(long, value_name = "DIR")]
     pub(crate) backing_dir: Vec<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BaseArgs {
+    #[command(subcommand)]
+    pub(crate) command: BaseCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum BaseCommand {
+    /// Write BASE.manifest: the hash of each 64 KiB of the disk that the image makes, and one of them all
+    ///
+    /// Disks that are provisioned from the base afterwards take no byte of it that does not have its hash: what rots
+    /// or is tampered with is an I/O error, not a guest's data. Disks with the same root hash (`pristine status`) have the same
+    /// base, on whichever host and in whichever format. Seal again after every change.
+    #[command(after_help = "Examples:
+  pristine base seal golden.qcow2
+  pristine base seal debian-12.img --base-format qcow2")]
+    Seal(BaseImageArgs),
+    /// Show a base's format, size, the files that it is made of, and its seal
+    #[command(after_help = "Example:
+  pristine base info golden.qcow2 --json")]
+    Info(BaseImageArgs),
+    /// Compare a base with its seal: exit 0 if all of it is as it was sealed, else 1 and the chunks that are not
+    #[command(after_help = "Example:
+  pristine base verify golden.qcow2")]
+    Verify(BaseImageArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BaseImageArgs {
+    /// The base image
+    #[arg(value_name = "BASE")]
+    pub(crate) base: PathBuf,
+    #[command(flatten)]
+    pub(crate) format: FormatArgs,
+    /// One JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ProvisionArgs {
+    /// The base image: a raw file, a block device or a qcow2 image; it is never written
+    #[arg(long, value_name = "BASE")]
+    pub(crate) base: PathBuf,
+    #[command(flatten)]
+    pub(crate) format: FormatArgs,
     #[command(flatten)]
     pub(crate) disk: DiskArgs,
     /// Copy nothing now: the disk can be served at once and is filled in the background

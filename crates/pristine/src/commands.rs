@@ -9,7 +9,8 @@ use blocks::BLOCK_SIZE;
 use indicatif::BinaryBytes;
 use session_disk::{Basis, Changes, DiskOptions, DiskState, Error, ProvisionOptions, SessionDisk, Status};
 
-use crate::args::{ProvisionArgs, ReportArgs, RestoreArgs};
+use crate::args::{ProvisionArgs, ReportArgs, RestoreArgs, VerifyArgs};
+use crate::base;
 use crate::failure::Failure;
 use crate::progress::Progress;
 use crate::session;
@@ -37,8 +38,8 @@ pub(crate) fn provision(args: &ProvisionArgs) -> Result<ExitCode, Failure> {
     let _signals = StopOnSignal::start(Arc::clone(&stop), || ())?;
     let options = ProvisionOptions {
         base: args.base.clone(),
-        base_format: args.base_format,
-        backing_dirs: args.backing_dir.clone(),
+        base_format: args.format.base_format,
+        backing_dirs: args.format.backing_dir.clone(),
         disk: args.disk.options(),
         size: args.size,
         adopt: args.adopt,
@@ -121,11 +122,22 @@ fn drain(disk: &SessionDisk, what: &'static str, stop: &AtomicBool) -> Result<u6
     Ok(restored)
 }
 
-pub(crate) fn verify(args: &ReportArgs) -> Result<ExitCode, Failure> {
+pub(crate) fn verify(args: &VerifyArgs) -> Result<ExitCode, Failure> {
     let stop = Arc::new(AtomicBool::new(false));
     let _signals = StopOnSignal::start(Arc::clone(&stop), || ())?;
+    let (deep, args) = (args.deep, &args.report);
     let options = args.disk.options();
     let total = std::fs::metadata(&options.disk).map_or(0, |metadata| metadata.len());
+    if deep {
+        let mut progress = Progress::new("verifying the base", total);
+        let bad = session_disk::verify_base(&options, &stop, &mut |done| progress.set(done))?;
+        progress.finish();
+        if !bad.is_empty() {
+            // What is read of them fails, so there is nothing to compare the disk with.
+            let base = session_disk::status(&options)?.base;
+            return base::report_bad(&base, &bad, args.json);
+        }
+    }
     let mut progress = Progress::new("verifying", total);
     let found = session_disk::verify(&options, &stop, &mut |done| progress.set(done))?;
     progress.finish();
@@ -182,6 +194,9 @@ fn print_status(options: &DiskOptions, status: &Status) {
     say!("base     {}, {}", status.base.display(), status.base_format);
     for file in &status.base_backing {
         say!("  on     {}", file.display());
+    }
+    if let Some(root) = &status.base_root {
+        say!("sealed   {root}");
     }
     say!("state    {state}");
     say!("dirty    {}", amount(status.dirty_blocks));

@@ -15,6 +15,7 @@ macro_rules! say {
 
 mod affinity;
 mod args;
+mod base;
 mod commands;
 mod control_socket;
 mod failure;
@@ -41,6 +42,7 @@ fn main() -> ExitCode {
         Command::Restore(args) => commands::restore(args),
         Command::Verify(args) => commands::verify(args),
         Command::Status(args) => commands::status(args),
+        Command::Base(args) => base::run(args),
         Command::Session(args) => session::run(args),
         Command::Log(args) => log_show::run(args),
     };

@@ -3,7 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use base_image::BaseError;
+use base_image::{BaseError, Root};
 use thiserror::Error;
 use write_log::LogError;
 
@@ -83,6 +83,17 @@ pub enum Error {
         /// What is wrong.
         source: blocks::GeometryError,
     },
+    /// The base's seal is not the one that the disk was provisioned with.
+    #[error("base image {base} is not the sealed one that the disk was provisioned from: its seal is {}, expected {expected}",
+        .found.map_or("gone".to_owned(), |root| root.to_string()), base = .base.display())]
+    OtherSeal {
+        /// The base.
+        base: PathBuf,
+        /// The root hash of the seal that it has now.
+        found: Option<Root>,
+        /// The one that it had.
+        expected: Root,
+    },
     /// A request that makes no sense with these arguments; nothing was changed.
     #[error("{0}")]
     Refused(String),
@@ -143,6 +154,11 @@ impl Error {
                 "if it is right as it is now, `pristine provision --adopt --base {} {disk}` restores all of the \
                  disk from it",
                 path.display()
+            )),
+            Self::OtherSeal { base, .. } => Some(format!(
+                "put the image and its manifest back, or, if it is right as it is now, `pristine provision --adopt --base {} \
+                 {disk}` restores all of the disk from it",
+                base.display()
             )),
             Self::InUse { .. } => Some("stop the other program first".into()),
             Self::Log(write_log::LogError::NoSpace { .. }) => Some(

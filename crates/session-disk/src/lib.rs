@@ -52,4 +52,4 @@ pub use recover::{Basis, Distrust};
 pub use request::{Done, Request};
 pub use shared::FlushPolicy;
 pub use status::{DiskState, Status, server_of, status};
-pub use verify::{Comparison, verify};
+pub use verify::{Comparison, verify, verify_base};

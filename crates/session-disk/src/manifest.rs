@@ -7,7 +7,7 @@ use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use base_image::{BaseFormat, BaseIdentity};
+use base_image::{BaseFormat, BaseIdentity, Root};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 use write_log::{LogId, LogKind};
@@ -102,6 +102,9 @@ pub struct BaseEntry {
     pub format: BaseFormat,
     /// What it looked like.
     pub identity: BaseIdentity,
+    /// The root hash of its seal, if it had one: then its contents count, and not what it looks like.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub root: Option<Root>,
 }
 
 /// A log that is not retired.
@@ -234,6 +237,7 @@ mod tests {
                 path: "/images/golden.raw".into(),
                 format: BaseFormat::Qcow2,
                 identity: BaseIdentity::of_size(1 << 20),
+                root: Some("0123456789abcdef".repeat(4).try_into().unwrap()),
             },
             next_sequence: 3,
             logs: vec![LogEntry { sequence: 2, uuid: Uuid::from_u128(2), kind: EntryKind::Session }],
@@ -275,9 +279,10 @@ mod tests {
     #[test]
     fn manifest_without_a_format_is_of_a_raw_base() {
         let mut value = serde_json::to_value(manifest()).unwrap();
-        value["base"].as_object_mut().unwrap().remove("format").unwrap();
+        let base = value["base"].as_object_mut().unwrap();
+        base.retain(|name, _| name != "format" && name != "root");
         let old: Manifest = serde_json::from_value(value).unwrap();
-        assert_eq!(old.base.format, BaseFormat::Raw);
+        assert_eq!((old.base.format, old.base.root), (BaseFormat::Raw, None));
     }
 
     /// Manifests from before holds stay readable.

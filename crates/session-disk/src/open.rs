@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use base_image::{BaseIdentity, BaseImage, Trust};
+use base_image::{BaseIdentity, BaseImage, Seal, Trust};
 use blockio::{File, FileKind, ImageAccess, OpenOptions};
 use blocks::Geometry;
 use write_log::{LogContents, LogError, LogId};
@@ -16,7 +16,7 @@ use write_log::{LogContents, LogError, LogId};
 use crate::Error;
 use crate::intents::Intents;
 use crate::live::{Before, LivePage};
-use crate::manifest::{LogEntry, Manifest};
+use crate::manifest::{BaseEntry, LogEntry, Manifest};
 use crate::paths::Paths;
 use crate::recover::{Evidence, FoundLog, Verdict, conclude};
 use crate::storage::Storage;
@@ -97,19 +97,35 @@ pub(crate) fn check_size(disk: &File, manifest: &Manifest) -> Result<Geometry, E
     }
 }
 
-/// Opens the base of a manifest; fails if it changed.
+/// Opens the base of a manifest; fails if it changed. A sealed one may look different, as a copy does: nothing is
+/// read of it that does not have its hash.
 pub(crate) fn open_base(manifest: &Manifest) -> Result<BaseImage, Error> {
-    let path = &manifest.base.path;
+    let BaseEntry { path, format, identity, root } = &manifest.base;
     // Nothing is guessed and no file opened that it did not consist of when the disk was provisioned.
-    let trust = Trust::Recorded(&manifest.base.identity.backing);
-    let base = BaseImage::open(path, Some(manifest.base.format), trust).map_err(|error| match error {
+    let base = BaseImage::open(path, Some(*format), Trust::Recorded(&identity.backing));
+    let base = base.map_err(|error| match error {
         base_image::BaseError::Io(error) if error.is_in_use() => {
             Error::InUse { path: path.clone(), by: " by a program that may write to it".into() }
         }
         error => error.into(),
     })?;
-    base.check(&manifest.base.identity)?;
-    Ok(base)
+    let Some(root) = root else {
+        base.check(identity)?;
+        return Ok(base);
+    };
+    match Seal::of(path)? {
+        Some(seal) if seal.root() == *root => Ok(base.sealed(seal)?),
+        Some(seal) => Err(Error::OtherSeal { base: path.clone(), found: Some(seal.root()), expected: *root }),
+        None => Err(Error::OtherSeal { base: path.clone(), found: None, expected: *root }),
+    }
+}
+
+/// What the base of a manifest, which was just opened, must look like as long as it is open.
+pub(crate) fn identity_of(base: &BaseImage, manifest: &Manifest) -> Result<BaseIdentity, Error> {
+    match base.seal() {
+        Some(_) => Ok(base.identity()?),
+        None => Ok(manifest.base.identity.clone()),
+    }
 }
 
 /// What a disk looks like, to notice writes from outside; `None` for a block device.

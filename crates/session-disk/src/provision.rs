@@ -4,7 +4,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use base_image::{BaseFormat, BaseImage, Content, Trust};
+use base_image::{BaseFormat, BaseImage, Content, Seal, Trust};
 use blockio::{File, FileKind, OpenOptions};
 use blocks::{BLOCK_SIZE, BlockSet, Extent, Geometry};
 use uuid::Uuid;
@@ -23,7 +23,8 @@ use crate::{DiskOptions, Error, Paths, witness};
 pub struct ProvisionOptions {
     /// The base.
     pub base: PathBuf,
-    /// Its format; `None`: as its file name says and its contents bear out, or raw. It is decided here, once.
+    /// Its format; `None`: what was sealed, else what its file name says and its contents bear out, or raw. It is
+    /// decided here, once.
     pub base_format: Option<BaseFormat>,
     /// Where files may lie that the base is backed by, besides its own directory.
     pub backing_dirs: Vec<PathBuf>,
@@ -97,7 +98,7 @@ fn make(options: &ProvisionOptions, made: &mut Made) -> Result<(u64, u64), Error
     let (paths, storage) = (options.disk.paths(), Storage::new(options.disk.tape.clone()));
     let base_path =
         fs::canonicalize(&options.base).map_err(|e| Error::state("open base image", &options.base, e))?;
-    let base = BaseImage::open(&base_path, options.base_format, Trust::Directories(&options.backing_dirs))?;
+    let base = open_base(options, &base_path)?;
     let exists = match fs::metadata(path) {
         Ok(_) => true,
         Err(error) if error.kind() == io::ErrorKind::NotFound => false,
@@ -147,7 +148,12 @@ fn make(options: &ProvisionOptions, made: &mut Made) -> Result<(u64, u64), Error
         disk: Uuid::new_v4(),
         size,
         file: disk_witness(&disk)?.as_ref().and_then(DiskFile::of),
-        base: BaseEntry { path: base_path, format: base.format(), identity: base.identity()? },
+        base: BaseEntry {
+            path: base_path,
+            format: base.format(),
+            identity: base.identity()?,
+            root: base.seal().map(Seal::root),
+        },
         next_sequence: 1,
         logs: Vec::new(),
         pristine_since: None,
@@ -186,6 +192,17 @@ fn make(options: &ProvisionOptions, made: &mut Made) -> Result<(u64, u64), Error
         *made = Made::default();
     }
     Ok((size, pending.count()))
+}
+
+/// Opens the base as asked for, and takes its seal for good, if it has one: who sealed it has said its format.
+fn open_base(options: &ProvisionOptions, path: &Path) -> Result<BaseImage, Error> {
+    let seal = Seal::of(path)?;
+    let format = options.base_format.or(seal.as_ref().map(Seal::format));
+    let base = BaseImage::open(path, format, Trust::Directories(&options.backing_dirs))?;
+    match seal {
+        None => Ok(base),
+        Some(seal) => Ok(base.sealed(seal)?),
+    }
 }
 
 /// The manifest of a state directory that is there already; refused unless it is to be replaced.

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use base_image::BaseFormat;
+use base_image::{BaseFormat, Root};
 use blockio::{File, OpenOptions};
 use blocks::BLOCK_SIZE;
 use serde::Serialize;
@@ -62,6 +62,8 @@ pub struct Status {
     /// The files that the base is backed by, the nearest first.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub base_backing: Vec<PathBuf>,
+    /// The root hash of the base's seal, by which two hosts know that they serve the same; `None`: it is not sealed.
+    pub base_root: Option<Root>,
     /// The process that serves the disk.
     pub server_pid: Option<u32>,
     /// The process that owns the open session, if its identity is known.
@@ -112,6 +114,7 @@ pub fn status(options: &DiskOptions) -> Result<Status, Error> {
         base: manifest.base.path.clone(),
         base_format: manifest.base.format,
         base_backing: manifest.base.identity.backing.iter().map(|file| file.path.clone()).collect(),
+        base_root: manifest.base.root,
         server_pid: None,
         session_owner_pid: None,
         logs: manifest.logs.len(),

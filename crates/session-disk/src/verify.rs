@@ -2,12 +2,12 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use base_image::Content;
+use base_image::{BadChunk, Content};
 use blockio::{AlignedBuf, DataRanges, File, OpenOptions};
 use blocks::{BLOCK_SIZE, Extent};
 
 use crate::manifest::Manifest;
-use crate::open::{check_size, open_base};
+use crate::open::{check_size, identity_of, open_base};
 use crate::{DiskOptions, Error};
 
 /// Bytes that are compared at once.
@@ -63,6 +63,7 @@ pub fn verify(
     })?;
     let geometry = check_size(&disk, &manifest)?;
     let base = open_base(&manifest)?;
+    let identity = identity_of(&base, &manifest)?;
     let mut comparison = Comparison { blocks: geometry.blocks(), ..Comparison::default() };
     let (mut of_disk, mut of_base) =
         (AlignedBuf::new_zeroed(CHUNK as usize), AlignedBuf::new_zeroed(CHUNK as usize));
@@ -98,6 +99,32 @@ pub fn verify(
         offset += len;
         progress(offset);
     }
-    base.check(&manifest.base.identity)?;
+    base.check(&identity)?;
     Ok(comparison)
+}
+
+/// Compares all of the base of a disk with its seal; returns what is not as it was sealed. `progress` is told how many
+/// bytes are done.
+///
+/// # Errors
+/// If the disk was not provisioned, or its base was not sealed then, changed otherwise, or can't be opened.
+pub fn verify_base(
+    options: &DiskOptions,
+    stop: &AtomicBool,
+    progress: &mut dyn FnMut(u64),
+) -> Result<Vec<BadChunk>, Error> {
+    let manifest = Manifest::load(&options.paths())?;
+    let base = open_base(&manifest)?;
+    if base.seal().is_none() {
+        return Err(Error::Refused(format!(
+            "base image {path} was not sealed when {disk} was provisioned; seal it with `pristine base seal {path}`, and \
+             provision the disk again with --adopt",
+            path = manifest.base.path.display(),
+            disk = options.disk.display()
+        )));
+    }
+    match base.bad_chunks(stop, progress) {
+        Err(base_image::BaseError::Stopped) => Err(Error::Stopped),
+        found => Ok(found?),
+    }
 }

@@ -12,8 +12,8 @@ use crate::intents::Intents;
 use crate::live::LivePage;
 use crate::manifest::{DiskFile, Manifest};
 use crate::open::{
-    check_size, describe, disk_witness, file_number, judge, lock_state_dir, open_base, open_disk,
-    open_for_sync, refuse_disk_of_base,
+    check_size, describe, disk_witness, file_number, identity_of, judge, lock_state_dir, open_base,
+    open_disk, open_for_sync, refuse_disk_of_base,
 };
 use crate::recover::{Basis, GoesOn};
 use crate::shared::{FlushPolicy, Parts, Shared};
@@ -90,8 +90,8 @@ impl SessionDisk {
             geometry,
             disk_sync: open_for_sync(&disk)?,
             disk,
+            base_identity: identity_of(&base, &manifest)?,
             base,
-            base_identity: manifest.base.identity.clone(),
             engine,
             faults: options.faults.clone(),
             storage: storage.clone(),

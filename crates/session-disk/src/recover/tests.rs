@@ -15,6 +15,7 @@ fn manifest(generation: u64, has_log: bool) -> Manifest {
             path: "/images/golden.raw".into(),
             format: base_image::BaseFormat::Raw,
             identity: BaseIdentity::of_size(SIZE),
+            root: None,
         },
         next_sequence: 3,
         logs: has_log.then_some(log).into_iter().collect(),

@@ -1,0 +1,140 @@
+//! Making a seal: every chunk is read and hashed, by all processors.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::thread;
+use std::time::Duration;
+
+use super::format::{CHUNK_SIZE, GROUP_CHUNKS, HASH_LEN, HEADER_LEN, Hash, Header, hash};
+use super::{Root, manifest_path, refused};
+use crate::error::BaseError;
+use crate::image::{BaseImage, Content};
+
+/// How often progress is told.
+const TELL_EVERY: Duration = Duration::from_millis(100);
+
+/// Hashes all of a base and writes its manifest, in the place of one that may be there: the old one holds until the new one is
+/// durable. `progress` is told how many bytes are done. A base that has a seal is read past it.
+///
+/// # Errors
+/// If the base can't be read, changes meanwhile, or lies on a block device; if the manifest can't be written; if
+/// `stop` is set ([`BaseError::Stopped`]).
+pub fn seal(base: &BaseImage, stop: &AtomicBool, progress: &mut dyn FnMut(u64)) -> Result<Root, BaseError> {
+    if base.file().kind() != blockio::FileKind::Regular {
+        let what = "it is a block device, which has no place for a manifest beside it, and whose changes go unnoticed";
+        return Err(refused(base.path(), what));
+    }
+    let before = base.identity()?;
+    let path = manifest_path(base.path());
+    let mut new = path.clone().into_os_string();
+    new.push(".new");
+    let new = std::path::PathBuf::from(new);
+    let result = write(base, &new, stop, progress).and_then(|root| {
+        base.check(&before)?;
+        fs::rename(&new, &path).map_err(|source| io_error("replace", &path, source))?;
+        let dir = path.parent().unwrap_or(Path::new("/"));
+        let sync = || fs::File::open(dir)?.sync_all();
+        sync().map_err(|source| io_error("sync directory", dir, source))?;
+        Ok(root)
+    });
+    result.inspect_err(|_| {
+        let _ = fs::remove_file(&new);
+    })
+}
+
+fn io_error(operation: &'static str, path: &Path, source: io::Error) -> BaseError {
+    BaseError::Manifest { operation, path: path.to_owned(), source }
+}
+
+fn write(
+    base: &BaseImage,
+    path: &Path,
+    stop: &AtomicBool,
+    progress: &mut dyn FnMut(u64),
+) -> Result<Root, BaseError> {
+    let file = fs::File::create(path).map_err(|source| io_error("make", path, source))?;
+    let size = base.size();
+    let count = Header::chunks(size).div_ceil(GROUP_CHUNKS);
+    let mut groups: Vec<Hash> = vec![[0; HASH_LEN]; count as usize];
+    let (next, done, gave_up) = (AtomicU64::new(0), AtomicU64::new(0), AtomicBool::new(false));
+    let threads = thread::available_parallelism().map_or(1, usize::from);
+    thread::scope(|scope| {
+        let (tell, told) = channel();
+        for _ in 0..threads {
+            let (tell, file, next, done, gave_up) = (tell.clone(), &file, &next, &done, &gave_up);
+            scope.spawn(move || {
+                let mut buf = vec![0; CHUNK_SIZE as usize];
+                loop {
+                    let group = next.fetch_add(1, Ordering::Relaxed);
+                    if group >= count || stop.load(Ordering::Acquire) || gave_up.load(Ordering::Acquire) {
+                        return;
+                    }
+                    let result = hash_group(base, group, &mut buf, done).and_then(|hashes| {
+                        let at = HEADER_LEN as u64 + group * GROUP_CHUNKS * HASH_LEN as u64;
+                        file.write_all_at(&hashes, at).map_err(|source| io_error("write", path, source))?;
+                        Ok((group, hash(&hashes)))
+                    });
+                    gave_up.fetch_or(result.is_err(), Ordering::AcqRel);
+                    if tell.send(result).is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+        drop(tell);
+        loop {
+            match told.recv_timeout(TELL_EVERY) {
+                Ok(result) => {
+                    let (group, hash) = result?;
+                    if let Some(place) = groups.get_mut(group as usize) {
+                        *place = hash;
+                    }
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return Ok::<(), BaseError>(()),
+            }
+            progress(done.load(Ordering::Relaxed));
+        }
+    })?;
+    if stop.load(Ordering::Acquire) {
+        return Err(BaseError::Stopped);
+    }
+    let root = Header::root_of(size, &groups);
+    let header = Header { size, format: base.format(), root }.to_bytes();
+    let finish = || {
+        file.write_all_at(&header, 0)?;
+        file.sync_all()
+    };
+    finish().map_err(|source| io_error("write", path, source))?;
+    Ok(Root(root))
+}
+
+/// The hashes of a group's chunks.
+fn hash_group(base: &BaseImage, group: u64, buf: &mut [u8], done: &AtomicU64) -> Result<Vec<u8>, BaseError> {
+    let begin = group * GROUP_CHUNKS * CHUNK_SIZE;
+    let end = (begin + GROUP_CHUNKS * CHUNK_SIZE).min(base.size());
+    let mut hashes = Vec::with_capacity(GROUP_CHUNKS as usize * HASH_LEN);
+    let mut of_zeroes = None;
+    let mut at = begin;
+    while at < end {
+        let len = CHUNK_SIZE.min(end - at);
+        let chunk = buf.get_mut(..len as usize).unwrap_or_default();
+        // Holes are not read, which is most of a sparse image.
+        if base.content_at(at, len)? == Content::Hole(len) && len == CHUNK_SIZE {
+            hashes.extend(*of_zeroes.get_or_insert_with(|| {
+                chunk.fill(0);
+                hash(chunk)
+            }));
+        } else {
+            base.read_at(chunk, at)?;
+            hashes.extend(hash(chunk));
+        }
+        at += len;
+        done.fetch_add(len, Ordering::Relaxed);
+    }
+    Ok(hashes)
+}
