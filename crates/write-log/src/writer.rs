@@ -185,6 +185,22 @@ impl LogWriter {
     /// different blocks that it holds; a reader compares. Synced when this returns; later appends
     /// are refused.
     pub fn seal(&mut self, distinct: u64) -> Result<Mark, LogError> {
+        let after = self.put_seal(distinct)?;
+        self.sync()?;
+        self.end(after);
+        Ok(after)
+    }
+
+    /// [`seal`](Self::seal) without the sync: the log is exact after a crash of the process. After a power cut
+    /// it may be as if it had not been sealed, nor all been appended.
+    pub fn seal_unsynced(&mut self, distinct: u64) -> Result<Mark, LogError> {
+        let after = self.put_seal(distinct)?;
+        self.end(after);
+        Ok(after)
+    }
+
+    /// Writes a seal, which does not count yet; returns the place after it.
+    fn put_seal(&mut self, distinct: u64) -> Result<Mark, LogError> {
         self.check_open()?;
         self.erase_rewrite()?;
         self.buf.clear();
@@ -193,10 +209,13 @@ impl LogWriter {
         });
         self.seal_has_remains = true;
         self.put()?;
-        self.sync()?;
-        self.commit(after);
-        self.sealed = true;
         Ok(after)
+    }
+
+    /// The seal before `mark` counts.
+    fn end(&mut self, mark: Mark) {
+        self.commit(mark);
+        self.sealed = true;
     }
 
     /// Whether the log was sealed.

@@ -69,6 +69,32 @@ fn seal_that_failed_is_gone_from_the_medium_before_the_next_append_counts() {
     assert!(after.sealed.is_none());
 }
 
+/// Invariants 2 and 6: a seal without a sync is exact for who reads the file, takes no append after it, and
+/// in a power cut vouches only if all that it counts is there.
+#[test]
+fn seal_without_a_sync_is_exact_or_vouches_for_nothing() {
+    for mut keeps in 0..8u32 {
+        let (file, mut log) = small_log(BLOCKS);
+        let owned = BlockSet::new(BLOCKS);
+        log.append(&one(1), &owned).unwrap();
+        log.append(&one(2), &owned).unwrap();
+        log.seal_unsynced(2).unwrap();
+        assert!(log.is_sealed());
+        assert!(log.append(&one(3), &owned).is_err());
+        let read = read_bytes(file.bytes()).unwrap();
+        assert_eq!(runs(&read.sealed_blocks().unwrap()), [Extent::new(1, 2)]);
+        // Whichever of the three writes the medium has.
+        let cut = file.after_power_cut(|| {
+            let kept = keeps % 2 == 1;
+            keeps /= 2;
+            kept
+        });
+        if let Some(blocks) = read_bytes(cut).unwrap().sealed_blocks() {
+            assert_eq!(runs(&blocks), [Extent::new(1, 2)]);
+        }
+    }
+}
+
 /// Invariant 2: the same when the next append moves to the other area, even if that area is
 /// unreadable later; and a seal in an older epoch never counts.
 #[test]

@@ -98,8 +98,12 @@ impl SessionDisk {
         };
         if let Some(mut writer) = self.shared.log().take() {
             // Sealed, it is exact without the live page's mark, which will be the next log's. If that
-            // fails and we are killed before the next checkpoint, it counts as damaged: all is pending.
-            if let Err(error) = writer.seal(dirty_blocks) {
+            // fails and we are killed before the next checkpoint, it counts as damaged: all is pending. It need not
+            // be durable: in a power cut the intents say as much as for a session that was open. But who
+            // keeps what a session did wants to know it exactly.
+            let exact = held || lifecycle.manifest.kept;
+            let sealed = if exact { writer.seal(dirty_blocks) } else { writer.seal_unsynced(dirty_blocks) };
+            if let Err(error) = sealed {
                 log::warn!("write log {}: {error}", writer.path().display());
             }
         }
