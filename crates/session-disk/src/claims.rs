@@ -61,6 +61,8 @@ struct Inner {
     drain_rests: bool,
     /// Whether the drain has claimed anything since the last session's end.
     drain_began: bool,
+    /// Whether somebody drains.
+    draining: bool,
 }
 
 impl Inner {
@@ -72,11 +74,46 @@ impl Inner {
         })
     }
 
+    /// Claims the first run of unclaimed pending blocks at or after `from`, at most `limit` blocks.
+    fn claim_next(&mut self, pending: &BlockSet, from: u64, limit: u64, waker: &Arc<Waker>) -> DrainClaim {
+        let (mut next, mut blocked) = (from, false);
+        while let Some(run) = pending.next_run(next, limit) {
+            let free = match self.first_overlap(run) {
+                None => run,
+                Some(held) if held.first() > run.first() => Extent::between(run.first(), held.first()),
+                Some(held) => {
+                    blocked = true;
+                    next = held.end();
+                    continue;
+                }
+            };
+            self.held.insert(free.first(), free.end());
+            self.drain_began = true;
+            return DrainClaim::Claimed(free);
+        }
+        if blocked {
+            self.wait(waker);
+            return DrainClaim::Blocked;
+        }
+        DrainClaim::Nothing
+    }
+
     fn wait(&mut self, waker: &Arc<Waker>) {
         if !self.waiting.iter().any(|known| Arc::ptr_eq(known, waker)) {
             self.waiting.push(Arc::clone(waker));
         }
     }
+}
+
+/// How much a drain may claim.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Room {
+    /// Runs in all; one at least is claimed.
+    pub(crate) runs: usize,
+    /// Blocks in all, after which no more runs are claimed.
+    pub(crate) blocks: u64,
+    /// Blocks of the longest run.
+    pub(crate) run_blocks: u64,
 }
 
 /// What a drain got.
@@ -120,38 +157,30 @@ impl Claims {
         self.lock().waiting.retain(|known| !Arc::ptr_eq(known, waker));
     }
 
-    /// Claims the first run of unclaimed pending blocks at or after `from`, at most `limit` blocks.
+    /// Claims runs of unclaimed pending blocks at or after `from`, in order, under one lock, until there is no
+    /// `room` for more, and appends them to `claimed`. Returns the last one, or why there are no more.
     pub(crate) fn claim_pending(
         &self,
         pending: &BlockSet,
         from: u64,
-        limit: u64,
+        room: Room,
         waker: &Arc<Waker>,
+        claimed: &mut Vec<Extent>,
     ) -> DrainClaim {
         let mut inner = self.lock();
         if inner.drain_rests {
             return DrainClaim::Nothing;
         }
-        let (mut next, mut blocked) = (from, false);
-        while let Some(run) = pending.next_run(next, limit) {
-            let free = match inner.first_overlap(run) {
-                None => run,
-                Some(held) if held.first() > run.first() => Extent::between(run.first(), held.first()),
-                Some(held) => {
-                    blocked = true;
-                    next = held.end();
-                    continue;
-                }
-            };
-            inner.held.insert(free.first(), free.end());
-            inner.drain_began = true;
-            return DrainClaim::Claimed(free);
+        let (mut next, mut runs, mut blocks) = (from, 0, 0);
+        loop {
+            let claim = inner.claim_next(pending, next, room.run_blocks, waker);
+            let DrainClaim::Claimed(run) = claim else { return claim };
+            claimed.push(run);
+            (next, runs, blocks) = (run.end(), runs + 1, blocks + run.count());
+            if runs >= room.runs || blocks >= room.blocks {
+                return claim;
+            }
         }
-        if blocked {
-            inner.wait(waker);
-            return DrainClaim::Blocked;
-        }
-        DrainClaim::Nothing
     }
 
     /// Gives claimed runs back, exactly as they were claimed.
@@ -166,14 +195,29 @@ impl Claims {
         inner.waiting.drain(..).for_each(|waker| waker.wake());
     }
 
-    /// Gives back a run that the drain has copied; it can be settled once it is synced.
-    pub(crate) fn release_copied(&self, run: Extent) {
-        {
-            let mut inner = self.lock();
-            inner.copied_runs.push(run);
-            self.copied.insert(run);
+    /// Gives back runs that the drain has copied; they can be settled once they are synced.
+    pub(crate) fn release_copied(&self, runs: &[Extent]) {
+        if runs.is_empty() {
+            return;
         }
-        self.release(&[run]);
+        let mut inner = self.lock();
+        for run in runs {
+            self.copied.insert(*run);
+            inner.held.remove(&run.first());
+        }
+        inner.copied_runs.extend_from_slice(runs);
+        inner.waiting.drain(..).for_each(|waker| waker.wake());
+    }
+
+    /// Says that somebody drains, unless somebody does already; whether it was so. Two drains would
+    /// settle each other's copies, before they are synced.
+    pub(crate) fn begin_drain(&self) -> bool {
+        !std::mem::replace(&mut self.lock().draining, true)
+    }
+
+    /// Says that who began to drain does so no more.
+    pub(crate) fn end_drain(&self) {
+        self.lock().draining = false;
     }
 
     /// Takes out of `pending` what was copied, is synced, and was not claimed by a guest since. Returns
@@ -202,7 +246,7 @@ impl Claims {
     }
 
     fn forget(&self, inner: &mut Inner) {
-        for run in inner.copied_runs.drain(..) {
+        for run in std::mem::take(&mut inner.copied_runs) {
             self.copied.remove(run);
         }
     }
@@ -257,6 +301,17 @@ impl Claims {
 mod tests {
     use super::*;
 
+    /// Claims one run for the drain.
+    fn claim_one(claims: &Claims, set: &BlockSet, from: u64, limit: u64, waker: &Arc<Waker>) -> DrainClaim {
+        claims.claim_pending(
+            set,
+            from,
+            Room { runs: 1, blocks: 1, run_blocks: limit },
+            waker,
+            &mut Vec::new(),
+        )
+    }
+
     fn pending(extents: &[Extent]) -> BlockSet {
         let set = BlockSet::new(1000);
         extents.iter().for_each(|extent| {
@@ -283,12 +338,41 @@ mod tests {
         let set = pending(&[Extent::new(10, 20)]);
         assert!(claims.try_claim(&[Extent::new(10, 2), Extent::new(15, 2)], &waker));
         let mut got = Vec::new();
-        while let DrainClaim::Claimed(extent) = claims.claim_pending(&set, 0, 8, &waker) {
+        while let DrainClaim::Claimed(extent) = claim_one(&claims, &set, 0, 8, &waker) {
             got.push(extent);
         }
         assert_eq!(got, [Extent::new(12, 3), Extent::new(17, 8), Extent::new(25, 5)]);
-        assert_eq!(claims.claim_pending(&set, 0, 8, &waker), DrainClaim::Blocked);
-        assert_eq!(claims.claim_pending(&set, 30, 8, &waker), DrainClaim::Nothing);
+        assert_eq!(claim_one(&claims, &set, 0, 8, &waker), DrainClaim::Blocked);
+        assert_eq!(claim_one(&claims, &set, 30, 8, &waker), DrainClaim::Nothing);
+    }
+
+    #[test]
+    fn drain_claims_many_runs_at_once_as_far_as_there_is_room() {
+        let (claims, waker) = (Claims::new(1000), Waker::new().unwrap());
+        let set = pending(&[Extent::new(10, 20), Extent::new(50, 1), Extent::new(60, 1)]);
+        assert!(claims.try_claim(&[Extent::new(12, 2)], &waker));
+        let claim = |from, runs, blocks| {
+            let mut got = Vec::new();
+            let end =
+                claims.claim_pending(&set, from, Room { runs, blocks, run_blocks: 8 }, &waker, &mut got);
+            (end, got)
+        };
+        let first = vec![Extent::new(10, 2), Extent::new(14, 8)];
+        assert_eq!(claim(0, 9, 5), (DrainClaim::Claimed(Extent::new(14, 8)), first));
+        let second = vec![Extent::new(22, 8), Extent::new(50, 1)];
+        assert_eq!(claim(22, 2, 100), (DrainClaim::Claimed(Extent::new(50, 1)), second));
+        assert_eq!(claim(51, 9, 100), (DrainClaim::Nothing, vec![Extent::new(60, 1)]));
+        assert_eq!(claim(0, 9, 100), (DrainClaim::Blocked, vec![]));
+    }
+
+    /// Invariant 2: two drains would take each other's copies for synced.
+    #[test]
+    fn drain_begins_only_once_until_it_ends() {
+        let claims = Claims::new(1000);
+        assert!(claims.begin_drain());
+        assert!(!claims.begin_drain());
+        claims.end_drain();
+        assert!(claims.begin_drain());
     }
 
     /// Invariant 2: what a guest claimed since it was copied is not taken for restored, whether it
@@ -297,8 +381,8 @@ mod tests {
     fn settle_leaves_what_a_guest_has_claimed_since_the_copy() {
         let (claims, waker) = (Claims::new(1000), Waker::new().unwrap());
         let set = pending(&[Extent::new(10, 20)]);
-        let DrainClaim::Claimed(run) = claims.claim_pending(&set, 0, 100, &waker) else { panic!() };
-        claims.release_copied(run);
+        let DrainClaim::Claimed(run) = claim_one(&claims, &set, 0, 100, &waker) else { panic!() };
+        claims.release_copied(&[run]);
         assert!(claims.try_claim(&[Extent::new(15, 2), Extent::new(20, 1)], &waker));
         claims.release(&[Extent::new(20, 1)]);
         assert_eq!(claims.settle(&set, || true), 17);
@@ -312,7 +396,7 @@ mod tests {
     fn drain_of_a_held_disk_gets_nothing_from_the_session_end_to_the_release() {
         let (claims, waker) = (Claims::new(1000), Waker::new().unwrap());
         let set = pending(&[Extent::new(10, 20)]);
-        let claim = || claims.claim_pending(&set, 0, 5, &waker);
+        let claim = || claim_one(&claims, &set, 0, 5, &waker);
         claims.end_session(true, || ());
         assert_eq!((claim(), claims.drain_began()), (DrainClaim::Nothing, false));
         claims.end_rest();
@@ -330,8 +414,8 @@ mod tests {
         let (claims, waker) = (Claims::new(1000), Waker::new().unwrap());
         let set = pending(&[Extent::new(10, 20)]);
         let copy = || {
-            let DrainClaim::Claimed(run) = claims.claim_pending(&set, 0, 100, &waker) else { panic!() };
-            claims.release_copied(run);
+            let DrainClaim::Claimed(run) = claim_one(&claims, &set, 0, 100, &waker) else { panic!() };
+            claims.release_copied(&[run]);
         };
         copy();
         claims.end_session(false, || ());

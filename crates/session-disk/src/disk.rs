@@ -145,6 +145,13 @@ impl SessionDisk {
         Ok(queue)
     }
 
+    /// Whether guests have requests under way; in doubt they have.
+    pub(crate) fn guests_are_busy(&self) -> bool {
+        self.lifecycle
+            .try_lock()
+            .map_or(true, |lifecycle| lifecycle.session.is_some() && lifecycle.in_flight() > 0)
+    }
+
     fn bytes_written(&self, lifecycle: &Lifecycle) -> u64 {
         let of_live_queues: u64 =
             lifecycle.live_queues().map(|queue| queue.bytes_written.load(Ordering::Relaxed)).sum();
@@ -208,7 +215,8 @@ impl SessionDisk {
     /// told how many blocks are left.
     ///
     /// # Errors
-    /// If base or disk can't be read or written, or `stop` is set; what was not restored stays pending.
+    /// If base or disk can't be read or written, `stop` is set, or the disk is being drained already; what
+    /// was not restored stays pending.
     pub fn drain(&self, stop: &AtomicBool, progress: &mut dyn FnMut(u64)) -> Result<u64, Error> {
         let mut drain = Drain::new(Arc::clone(&self.shared))?;
         let mut restored = 0;
@@ -216,7 +224,7 @@ impl SessionDisk {
         while !self.shared.pending.is_empty() {
             self.refuse_if_held()?;
             let mut left = self.shared.pending.count();
-            let batch = drain.batch(stop, &mut |copied| {
+            let batch = drain.batch(stop, &|| false, &mut |copied| {
                 left = left.saturating_sub(copied);
                 progress(left);
             })?;

@@ -4,30 +4,34 @@
 //! P bits stay; after the batch's sync the bits are cleared of blocks that no guest has claimed
 //! meanwhile, if no session ended meanwhile. The base is checked before that: what was copied from a
 //! base that changed is not restored. Runs that can't be copied hold up no others.
+//!
+//! What is durable at the end counts, and writing back takes longest: a batch is as large as the
+//! [pace](crate::pace) allows.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use base_image::{Content, Urgency};
 use blockio::{AlignedBuf, Buffer, Completion, Engine, Op};
-use blocks::{BlockRange, Extent};
+use blocks::{BLOCK_SIZE, BlockRange, Extent};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
 use crate::Error;
-use crate::claims::{DrainClaim, Waker};
+use crate::claims::{DrainClaim, Room, Waker};
+use crate::pace::{Pace, Speed};
 use crate::shared::{BASE, DISK, Shared};
 
-/// Longest run that is claimed at once, in blocks: 1 MiB.
-const RUN_BLOCKS_MAX: u64 = 256;
-/// Bytes that are being copied at once.
-const IN_FLIGHT_BYTES_MAX: u64 = 8 << 20;
+/// Longest run that is claimed at once, in blocks: 256 KiB.
+const RUN_BLOCKS_MAX: u64 = 64;
 /// Runs that are being copied at once.
-const IN_FLIGHT_RUNS_MAX: usize = 128;
-/// Blocks after which a batch is synced: 256 MiB.
-const BATCH_BLOCKS_MAX: u64 = 65536;
+const IN_FLIGHT_RUNS_MAX: usize = 64;
+/// Bytes of memory that are kept for the next runs.
+const SPARE_BYTES_MAX: usize = 2 << 20;
 
 /// How long to wait when all that is left is claimed by guests' writes, if no release comes first.
 const BLOCKED_WAIT_MAX: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
@@ -57,19 +61,57 @@ struct Piece {
 pub(crate) struct Batch {
     /// Blocks that are restored: copied, synced, no longer pending.
     pub(crate) restored: u64,
-    /// Whether pending blocks were left that others have claimed.
+    /// Whether all pending blocks that are left are claimed by others.
     pub(crate) blocked: bool,
 }
 
-/// Copies base content into pending blocks.
+/// Memory of runs that are done, by its length, for those to come.
+#[derive(Debug, Default)]
+struct Spare {
+    of_len: BTreeMap<usize, Vec<AlignedBuf>>,
+    bytes: usize,
+}
+
+impl Spare {
+    /// `len` bytes with whatever content.
+    fn take(&mut self, len: usize) -> AlignedBuf {
+        match self.of_len.get_mut(&len).and_then(Vec::pop) {
+            Some(buf) => {
+                self.bytes -= len;
+                buf
+            }
+            None => AlignedBuf::new_zeroed(len),
+        }
+    }
+
+    fn put(&mut self, buf: Option<Buffer>) {
+        if let Some(Buffer::Owned(buf)) = buf
+            && self.bytes + buf.len() <= SPARE_BYTES_MAX
+        {
+            self.bytes += buf.len();
+            self.of_len.entry(buf.len()).or_default().push(buf);
+        }
+    }
+}
+
+/// Copies base content into pending blocks. There is only one of a disk.
 #[derive(Debug)]
 pub(crate) struct Drain {
     shared: Arc<Shared>,
     engine: Box<dyn Engine>,
     waker: Arc<Waker>,
     runs: Vec<Option<Run>>,
+    free_runs: Vec<usize>,
     pieces: Vec<Option<Piece>>,
     free_pieces: Vec<usize>,
+    spare: Spare,
+    /// Runs that are copied and still claimed.
+    copied_runs: Vec<Extent>,
+    /// Where the next batch begins to look for pending blocks.
+    cursor: u64,
+    pace: Pace,
+    /// What the pace's clock counts from.
+    began: Instant,
     in_flight_bytes: u64,
     in_flight_runs: usize,
     /// The first failure of a batch, and how many runs have failed.
@@ -79,7 +121,17 @@ pub(crate) struct Drain {
 }
 
 impl Drain {
+    /// # Errors
+    /// If the disk has a drain already, or there is no engine for one.
     pub(crate) fn new(shared: Arc<Shared>) -> Result<Self, Error> {
+        if !shared.claims.begin_drain() {
+            return Err(Error::WrongState("the disk is being drained already"));
+        }
+        let claims = Arc::clone(&shared);
+        Self::with_claims(shared).inspect_err(|_| claims.claims.end_drain())
+    }
+
+    fn with_claims(shared: Arc<Shared>) -> Result<Self, Error> {
         let engine = shared.new_engine(IN_FLIGHT_RUNS_MAX as u32, Urgency::Background)?;
         let waker =
             Waker::new().map_err(|error| Error::state("make a wake-up for", shared.disk.path(), error))?;
@@ -88,8 +140,14 @@ impl Drain {
             engine,
             waker,
             runs: Vec::new(),
+            free_runs: Vec::new(),
             pieces: Vec::new(),
             free_pieces: Vec::new(),
+            spare: Spare::default(),
+            copied_runs: Vec::new(),
+            cursor: 0,
+            pace: Pace::default(),
+            began: Instant::now(),
             in_flight_bytes: 0,
             in_flight_runs: 0,
             error: None,
@@ -109,13 +167,19 @@ impl Drain {
         Ok(())
     }
 
-    /// Copies pending blocks from the start of the disk on, syncs, and takes them out of P. Returns when none is left,
-    /// the batch is full, or `stop` is set (then nothing is synced or cleared). `copied` is told how
-    /// many blocks were copied, again and again.
+    /// Copies pending blocks, from where the last batch has come to, syncs, and takes them out of P. Returns when
+    /// there are no more up to the end of the disk, the batch is full, or `stop` is set (then nothing is synced
+    /// or cleared). `busy` says whether guests have requests under way. `copied` is told how many
+    /// blocks were copied, again and again.
     ///
     /// # Errors
     /// The first of those that kept runs from being copied; all others are restored nevertheless.
-    pub(crate) fn batch(&mut self, stop: &AtomicBool, copied: &mut dyn FnMut(u64)) -> Result<Batch, Error> {
+    pub(crate) fn batch(
+        &mut self,
+        stop: &AtomicBool,
+        busy: &dyn Fn() -> bool,
+        copied: &mut dyn FnMut(u64),
+    ) -> Result<Batch, Error> {
         self.shared.check_base()?;
         if self.shared.is_poisoned() {
             return Err(Error::Poisoned(self.shared.disk.path().to_owned()));
@@ -123,31 +187,29 @@ impl Drain {
         self.shared.claims.forget_copied();
         (self.error, self.failed_runs) = (None, 0);
         let mut batch = Batch::default();
-        let mut cursor = 0;
-        let mut started = 0;
-        let mut exhausted = false;
-        let mut completions = Vec::new();
+        let (first, mut cursor) = (self.cursor, self.cursor);
+        let (mut started, mut exhausted) = (0, false);
+        let (mut claimed, mut completions) = (Vec::new(), Vec::new());
+        let mut stint_began = self.began.elapsed();
         loop {
-            while !exhausted
+            let speed = self.pace.speed(busy(), self.began.elapsed());
+            let may_claim = !speed.by_stints || self.in_flight_runs == 0;
+            while may_claim
+                && !exhausted
                 && self.failed_runs < FAILED_RUNS_MAX
-                && started < BATCH_BLOCKS_MAX
-                && self.in_flight_bytes < IN_FLIGHT_BYTES_MAX
-                && self.in_flight_runs < IN_FLIGHT_RUNS_MAX
+                && let Some(room) = self.room(speed, started)
                 && !stop.load(Ordering::Acquire)
             {
                 let shared = Arc::clone(&self.shared);
-                match shared.claims.claim_pending(&shared.pending, cursor, RUN_BLOCKS_MAX, &self.waker) {
-                    DrainClaim::Claimed(extent) => {
-                        cursor = extent.end();
-                        started += extent.count();
-                        self.start(extent);
-                    }
-                    DrainClaim::Blocked => {
-                        batch.blocked = true;
-                        exhausted = true;
-                    }
-                    DrainClaim::Nothing => exhausted = true,
+                let end =
+                    shared.claims.claim_pending(&shared.pending, cursor, room, &self.waker, &mut claimed);
+                for run in claimed.drain(..) {
+                    cursor = run.end();
+                    started += run.count();
+                    self.start(run);
                 }
+                exhausted = !matches!(end, DrainClaim::Claimed(_));
+                batch.blocked = end == DrainClaim::Blocked && first == 0;
             }
             if self.in_flight_runs == 0 {
                 break;
@@ -162,25 +224,58 @@ impl Drain {
             for completion in completions.drain(..) {
                 self.complete(completion);
             }
+            self.release_copied();
             copied(std::mem::take(&mut self.copied_blocks));
+            if self.in_flight_runs == 0 {
+                stint_began = self.rest_since(stint_began);
+            }
         }
+        self.cursor = if exhausted { 0 } else { cursor };
         if stop.load(Ordering::Acquire) {
             return Err(Error::Stopped);
         }
         if started > 0 {
+            let began = self.began.elapsed();
             self.shared.sync_disk()?;
             self.shared.check_base()?;
             let good = || !self.shared.is_poisoned();
             batch.restored = self.shared.claims.settle(&self.shared.pending, good);
             self.shared.live.set_pending(self.shared.pending.count());
+            self.rest_since(began);
         }
         self.error.take().map_or(Ok(batch), Err)
+    }
+
+    /// What may be claimed besides what is being copied, in a batch that has `started` so many blocks.
+    fn room(&self, speed: Speed, started: u64) -> Option<Room> {
+        let bytes = speed.in_flight_bytes.checked_sub(self.in_flight_bytes).filter(|left| *left > 0)?;
+        let runs = IN_FLIGHT_RUNS_MAX.checked_sub(self.in_flight_runs).filter(|left| *left > 0)?;
+        let blocks = speed.batch_blocks.checked_sub(started).filter(|left| *left > 0)?;
+        let run_blocks = RUN_BLOCKS_MAX.min(speed.in_flight_bytes / BLOCK_SIZE);
+        Some(Room { runs, blocks: blocks.min(bytes.div_ceil(BLOCK_SIZE)), run_blocks })
+    }
+
+    /// Rests after what was begun at `began`, if guests work. Nothing may be claimed. Returns when that was over.
+    fn rest_since(&self, began: Duration) -> Duration {
+        let now = self.began.elapsed();
+        let rest = self.pace.rest(now.saturating_sub(began), now);
+        if rest.is_zero() {
+            return now;
+        }
+        std::thread::sleep(rest);
+        self.began.elapsed()
+    }
+
+    /// Gives back what was copied.
+    fn release_copied(&mut self) {
+        self.shared.claims.release_copied(&self.copied_runs);
+        self.copied_runs.clear();
     }
 
     /// Begins to copy a claimed run.
     fn start(&mut self, extent: Extent) {
         let run = Run { extent, parts: 1, failed: false };
-        let index = match self.runs.iter().position(Option::is_none) {
+        let index = match self.free_runs.pop() {
             Some(index) => index,
             None => {
                 self.runs.push(None);
@@ -212,7 +307,7 @@ impl Drain {
                 Content::Data(len) => {
                     let inside = self.shared.base.bytes_inside(offset, len);
                     if inside == len {
-                        let buf = Buffer::Owned(AlignedBuf::new_zeroed(len as usize));
+                        let buf = Buffer::Owned(self.spare.take(len as usize));
                         self.push(run, true, Op::Read { file: BASE, offset, buf });
                     } else {
                         // The run in which the base ends: its tail is zero.
@@ -275,7 +370,7 @@ impl Drain {
                 Some(buf) => self.push(piece.run, false, write(piece.offset, buf)),
                 None => self.fail(piece.run, Error::WrongState("an engine kept the buffer of a read")),
             },
-            Ok(()) => {}
+            Ok(()) => self.spare.put(completion.buf),
         }
         self.part_done(piece.run);
     }
@@ -288,7 +383,7 @@ impl Drain {
         }
     }
 
-    /// The last part of a run releases it; its P bits stay until the batch is synced.
+    /// The last part of a run lets it be released; its P bits stay until the batch is synced.
     fn part_done(&mut self, index: usize) {
         let Some(place) = self.runs.get_mut(index) else { return };
         let Some(run) = place else { return };
@@ -301,10 +396,11 @@ impl Drain {
         if run.failed {
             self.shared.claims.release(&[run.extent]);
         } else {
-            self.shared.claims.release_copied(run.extent);
+            self.copied_runs.push(run.extent);
             self.copied_blocks += run.extent.count();
         }
         *place = None;
+        self.free_runs.push(index);
     }
 }
 
@@ -322,8 +418,10 @@ impl Drop for Drain {
         if let Ok(idle) = blockio::new_engine(blockio::EngineKind::Sync, 1, Vec::new()) {
             drop(std::mem::replace(&mut self.engine, idle));
         }
-        let held: Vec<Extent> = self.runs.iter().flatten().map(|run| run.extent).collect();
+        let held = self.runs.iter().flatten().map(|run| run.extent);
+        let held: Vec<Extent> = held.chain(self.copied_runs.iter().copied()).collect();
         self.shared.claims.release(&held);
         self.shared.claims.forget_copied();
+        self.shared.claims.end_drain();
     }
 }

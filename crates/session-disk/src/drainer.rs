@@ -9,6 +9,12 @@ use crate::drain::Drain;
 use crate::open::describe;
 use crate::{Error, SessionDisk};
 
+/// How much lower than others' the priority of the drain is: the lowest.
+const NICE: i32 = 19;
+
+/// How long the drain waits before it begins: who was waiting for the last session's end begins his own first.
+const GRACE: Duration = Duration::from_millis(20);
+
 /// First and longest pause after a failed attempt.
 const BACK_OFF_MIN: Duration = Duration::from_secs(1);
 const BACK_OFF_MAX: Duration = Duration::from_secs(60);
@@ -65,6 +71,13 @@ impl Control {
         !self.stop.load(Ordering::Acquire)
     }
 
+    /// Waits for `time`, unless the drain is to stop before.
+    fn pause(&self, time: Duration) {
+        let work = self.work.lock().unwrap_or_else(PoisonError::into_inner);
+        let go_on = |_: &mut bool| !self.stop.load(Ordering::Acquire);
+        drop(self.changed.wait_timeout_while(work, time, go_on).unwrap_or_else(PoisonError::into_inner));
+    }
+
     fn trouble(&self) -> MutexGuard<'_, Option<DrainTrouble>> {
         self.trouble.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -113,6 +126,10 @@ impl Drop for Drainer {
 }
 
 fn run(disk: &SessionDisk, control: &Control, observer: &dyn DrainObserver) {
+    // Of this thread alone. Where processors are idle it costs nothing, and guests are first where they are not.
+    if let Err(error) = rustix::process::nice(NICE) {
+        log::debug!("{}: the drain runs at normal priority: {error}", disk.paths().disk().display());
+    }
     let mut back_off: Option<Duration> = None;
     while control.wait(back_off) {
         match drain_all(disk, control, observer) {
@@ -165,6 +182,7 @@ fn drain_all(disk: &SessionDisk, control: &Control, observer: &dyn DrainObserver
         return if disk.old_logs() > old_logs_max { disk.checkpoint() } else { Ok(()) };
     }
     if !shared.pending.is_empty() {
+        control.pause(GRACE);
         // Made anew each time: between sessions an idle disk keeps no ring and no buffers for it.
         let mut drain = Drain::new(Arc::clone(shared))?;
         while !shared.pending.is_empty() {
@@ -172,7 +190,7 @@ fn drain_all(disk: &SessionDisk, control: &Control, observer: &dyn DrainObserver
                 // What is kept is to survive a power cut.
                 return shared.sync_disk();
             }
-            let batch = drain.batch(&control.stop, &mut |_| ())?;
+            let batch = drain.batch(&control.stop, &|| disk.guests_are_busy(), &mut |_| ())?;
             restored += batch.restored;
             since_checkpoint += batch.restored;
             if since_checkpoint >= CHECKPOINT_BLOCKS {

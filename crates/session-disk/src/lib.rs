@@ -26,6 +26,7 @@ mod live;
 mod manifest;
 mod open;
 mod options;
+mod pace;
 mod paths;
 mod process;
 mod provision;

@@ -9,7 +9,7 @@ use std::sync::atomic::AtomicBool;
 use blockio::EngineKind;
 use blockio::fault::{Fault, FaultPlan, OpClass};
 use common::{Bench, end, try_write};
-use session_disk::DiskOptions;
+use session_disk::{DiskOptions, Error};
 
 const SIZE: usize = 1 << 20;
 
@@ -59,6 +59,30 @@ fn block_whose_write_fails_between_copy_and_sync_of_the_drain_stays_pending() {
         drain.join().unwrap().unwrap();
     });
     end(&disk, queue);
+    bench.assert_restores_exactly(&disk);
+}
+
+/// Invariant 2: two drains at once would take each other's copies for synced. The second one is refused,
+/// and the first goes on.
+#[test]
+fn drain_while_another_one_runs_is_refused() {
+    let plan = FaultPlan::new();
+    let mut bench = Bench::new(SIZE, None, true, EngineKind::IoUring);
+    bench.options = DiskOptions { faults: Some(plan.clone()), ..bench.options };
+    let disk = bench.open();
+    plan.on(OpClass::Write, 0, Fault::HoldAfter);
+    let drain = || disk.drain(&AtomicBool::new(false), &mut |_| ());
+    std::thread::scope(|scope| {
+        let first = scope.spawn(drain);
+        while plan.held() == 0 {
+            std::thread::yield_now();
+        }
+        let second = drain();
+        plan.release_all();
+        first.join().unwrap().unwrap();
+        assert!(matches!(second, Err(Error::WrongState(_))), "{second:?}");
+    });
+    assert_eq!(disk.pending_blocks(), 0);
     bench.assert_restores_exactly(&disk);
 }
 
