@@ -55,8 +55,7 @@ pub(crate) struct Worker {
     poll: PollWindow,
     finished: Vec<Finished>,
     answers: Vec<Used>,
-    /// Whether all requests of the last pass that had some were done at once, and none was to be logged (one
-    /// record of many blocks costs as much as one of a few).
+    /// Whether all requests of the last pass that had some were done at once.
     all_at_once: bool,
     /// Answers that the guest was not told of by an interrupt, if it wants one.
     untold: Option<Untold>,
@@ -339,12 +338,11 @@ impl Worker {
             }
         }
         self.batch = batch;
-        self.all_at_once = self.announced.is_empty();
         if !self.announced.is_empty() {
             self.start_announced(memory, durable);
         }
         self.parser.end();
-        self.all_at_once &= self.slots.is_empty();
+        self.all_at_once = self.slots.is_empty();
     }
 
     /// Logs the first touches of a batch, all at once, and makes their writes.
