@@ -4,7 +4,7 @@ use std::{
     ffi::CStr,
     io,
     ops::Range,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
     sync::OnceLock,
 };
@@ -403,6 +403,18 @@ impl File {
     /// What the kernel says. Trying again proves nothing: the data may be lost already.
     pub fn sync_data(&self) -> Result<(), Error> {
         rustix::fs::fdatasync(&self.fd).map_err(|errno| self.error("sync", errno))
+    }
+
+    /// Asks the kernel to begin to write back what is dirty in a range, so that a later sync has less to
+    /// wait for. Vouches for nothing, and swallows no error that a sync has to report.
+    pub fn start_write_back(&self, offset: u64, len: u64) {
+        if self.direct || len == 0 {
+            return;
+        }
+        let (offset, len) = (offset as libc::off64_t, len as libc::off64_t);
+        // SAFETY: an open descriptor and numbers; no memory is involved.
+        let _ =
+            unsafe { libc::sync_file_range(self.fd.as_raw_fd(), offset, len, libc::SYNC_FILE_RANGE_WRITE) };
     }
 
     /// `fsync`.

@@ -5,8 +5,8 @@
 //! meanwhile, if no session ended meanwhile. The base is checked before that: what was copied from a
 //! base that changed is not restored. Runs that can't be copied hold up no others.
 //!
-//! What is durable at the end counts, and writing back takes longest: a batch is as large as the
-//! [pace](crate::pace) allows.
+//! What is durable at the end counts, and writing back takes longest. So the kernel is asked to begin with it
+//! while copying goes on, and a batch is as large as the [pace](crate::pace) allows.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -30,6 +30,8 @@ use crate::shared::{BASE, DISK, Shared};
 const RUN_BLOCKS_MAX: u64 = 64;
 /// Runs that are being copied at once.
 const IN_FLIGHT_RUNS_MAX: usize = 64;
+/// Blocks that are copied before the kernel is asked to write them back: 8 MiB.
+const WRITE_BACK_BLOCKS: u64 = 2048;
 /// Bytes of memory that are kept for the next runs.
 const SPARE_BYTES_MAX: usize = 2 << 20;
 
@@ -189,6 +191,7 @@ impl Drain {
         let mut batch = Batch::default();
         let (first, mut cursor) = (self.cursor, self.cursor);
         let (mut started, mut exhausted) = (0, false);
+        let (mut written_back, mut to_write_back) = (first, 0);
         let (mut claimed, mut completions) = (Vec::new(), Vec::new());
         let mut stint_began = self.began.elapsed();
         loop {
@@ -206,6 +209,7 @@ impl Drain {
                 for run in claimed.drain(..) {
                     cursor = run.end();
                     started += run.count();
+                    to_write_back += run.count();
                     self.start(run);
                 }
                 exhausted = !matches!(end, DrainClaim::Claimed(_));
@@ -226,6 +230,11 @@ impl Drain {
             }
             self.release_copied();
             copied(std::mem::take(&mut self.copied_blocks));
+            if to_write_back >= WRITE_BACK_BLOCKS {
+                // What is in flight still is written back later.
+                self.start_write_back(Extent::between(written_back, cursor));
+                (written_back, to_write_back) = (cursor, 0);
+            }
             if self.in_flight_runs == 0 {
                 stint_began = self.rest_since(stint_began);
             }
@@ -270,6 +279,13 @@ impl Drain {
     fn release_copied(&mut self) {
         self.shared.claims.release_copied(&self.copied_runs);
         self.copied_runs.clear();
+    }
+
+    /// Asks the kernel to begin to write back what lies in `blocks`. A hint: the sync vouches.
+    fn start_write_back(&self, blocks: Extent) {
+        if let Some(bytes) = self.shared.geometry.bytes_of(blocks) {
+            self.shared.disk.start_write_back(bytes.offset(), bytes.len());
+        }
     }
 
     /// Begins to copy a claimed run.
