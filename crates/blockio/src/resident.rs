@@ -10,14 +10,18 @@
 //!   write was complete sees it, from whatever thread. As with `pread`, what a write that runs at the
 //!   same time leaves in its range is not said.
 //! - **It does not wait for the disk, with the exception that follows.** Pages are read only where
-//!   the kernel said, at most [`EPOCH_BITS`] ago (1.1 s), that they are resident (`mincore`). To ask
-//!   each time takes as long as copying 4 KiB, and more than `pread` costs in all. A page that the
-//!   kernel gives up in that time is read from the disk by the copy (a major fault), as a plain
-//!   `pread` would read it. Without need for memory that does not happen: pages that are mapped and
-//!   in use are not dropped by `drop_caches` or `fadvise`, and reclaim passes by a page twice before it
-//!   takes it. With need for memory it is noticed at the thread's next read ([`pace`]), which turns
-//!   maps off for that thread, 0.1 s at first and up to 12.8 s. So a thread waits for at most one page
-//!   of the disk in 0.1 s, at most 12 when it goes on so for a minute.
+//!   the kernel said in the same epoch of 1.1 s that they are resident (`mincore`). To ask each time
+//!   takes as long as copying 4 KiB, and in all more than `pread` does. A page that the kernel gives up
+//!   between is read from the disk by the copy (a major fault), as a plain `pread` would read it.
+//!   Without need for memory nobody gives up a page that is mapped: `drop_caches` and `fadvise` pass
+//!   it by; and reclaim passes by a page twice before it takes it. With need for memory it happens, and
+//!   is noticed at the thread's first read in the next tick of the kernel's clock (1 to 10 ms), or
+//!   after 32 reads ([`pace`]): then maps are off for the thread, for 0.1 s at first and up to 12.8 s
+//!   as long as it goes on so. That is the bound: 32 pages of the disk, or one more than fit into a
+//!   tick, and not again for 0.1 to 12.8 s.
+//! - **It waits for a lock of a page, perhaps**, on the first read through the map of a page (of 16,
+//!   mostly: that is a minor fault of 1 us) if a write or write-back of that page is being prepared at
+//!   that moment. Pages that have been read through the map are read without a lock.
 //! - **A page that was cut in its middle** shows zeros behind the cut, not an error, until the size is
 //!   looked at: once an epoch. Behind that page reads fail at once.
 //!
@@ -30,6 +34,7 @@
 //! don't tell the truth about residency (`mincore` says yes to everything where the caller could not
 //! write to the file) have no map.
 
+mod clock;
 mod copy;
 mod guard;
 mod known;
@@ -51,13 +56,12 @@ use rustix::{
 };
 
 use crate::{File, FileKind, IoVec};
+use clock::{Epoch, Moment};
 use guard::Guarded;
-use known::{Epoch, GROUP_PAGES, Known};
+use known::{GROUP_PAGES, Known};
 use pace::Pace;
 
 const PAGE_SIZE: u64 = 4096;
-/// An epoch is 2 to this power of nanoseconds: what was seen in one is believed until its end.
-const EPOCH_BITS: u32 = 30;
 /// No larger file is mapped, bytes: half of what a process can address.
 const FILE_BYTES_MAX: u64 = 1 << 46;
 
@@ -175,8 +179,8 @@ impl ResidentMap {
         if self.guarded.is_broken() {
             return false;
         }
-        let now_ns = now_ns();
-        match pace::step(now_ns) {
+        let now = Moment::now();
+        match pace::step(now) {
             Pace::Go => {}
             Pace::Pause => return false,
             Pace::Stalled => {
@@ -184,7 +188,7 @@ impl ResidentMap {
                 return false;
             }
         }
-        let epoch = Epoch((now_ns >> EPOCH_BITS) as u32 | 1 << 31);
+        let epoch = now.epoch();
         let pages = offset / PAGE_SIZE..(offset + len).div_ceil(PAGE_SIZE);
         pace::is_fit(epoch)
             && self.is_whole(epoch)
@@ -242,16 +246,6 @@ impl Drop for ResidentMap {
 fn page_size() -> Option<u64> {
     // SAFETY: only asks.
     u64::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).ok()
-}
-
-/// Nanoseconds of a clock that does not step.
-#[inline]
-fn now_ns() -> u64 {
-    // Not rustix's, which finds the vDSO itself and so does not run under valgrind.
-    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: there is room for the answer.
-    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
-    (now.tv_sec as u64).wrapping_mul(1_000_000_000).wrapping_add(now.tv_nsec as u64)
 }
 
 /// Whether mappings of the file show what reads of it show, and `mincore` what they need.

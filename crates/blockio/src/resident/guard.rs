@@ -59,9 +59,9 @@ impl Guarded {
         copy();
         drop(copying);
         // What the copy read was read before this: zeros that another thread's handler put there
-        // come with its mark.
-        fence(Ordering::SeqCst);
-        !self.broken.load(Ordering::SeqCst)
+        // come with its mark. (No more than that: a full barrier would wait for the copy's stores.)
+        fence(Ordering::Acquire);
+        !self.is_broken()
     }
 
     fn contains(&self, address: usize) -> bool {

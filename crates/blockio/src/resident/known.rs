@@ -13,12 +13,10 @@ use std::{
 
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
+use super::clock::Epoch;
+
 /// Pages of a group.
 pub(super) const GROUP_PAGES: u64 = 32;
-
-/// A period of time in which what was seen is believed.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) struct Epoch(pub(super) u32);
 
 /// A word for each group of pages.
 #[derive(Debug)]

@@ -1,17 +1,19 @@
 //! When a thread may read from maps: not for a while after such a read has waited for the disk.
 //!
 //! A major fault is a read of the disk that a thread waits for in the middle of a copy. The kernel
-//! counts them for each thread; asking takes as long as a third of a copy, so it is asked when time
-//! has passed between two reads in which there could have been one. One fault turns the maps off for
+//! counts them for each thread. To ask takes as long as a third of a copy, so it is asked at a
+//! thread's first read in a tick of the clock, and after so many reads. A fault turns the maps off for
 //! the thread, for longer each time one follows soon.
 
 use std::cell::Cell;
 
-use super::{guard, known::Epoch};
+use super::{
+    clock::{Epoch, Moment},
+    guard,
+};
 
-/// Two reads of a thread with no more time than this between them had no major fault between them
-/// that would matter, nanoseconds. A fault that finds the data in the host's memory takes 2000.
-const SUSPICIOUS_NS: u64 = 20_000;
+/// After so many reads it is asked whether one has waited.
+const READS: u32 = 32;
 /// How long maps are off after the first major fault, nanoseconds; twice as long after each one that
 /// comes before they have been on for [`CALM_PAUSES`] times as long as they were off.
 const PAUSE_MIN_NS: u64 = 100_000_000;
@@ -31,60 +33,81 @@ pub(super) enum Pace {
 }
 
 /// A thread's history.
-#[derive(Debug, Default)]
-pub(super) struct Walker {
-    last_ns: u64,
-    faults: Option<i64>,
-    resume_ns: u64,
-    pause_ns: u64,
+#[derive(Debug)]
+struct Walker {
+    /// When it was asked last, and how many reads are left until it is asked again.
+    asked: Cell<Moment>,
+    left: Cell<u32>,
+    /// Major faults by then.
+    faults: Cell<Option<i64>>,
+    /// Until when maps are off; 0: they are on.
+    resume: Cell<Moment>,
+    /// When they were turned on last, and for how long they had been off, nanoseconds.
+    resumed: Cell<Moment>,
+    pause_ns: Cell<u64>,
 }
 
 impl Walker {
-    pub(super) const fn new() -> Self {
-        Self { last_ns: 0, faults: None, resume_ns: 0, pause_ns: 0 }
+    const fn new() -> Self {
+        Self {
+            asked: Cell::new(Moment(0)),
+            left: Cell::new(0),
+            faults: Cell::new(None),
+            resume: Cell::new(Moment(0)),
+            resumed: Cell::new(Moment(0)),
+            pause_ns: Cell::new(0),
+        }
     }
 
-    /// What may be done at `now_ns`; `faults` counts the thread's major faults, and is asked when
-    /// there may have been one.
+    /// What may be done now; `faults` tells the thread's major faults since it began.
     #[inline]
-    fn step(&mut self, now_ns: u64, faults: impl FnOnce() -> i64) -> Pace {
-        let passed = now_ns.saturating_sub(self.last_ns);
-        self.last_ns = now_ns;
-        if passed > SUSPICIOUS_NS && self.has_stalled(now_ns, faults()) {
-            return Pace::Stalled;
+    fn step(&self, now: Moment, faults: impl FnOnce() -> i64) -> Pace {
+        let left = self.left.get();
+        if left > 0 && now == self.asked.get() {
+            self.left.set(left - 1);
+            return Pace::Go;
         }
-        if now_ns < self.resume_ns { Pace::Pause } else { Pace::Go }
+        self.look(now, faults())
     }
 
     #[cold]
-    fn has_stalled(&mut self, now_ns: u64, faults: i64) -> bool {
-        let before = self.faults.replace(faults);
-        if before.is_none_or(|before| before == faults) {
-            return false;
+    fn look(&self, now: Moment, faults: i64) -> Pace {
+        self.asked.set(now);
+        self.left.set(0);
+        if self.faults.replace(Some(faults)).is_some_and(|before| before != faults) {
+            self.pause(now);
+            return Pace::Stalled;
         }
-        let calm = now_ns.saturating_sub(self.resume_ns) > self.pause_ns.saturating_mul(CALM_PAUSES);
-        self.pause_ns =
-            if calm { PAUSE_MIN_NS } else { (self.pause_ns * 2).clamp(PAUSE_MIN_NS, PAUSE_MAX_NS) };
-        self.resume_ns = now_ns.saturating_add(self.pause_ns);
-        true
+        if now < self.resume.get() {
+            return Pace::Pause;
+        }
+        if self.resume.replace(Moment(0)) != Moment(0) {
+            self.resumed.set(now);
+        }
+        self.left.set(READS - 1);
+        Pace::Go
+    }
+
+    fn pause(&self, now: Moment) {
+        let before = self.pause_ns.get();
+        let on = now.0.saturating_sub(self.resumed.get().0);
+        let calm = on > before.saturating_mul(CALM_PAUSES);
+        let pause = if calm { PAUSE_MIN_NS } else { (before * 2).clamp(PAUSE_MIN_NS, PAUSE_MAX_NS) };
+        self.pause_ns.set(pause);
+        self.resume.set(Moment(now.0.saturating_add(pause)));
     }
 }
 
 thread_local! {
-    static WALKER: Cell<Walker> = const { Cell::new(Walker::new()) };
+    static WALKER: Walker = const { Walker::new() };
     /// The epoch in which this thread was last found fit to take a `SIGBUS`; 0: none.
     static FIT: Cell<u32> = const { Cell::new(0) };
 }
 
-/// What the calling thread may do at `now_ns` (monotonic).
+/// What the calling thread may do now.
 #[inline]
-pub(super) fn step(now_ns: u64) -> Pace {
-    WALKER.with(|walker| {
-        let mut own = walker.take();
-        let pace = own.step(now_ns, major_faults);
-        walker.set(own);
-        pace
-    })
+pub(super) fn step(now: Moment) -> Pace {
+    WALKER.with(|walker| walker.step(now, major_faults))
 }
 
 /// Whether the calling thread would survive a `SIGBUS`; looked at once an epoch.
@@ -116,36 +139,52 @@ mod tests {
 
     const MS: u64 = 1_000_000;
 
-    #[test]
-    fn fault_between_reads_turns_maps_off_for_longer_each_time() {
-        let mut walker = Walker::new();
-        let mut now = 10 * MS;
-        let never = || -> i64 { unreachable!("asked without need") };
-        assert_eq!(walker.step(now, || 5), Pace::Go);
-        assert_eq!(walker.step(now + SUSPICIOUS_NS, never), Pace::Go);
-        now += MS;
-        assert_eq!(walker.step(now, || 5), Pace::Go);
-        for pause in [100, 200, 400, 800, 1600, 3200, 6400, 12800, 12800] {
-            now += MS;
-            let fault = walker.faults.unwrap() + 1;
-            assert_eq!(walker.step(now, || fault), Pace::Stalled);
-            assert_eq!(walker.step(now + 1, never), Pace::Pause);
-            assert_eq!(walker.step(now + pause * MS - 1, || fault), Pace::Pause);
-            now += pause * MS;
-            assert_eq!(walker.step(now, never), Pace::Go);
-        }
-        now += 12_800 * CALM_PAUSES * MS + 1;
-        let fault = walker.faults.unwrap();
-        assert_eq!(walker.step(now, || fault), Pace::Go);
-        now += MS;
-        assert_eq!(walker.step(now, || fault + 1), Pace::Stalled);
-        assert_eq!(walker.pause_ns, PAUSE_MIN_NS);
+    fn never() -> i64 {
+        unreachable!("asked without need")
     }
 
     #[test]
-    fn clock_that_steps_back_is_no_reason_to_ask() {
-        let mut walker = Walker::new();
-        assert_eq!(walker.step(50 * MS, || 0), Pace::Go);
-        assert_eq!(walker.step(49 * MS, || unreachable!()), Pace::Go);
+    fn faults_are_asked_for_once_a_tick_and_after_so_many_reads() {
+        let walker = Walker::new();
+        for tick in 1..3 {
+            for _ in 0..3 {
+                assert_eq!(walker.step(Moment(tick * MS), || 5), Pace::Go);
+                (1..READS).for_each(|_| assert_eq!(walker.step(Moment(tick * MS), never), Pace::Go));
+            }
+            assert_eq!(walker.step(Moment(tick * MS), || 5), Pace::Go);
+        }
+        assert_eq!(walker.step(Moment(MS), || 6), Pace::Stalled);
+    }
+
+    #[test]
+    fn fault_between_reads_turns_maps_off_for_longer_each_time() {
+        let walker = Walker::new();
+        let (mut now, mut faults) = (10 * MS, 5);
+        assert_eq!(walker.step(Moment(now), || faults), Pace::Go);
+        for pause in [100, 200, 400, 800, 1600, 3200, 6400, 12800, 12800] {
+            (now, faults) = (now + MS, faults + 1);
+            assert_eq!(walker.step(Moment(now), || faults), Pace::Stalled);
+            for (passed, expected) in
+                [(0, Pace::Pause), (pause * MS - 1, Pace::Pause), (pause * MS, Pace::Go)]
+            {
+                assert_eq!(walker.step(Moment(now + passed), || faults), expected);
+            }
+            now += pause * MS;
+            assert_eq!(walker.step(Moment(now), never), Pace::Go);
+        }
+        now += 12_800 * CALM_PAUSES * MS + 1;
+        assert_eq!(walker.step(Moment(now), || faults), Pace::Go);
+        assert_eq!(walker.step(Moment(now + MS), || faults + 1), Pace::Stalled);
+        assert_eq!(walker.pause_ns.get(), PAUSE_MIN_NS);
+    }
+
+    #[test]
+    fn fault_while_maps_are_off_keeps_them_off_for_longer() {
+        let walker = Walker::new();
+        assert_eq!(walker.step(Moment(MS), || 0), Pace::Go);
+        assert_eq!(walker.step(Moment(2 * MS), || 1), Pace::Stalled);
+        assert_eq!(walker.step(Moment(3 * MS), || 2), Pace::Stalled);
+        assert_eq!(walker.step(Moment(202 * MS), || 2), Pace::Pause);
+        assert_eq!(walker.step(Moment(203 * MS), || 2), Pace::Go);
     }
 }
