@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use blockio::{AlignedBuf, Buffer, Completion, GuestBuf};
 use rustix::event::{EventfdFlags, eventfd};
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 /// Threads of one base at most.
 const THREADS_MAX: usize = 4;
@@ -116,6 +117,9 @@ struct Shared {
     source: Arc<dyn Source>,
     queues: Mutex<Queues>,
     work: Condvar,
+    /// The processors of who opened the base. Readers are started by whoever asks, which may be a thread
+    /// that is confined to one.
+    processors: Option<CpuSet>,
 }
 
 /// The readers of one base. Dropping it ends them.
@@ -129,7 +133,8 @@ impl std::fmt::Debug for Pool {
 
 impl Pool {
     pub(crate) fn new(source: Arc<dyn Source>) -> Self {
-        Self(Arc::new(Shared { source, queues: Mutex::default(), work: Condvar::new() }))
+        let processors = sched_getaffinity(None).ok();
+        Self(Arc::new(Shared { source, queues: Mutex::default(), work: Condvar::new(), processors }))
     }
 
     /// Takes reads, which `answers` will be told of. Never waits.
@@ -212,6 +217,10 @@ impl Shared {
 
     /// A thread's life.
     fn work(&self) {
+        if let Some(processors) = &self.processors {
+            // If that fails it reads all the same.
+            let _ = sched_setaffinity(None, processors);
+        }
         let mut scratch = AlignedBuf::new_zeroed(0);
         let mut queues = self.queues();
         loop {

@@ -50,7 +50,7 @@ impl Engine for SyncEngine {
                     break result;
                 }
             };
-            self.ready.push(self.work.complete(result));
+            self.ready.push(self.work.complete(result, &self.files));
         }
     }
 

@@ -238,7 +238,13 @@ impl Work {
     }
 
     /// Ends the operation; the work is idle again.
-    pub(crate) fn complete(&mut self, result: io::Result<()>) -> Completion {
+    pub(crate) fn complete(&mut self, result: io::Result<()>, files: &[Arc<File>]) -> Completion {
+        // What was deallocated is not read through a map any more: that could bring it back.
+        if let Kind::Allocate(_) = self.kind
+            && let Some(map) = files.get(usize::from(self.file.0)).and_then(|file| file.resident())
+        {
+            map.punched(self.offset, self.len);
+        }
         self.kind = Kind::Nothing;
         if self.bounces {
             self.bounce = None;

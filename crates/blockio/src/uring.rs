@@ -127,7 +127,7 @@ impl UringEngine {
                 let outcome = pace.timed(|| perform(file, call));
                 match work.advance(outcome) {
                     Some(result) => {
-                        ready.push(work.complete(result));
+                        ready.push(work.complete(result, files));
                         idle.push(slot);
                     }
                     None => {
@@ -204,7 +204,7 @@ impl UringEngine {
         let unstarted = self.ringed.drain(..).chain(self.queue.drain(..self.released));
         for slot in unstarted {
             if let Some(work) = self.works.get_mut(slot as usize) {
-                self.ready.push(work.complete(Err(error())));
+                self.ready.push(work.complete(Err(error()), &self.files));
                 self.idle.push(slot);
             }
         }
@@ -213,7 +213,7 @@ impl UringEngine {
 
     /// Moves a batch of completions out of the ring to `done`. Works with another call to make are queued.
     fn collect(&mut self, done: &mut Vec<Completion>) {
-        let Self { ring, works, idle, queue, released, at_work, ready, .. } = self;
+        let Self { files, ring, works, idle, queue, released, at_work, ready, .. } = self;
         let room = self.batch.saturating_sub(ready.len());
         for entry in ring.completion().take(room) {
             let slot = entry.user_data() as u32;
@@ -223,7 +223,7 @@ impl UringEngine {
             let outcome = usize::try_from(outcome).map_err(|_| io::Error::from_raw_os_error(-outcome));
             match work.advance(outcome) {
                 Some(result) => {
-                    done.push(work.complete(result));
+                    done.push(work.complete(result, files));
                     idle.push(slot);
                 }
                 None => {

@@ -264,6 +264,10 @@ impl SessionDisk {
             writer.sync()?;
         }
         drop(log);
+        if lifecycle.session.is_none() {
+            // A session's end has left that to us.
+            self.sync_logs(&lifecycle.manifest)?;
+        }
         let left = if lifecycle.session.take().is_some() {
             Some(Left::Open)
         } else {
@@ -292,6 +296,17 @@ impl SessionDisk {
             }
             _ => Ok(None),
         }
+    }
+
+    /// Makes the logs durable that speak for the disk and are no longer written.
+    fn sync_logs(&self, manifest: &Manifest) -> Result<(), Error> {
+        for entry in &manifest.logs {
+            let path = self.paths.sessions().join(entry.id().file_name());
+            // One that is missing or damaged speaks for everything as it is.
+            let Ok(mut log) = self.shared.storage.open_log(&path) else { continue };
+            log.sync_data().map_err(|error| Error::state("sync", &path, error))?;
+        }
+        Ok(())
     }
 
     /// Clears the intents if the disk is pristine and synced, which is what no log means. While a

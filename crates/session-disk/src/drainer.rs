@@ -127,7 +127,10 @@ impl Drop for Drainer {
 
 fn run(disk: &SessionDisk, control: &Control, observer: &dyn DrainObserver) {
     // Of this thread alone. Where processors are idle it costs nothing, and guests are first where they are not.
-    if let Err(error) = rustix::process::nice(NICE) {
+    // Readers of the base that it starts would inherit it, and guests wait for them too.
+    if !disk.shared().base.has_readers()
+        && let Err(error) = rustix::process::nice(NICE)
+    {
         log::debug!("{}: the drain runs at normal priority: {error}", disk.paths().disk().display());
     }
     let mut back_off: Option<Duration> = None;

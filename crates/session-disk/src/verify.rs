@@ -77,9 +77,13 @@ pub fn verify(
             None => geometry.size() - offset,
             Some(data) => data.start.saturating_sub(offset),
         };
-        let hole_of_base = match base.content_at(offset, geometry.size() - offset)? {
-            Content::Hole(hole) => hole,
-            Content::Data(_) => 0,
+        // Not asked beyond what matters: a sealed base proves its holes chunk by chunk.
+        let hole_of_base = match hole_of_disk < BLOCK_SIZE {
+            true => 0,
+            false => match base.content_at(offset, hole_of_disk)? {
+                Content::Hole(hole) => hole,
+                Content::Data(_) => 0,
+            },
         };
         let hole = hole_of_disk.min(hole_of_base) / BLOCK_SIZE * BLOCK_SIZE;
         if hole > 0 {

@@ -10,7 +10,7 @@ use std::{
     },
 };
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use vhost_user_backend::VhostUserBackend;
 use vm_memory::GuestAddressSpace;
@@ -29,6 +29,10 @@ use crate::{
     vring::{SharedMemory, Vring},
     worker::Worker,
 };
+
+/// How long a drain waits before it looks again whether all is done: a queue's own thread may have taken the
+/// completion that would have told it.
+const LOOK_AGAIN: Timespec = Timespec { tv_sec: 0, tv_nsec: 10_000_000 };
 
 /// What all workers of a connection share. Nothing in it is locked on the data path.
 pub(crate) struct Device {
@@ -74,7 +78,7 @@ impl Device {
 
 /// The device and its workers, one per queue.
 pub(crate) struct Backend {
-    device: Device,
+    pub(crate) device: Device,
     /// Made when its ring starts for the first time: most frontends use fewer queues than they may.
     workers: Vec<OnceLock<Mutex<Worker>>>,
     /// Per worker, the event that ends its thread. The library keeps the number registered without
@@ -163,7 +167,7 @@ impl Backend {
                 PollFd::from_borrowed_fd(unsafe { BorrowedFd::borrow_raw(*fd) }, PollFlags::IN)
             };
             let mut fds: Vec<PollFd<'_>> = fds.iter().map(borrow).collect();
-            if let Err(error) = rustix::event::poll(&mut fds, None)
+            if let Err(error) = rustix::event::poll(&mut fds, Some(&LOOK_AGAIN))
                 && error != rustix::io::Errno::INTR
             {
                 log::error!("waiting for I/O of a connection that ends: {error}");
@@ -196,7 +200,7 @@ impl Backend {
         }
     }
 
-    fn worker(&self, index: usize) -> Option<MutexGuard<'_, Worker>> {
+    pub(crate) fn worker(&self, index: usize) -> Option<MutexGuard<'_, Worker>> {
         self.workers.get(index).and_then(OnceLock::get).map(lock)
     }
 }
@@ -351,5 +355,105 @@ mod tests {
             ended.recv_timeout(Duration::from_secs(10)).is_ok(),
             "the drain of a closed connection hangs"
         );
+    }
+
+    fn disk_in(dir: &tempfile::TempDir, base: &std::path::Path, options: DiskOptions) -> Arc<SessionDisk> {
+        let options = DiskOptions { runtime_dir: Some(dir.path().join("run")), ..options };
+        provision(&ProvisionOptions::new(base, options.clone())).unwrap();
+        let disk = SessionDisk::open(&options).unwrap();
+        disk.drain(&AtomicBool::new(false), &mut |_| ()).unwrap();
+        disk
+    }
+
+    /// RESET_DEVICE with I/O in flight: the queue's own thread waits for the same completions, and may be the
+    /// one to take them.
+    #[test]
+    fn drain_beside_the_queues_thread_ends() {
+        let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let base = dir.path().join("base.raw");
+        std::fs::write(&base, vec![7; 4 << 20]).unwrap();
+        let options = DiskOptions {
+            engine: Some(EngineKind::IoUring),
+            direct: true,
+            ..DiskOptions::new(dir.path().join("disk.raw"))
+        };
+        let disk = disk_in(&dir, &base, options);
+        disk.begin_session(None).unwrap();
+        let config = DeviceConfig {
+            num_queues: 1,
+            queue_size: 64,
+            polling: Polling::Fixed(Duration::ZERO),
+            ..DeviceConfig::default()
+        };
+        let backend = Arc::new(Backend::new(&disk, config).unwrap());
+        backend.open_queue(&disk, 0).unwrap();
+        let ended = Arc::new(AtomicBool::new(false));
+        // What the library's thread does: waits for completions, and lets the worker look.
+        let thread = std::thread::spawn({
+            let (backend, ended) = (backend.clone(), ended.clone());
+            move || {
+                let fds = backend.wait_fds();
+                while !ended.load(Ordering::Relaxed) {
+                    let borrow = |fd: &RawFd| {
+                        // SAFETY: the descriptors are the worker's, and live as long as `backend`.
+                        PollFd::from_borrowed_fd(unsafe { BorrowedFd::borrow_raw(*fd) }, PollFlags::IN)
+                    };
+                    let mut polled: Vec<PollFd<'_>> = fds.iter().map(borrow).collect();
+                    let soon = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
+                    rustix::event::poll(&mut polled, Some(&soon)).unwrap();
+                    backend.worker(0).unwrap().finish(&backend.device);
+                }
+            }
+        });
+        let (done, rounds) = mpsc::channel();
+        std::thread::spawn(move || {
+            for round in 0..1000u32 {
+                let range = disk.geometry().sectors_at(0, 4096).unwrap();
+                let mut worker = backend.worker(0).unwrap();
+                worker.io_mut().push(0, Request::Read { range, buf: GuestBuf::zeroed(4096) });
+                worker.io_mut().submit();
+                drop(worker);
+                backend.drain();
+                done.send(round).unwrap();
+            }
+        });
+        let hangs = (0..1000).find(|_| rounds.recv_timeout(Duration::from_secs(20)).is_err());
+        ended.store(true, Ordering::Relaxed);
+        assert_eq!(hangs, None, "the drain hangs in this round");
+        thread.join().unwrap();
+    }
+
+    /// Invariant 4: a hole that was restored stays one when the next session reads it, also on tmpfs, where
+    /// reading a hole through a mapping makes a page.
+    #[test]
+    fn restored_hole_that_is_read_stays_a_hole() {
+        use std::os::unix::fs::MetadataExt;
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let (base, path) = (dir.path().join("base.raw"), dir.path().join("disk.raw"));
+        std::fs::File::create(&base).unwrap().set_len(1 << 20).unwrap();
+        let disk = disk_in(&dir, &base, DiskOptions::new(&path));
+        let mut queue = disk.queue(64).unwrap();
+        let mut each_block = |write: bool| {
+            let mut done = Vec::new();
+            for block in 0..16u64 {
+                let range = disk.geometry().sectors_at(block * 8, 4096).unwrap();
+                let buf = GuestBuf::zeroed(4096);
+                let request = match write {
+                    true => Request::Write { range, buf, durable: false },
+                    false => Request::Read { range, buf },
+                };
+                queue.push(block, request);
+            }
+            queue.quiesce(&mut done);
+            assert!(done.len() == 16 && done.iter().all(|done| done.result.is_ok()));
+        };
+        disk.begin_session(None).unwrap();
+        each_block(true);
+        each_block(false);
+        disk.end_session().unwrap();
+        disk.drain(&AtomicBool::new(false), &mut |_| ()).unwrap();
+        disk.begin_session(None).unwrap();
+        each_block(false);
+        assert_eq!(std::fs::metadata(&path).unwrap().blocks(), 0);
     }
 }

@@ -7,7 +7,7 @@
 //! Answers are published soon and in small groups as long as requests are done at once, so that a guest that
 //! is awake goes on while the next ones are done. Interrupts are for a guest that sleeps: one when half of what
 //! it has asked for is answered, so that it wakes while the other half is done, or when nothing is left to
-//! take, or when it has waited for [`INTERRUPT_DELAY_MAX`].
+//! take, or when it has waited for [`INTERRUPT_DELAY_MAX`] and the group at work is done.
 //!
 //! When a ring starts, the first pass looks into the in-flight table (see [`inflight`](crate::inflight))
 //! for where to begin, and takes first what a server before has taken and not answered.
@@ -38,7 +38,8 @@ use crate::{
 const LOOKS_PER_TIME: u32 = 16;
 /// How many requests are taken at a time while they are done at once.
 const GROUP: usize = 8;
-/// An answer that was published is followed by an interrupt after this time, even if there is more to do.
+/// An answer that was published is followed by an interrupt after this time, even if there is more to do. It is
+/// looked at between groups.
 const INTERRUPT_DELAY_MAX: Duration = Duration::from_micros(50);
 
 /// The data path of one virtqueue.
@@ -200,7 +201,6 @@ impl Worker {
                     starts if starts == self.started => 0,
                     starts => {
                         self.started = starts;
-                        self.untold = None;
                         self.resume(device, state.get_queue_mut(), &memory)
                     }
                 };
@@ -209,7 +209,8 @@ impl Worker {
                 None
             }
         };
-        if taken.is_some_and(|taken| taken > 0) {
+        // Even if the ring has turned out to make no sense after requests were taken again.
+        if !self.batch.is_empty() {
             self.start_batch(device, &memory);
             self.io.submit();
         } else {
@@ -298,7 +299,7 @@ impl Worker {
                 return None;
             }
         }
-        let avail = avail_index(memory, avail_ring).ok()?;
+        let avail = avail_index(memory, avail_ring).unwrap_or(queue.next_avail());
         self.asked_for = avail.wrapping_sub(queue.next_used());
         self.watch = Some(Watch { memory: memory.clone(), avail_ring, next_avail: queue.next_avail() });
         Some(taken)
@@ -518,3 +519,5 @@ impl Worker {
 
 #[cfg(test)]
 mod cost;
+#[cfg(test)]
+mod tests;

@@ -151,7 +151,9 @@ impl SessionDisk {
         }
         let mut manifest = lifecycle.manifest.clone();
         manifest.held = Some(reason);
-        if let Err(error) = self.store_manifest(&mut manifest) {
+        // What an ended session has written is to be known exactly from now on.
+        let durable = if session.is_none() { self.sync_logs(&manifest) } else { Ok(()) };
+        if let Err(error) = durable.and_then(|()| self.store_manifest(&mut manifest)) {
             self.shared.claims.end_rest();
             return Err(error);
         }
@@ -243,7 +245,8 @@ pub fn left_open(options: &DiskOptions) -> Result<Option<u64>, Error> {
     let open = match (manifest.left, live) {
         (Some(left), _) => left == Left::Open,
         (None, Some(live)) => live.session_is_open(),
-        // A power cut, or a log that can't be read: a session's end seals its log.
+        // A power cut, or a log that can't be read: a session's end seals its log. (Not durably: one that ended
+        // just before a power cut may count as open.)
         (None, None) => write_log::read(&paths.sessions().join(last.id().file_name()))
             .map_or(true, |contents| contents.sealed_blocks().is_none()),
     };

@@ -25,28 +25,29 @@ use crate::{
 const DEPTH: u16 = 32;
 /// How often so many are made. `ci/instructions` divides by the product.
 const ROUNDS: u16 = 64;
-const QUEUE_SIZE: u16 = 128;
+pub(super) const QUEUE_SIZE: u16 = 128;
 const LEN: u32 = 4096;
 /// Blocks of the disk: as many as requests, each of which goes to another.
 const BLOCKS: u64 = DEPTH as u64 * ROUNDS as u64;
 
-const AVAIL: u64 = 0x1000;
-const USED: u64 = 0x2000;
+pub(super) const AVAIL: u64 = 0x1000;
+pub(super) const USED: u64 = 0x2000;
 const HEADERS: u64 = 0x3000;
 const STATUS: u64 = 0x4000;
 const DATA: u64 = 0x10_0000;
 
 /// A guest's driver and the device's worker, on the same thread.
-struct Scene {
-    memory: Memory,
-    vring: Vring,
-    backend: Backend,
-    avail: u16,
+pub(super) struct Scene {
+    pub(super) memory: Memory,
+    pub(super) vring: Vring,
+    pub(super) backend: Backend,
+    /// The available index.
+    pub(super) avail: u16,
     _dir: tempfile::TempDir,
 }
 
 impl Scene {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let dir = tempfile::tempdir_in("/dev/shm").unwrap();
         let base = dir.path().join("base.raw");
         std::fs::write(&base, vec![7; (BLOCKS * u64::from(LEN)) as usize]).unwrap();
@@ -78,7 +79,7 @@ impl Scene {
     }
 
     /// Makes requests of `kind` available that begin at these blocks.
-    fn offer(&mut self, kind: u32, blocks: impl Iterator<Item = u64>) {
+    pub(super) fn offer(&mut self, kind: u32, blocks: impl Iterator<Item = u64>) {
         let device_writes = if kind == VIRTIO_BLK_T_IN { VRING_DESC_F_WRITE } else { 0 };
         for (slot, block) in (0u16..).zip(blocks) {
             let at = |start: u64, stride: u64| start + u64::from(slot) * stride;
@@ -104,7 +105,7 @@ impl Scene {
     }
 
     /// Answers everything, and makes sure of it.
-    fn serve(&mut self, count: impl Fn(&Backend, &Vring)) {
+    pub(super) fn serve(&mut self, count: impl Fn(&Backend, &Vring)) {
         count(&self.backend, &self.vring);
         while self.memory.read_obj::<u16>(GuestAddress(USED + 2)).unwrap() != self.avail {
             uncounted(&self.backend, &self.vring);
@@ -129,7 +130,7 @@ fn counted(backend: &Backend, vring: &Vring) {
     backend.serve_queue(0, vring);
 }
 
-fn uncounted(backend: &Backend, vring: &Vring) {
+pub(super) fn uncounted(backend: &Backend, vring: &Vring) {
     backend.serve_queue(0, vring);
 }
 
