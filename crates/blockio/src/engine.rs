@@ -153,6 +153,9 @@ pub trait Engine: Send + fmt::Debug {
         false
     }
 
+    /// Says that a [quick](Engine::perform_now) read at `offset` comes soon. Costs next to nothing.
+    fn expect_read(&self, _file: FileIndex, _offset: u64) {}
+
     /// Takes an operation; never refuses. It completes with `token`.
     fn push(&mut self, token: u64, op: Op);
 

@@ -9,7 +9,7 @@ use std::{
 };
 
 use crate::{
-    File, GuestView, Quick,
+    File, FileIndex, GuestView, Quick,
     pace::Pace,
     transfer::{PIECES_MAX, TRANSFER_MAX},
 };
@@ -46,6 +46,13 @@ pub(crate) fn perform_now(files: &[Arc<File>], waits: Waits<'_>, quick: Quick<'_
         (Quick::Write { offset, .. }, Waits::Paced(pace)) => {
             file.writes_need_a_thread() && pace.try_now(|| write(file, offset, buf))
         }
+    }
+}
+
+/// Has what lies at `offset` brought near the processor, if it is mapped.
+pub(crate) fn expect_read(files: &[Arc<File>], index: FileIndex, offset: u64) {
+    if let Some(map) = files.get(usize::from(index.0)).and_then(|file| file.resident()) {
+        map.prefetch(offset);
     }
 }
 

@@ -8,8 +8,8 @@ use std::{
 };
 
 use crate::{
-    Completion, Engine, File, IoVec, Op, Quick,
-    now::{Waits, perform_now},
+    Completion, Engine, File, FileIndex, IoVec, Op, Quick,
+    now::{Waits, expect_read, perform_now},
     transfer::{Call, Memory, Work},
 };
 
@@ -31,6 +31,10 @@ impl SyncEngine {
 }
 
 impl Engine for SyncEngine {
+    fn expect_read(&self, file: FileIndex, offset: u64) {
+        expect_read(&self.files, file, offset);
+    }
+
     fn perform_now(&mut self, quick: Quick<'_>) -> bool {
         perform_now(&self.files, Waits::Always, quick)
     }

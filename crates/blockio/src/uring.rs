@@ -19,8 +19,8 @@ use rustix::{
 };
 
 use crate::{
-    Completion, Engine, File, Op, Quick,
-    now::{Waits, perform_now},
+    Completion, Engine, File, FileIndex, Op, Quick,
+    now::{Waits, expect_read, perform_now},
     pace::Pace,
     sync::perform,
     transfer::{Call, Memory, Work},
@@ -263,6 +263,10 @@ impl UringEngine {
 }
 
 impl Engine for UringEngine {
+    fn expect_read(&self, file: FileIndex, offset: u64) {
+        expect_read(&self.files, file, offset);
+    }
+
     fn perform_now(&mut self, quick: Quick<'_>) -> bool {
         perform_now(&self.files, Waits::Paced(&mut self.pace), quick)
     }

@@ -61,6 +61,8 @@ pub(crate) struct Finished {
 pub(crate) trait DiskIo: Send {
     /// Reads at once, if that need not wait. `false`: it is to be pushed.
     fn read_now(&mut self, range: BlockRange, buf: GuestView<'_>) -> bool;
+    /// Says that a read is going to be asked for.
+    fn expect_read(&self, _range: BlockRange) {}
     /// Writes at once, if that need not wait. `false`: it is to be pushed.
     fn write_now(&mut self, range: BlockRange, buf: GuestView<'_>, durable: bool) -> bool;
     /// Whether a write was refused only because it is not logged: it can be tried again after
@@ -160,6 +162,10 @@ impl SessionIo {
 impl DiskIo for SessionIo {
     fn read_now(&mut self, range: BlockRange, buf: GuestView<'_>) -> bool {
         self.queue.read_now(range, buf)
+    }
+
+    fn expect_read(&self, range: BlockRange) {
+        self.queue.expect_read(range);
     }
 
     fn write_now(&mut self, range: BlockRange, buf: GuestView<'_>, durable: bool) -> bool {

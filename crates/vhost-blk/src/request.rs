@@ -34,6 +34,8 @@ const SEGMENTS_LEN_MAX: usize = SEGMENT_LEN * RANGE_SEGMENTS_MAX as usize;
 /// Longest chain that is walked. A driver must not make one longer than the queue (2.7.5.3.1);
 /// Linux does with indirect descriptors, by header and status.
 const DESCRIPTORS_MAX: usize = QUEUE_SIZE_MAX as usize + 2;
+/// A batch takes no more chains when its data has as many pieces: a guest could cut all of it into bytes.
+const PARTS_MAX: usize = 4096;
 
 /// A request's outcome, as the status byte says it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -129,6 +131,11 @@ impl Parser {
     pub(crate) fn begin(&mut self, memory: &Arc<Memory>) {
         self.parts.clear();
         self.memory.hold(memory);
+    }
+
+    /// Whether the batch has as many pieces as one should have.
+    pub(crate) fn is_full(&self) -> bool {
+        self.parts.len() >= PARTS_MAX
     }
 
     /// Forgets the batch, and lets go of its memory.

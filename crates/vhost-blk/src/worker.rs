@@ -291,7 +291,13 @@ impl Worker {
                         inflight.popped(head);
                     }
                     let parsed = self.parser.parse(chain, &device.disk, device.config.read_only);
+                    if let Action::Read { range, .. } = &parsed.action {
+                        self.io.expect_read(*range);
+                    }
                     self.batch.push((head, parsed));
+                    if self.parser.is_full() {
+                        break;
+                    }
                 }
             }
             Err(error) => {

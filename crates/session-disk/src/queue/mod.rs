@@ -119,6 +119,11 @@ impl DiskQueue {
             && self.engine.perform_now(Quick::Read { file: DISK, offset: range.offset(), buf })
     }
 
+    /// Says that [`read_now`](Self::read_now) will be asked for `range` soon.
+    pub fn expect_read(&self, range: BlockRange) {
+        self.engine.expect_read(DISK, range.offset());
+    }
+
     /// Writes `range` at once, if that need not wait: nothing of it is pending, and this session's log has all of
     /// it. `false`: some of it may be written; [`push`](Self::push) it.
     pub fn write_now(&mut self, range: BlockRange, buf: GuestView<'_>, durable: bool) -> bool {
