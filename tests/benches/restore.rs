@@ -111,7 +111,7 @@ fn rates(dir: &Path, sizes: &Sizes) {
     images::dense(&lab.base(), sizes.size, 1);
     let disk_options =
         DiskOptions { runtime_dir: Some(lab.runtime().to_owned()), ..DiskOptions::new(lab.disk()) };
-    let wanted = ProvisionOptions { base: lab.base(), disk: disk_options.clone(), size: None, adopt: false };
+    let wanted = ProvisionOptions::new(lab.base(), disk_options.clone());
     session_disk::provision(&wanted).unwrap();
     let disk = SessionDisk::open(&disk_options).unwrap();
     disk.drain(&AtomicBool::new(false), &mut |_| ()).unwrap();
