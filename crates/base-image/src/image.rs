@@ -148,12 +148,6 @@ impl BaseImage {
         }
     }
 
-    /// Whether threads of its own read it, for guests and for the background, and whoever asks starts them: with
-    /// its priority.
-    pub fn has_readers(&self) -> bool {
-        self.pool.is_some()
-    }
-
     /// What would have to stay the same for the contents to be known unchanged.
     ///
     /// # Errors

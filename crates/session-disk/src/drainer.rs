@@ -9,9 +9,6 @@ use crate::drain::Drain;
 use crate::open::describe;
 use crate::{Error, SessionDisk};
 
-/// How much lower than others' the priority of the drain is: the lowest.
-const NICE: i32 = 19;
-
 /// How long the drain waits before it begins: who was waiting for the last session's end begins his own first.
 const GRACE: Duration = Duration::from_millis(20);
 
@@ -126,13 +123,8 @@ impl Drop for Drainer {
 }
 
 fn run(disk: &SessionDisk, control: &Control, observer: &dyn DrainObserver) {
-    // Of this thread alone. Where processors are idle it costs nothing, and guests are first where they are not.
-    // Readers of the base that it starts would inherit it, and guests wait for them too.
-    if !disk.shared().base.has_readers()
-        && let Err(error) = rustix::process::nice(NICE)
-    {
-        log::debug!("{}: the drain runs at normal priority: {error}", disk.paths().disk().display());
-    }
+    // At normal priority: a thread that is starved while it has claims would starve the guests that wait for
+    // them. It is the pace that keeps it out of their way.
     let mut back_off: Option<Duration> = None;
     while control.wait(back_off) {
         match drain_all(disk, control, observer) {
