@@ -6,7 +6,7 @@ use std::time::Duration;
 /// A disk is in use until so long after the last request that was seen.
 const QUIET_AFTER: Duration = Duration::from_millis(20);
 /// The longest rest, whatever the work before has taken.
-const REST_MAX: Duration = Duration::from_millis(100);
+const REST_MAX: Duration = Duration::from_millis(5);
 
 /// How much is done at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,7 +23,7 @@ pub(crate) struct Speed {
 /// Nobody waits: one sync for 1 GiB. What is in flight stays in a processor's cache between its read and its write.
 const FULL: Speed = Speed { in_flight_bytes: 2 << 20, batch_blocks: 262_144, by_stints: false };
 /// Guests work: little is ahead of their I/O in the device's queue, and a sync is short.
-const GENTLE: Speed = Speed { in_flight_bytes: 256 << 10, batch_blocks: 4096, by_stints: true };
+const GENTLE: Speed = Speed { in_flight_bytes: 512 << 10, batch_blocks: 16_384, by_stints: true };
 
 /// Decides, from what was seen of the guests.
 #[derive(Debug, Default)]

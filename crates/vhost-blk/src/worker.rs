@@ -191,12 +191,16 @@ impl Worker {
 
     fn pass(&mut self, device: &Device, vring: &Vring) -> Pass {
         self.watch = None;
-        let memory = device.memory();
-        self.parser.begin(&memory);
-        let taken = {
+        let before = device.memory();
+        let (memory, taken) = {
             let mut state = vring.lock();
             let active = state.is_enabled() && state.get_queue().ready();
-            if active {
+            // What is available now may lie in memory that was added just before. So: this first, then the memory
+            // as it is mapped, and no request is taken that became available later.
+            let available = avail_index(&before, state.get_queue().avail_ring()).ok();
+            let memory = device.memory();
+            self.parser.begin(&memory);
+            let taken = if active {
                 let again = match vring.starts() {
                     starts if starts == self.started => 0,
                     starts => {
@@ -204,10 +208,13 @@ impl Worker {
                         self.resume(device, state.get_queue_mut(), &memory)
                     }
                 };
-                self.pop(device, state.get_queue_mut(), &memory).map(|popped| again + popped)
+                let queue = state.get_queue_mut();
+                let count = available.map_or(0, |index| index.wrapping_sub(queue.next_avail()));
+                self.pop(device, queue, &memory, count.into()).map(|popped| again + popped)
             } else {
                 None
-            }
+            };
+            (memory, taken)
         };
         // Even if the ring has turned out to make no sense after requests were taken again.
         if !self.batch.is_empty() {
@@ -268,8 +275,8 @@ impl Worker {
         heads.len() as u32
     }
 
-    /// Takes what is available, as far as there is room. `None`: the ring makes no sense.
-    fn pop(&mut self, device: &Device, queue: &mut Queue, memory: &Arc<Memory>) -> Option<u32> {
+    /// Takes the next `count` requests, as far as there is room. `None`: the ring makes no sense.
+    fn pop(&mut self, device: &Device, queue: &mut Queue, memory: &Arc<Memory>, count: usize) -> Option<u32> {
         let (avail_ring, size) = (queue.avail_ring(), u64::from(queue.size()));
         // The library logs what it can't read; a guest must not be able to fill the log.
         let avail_len = 6 + 2 * size as usize;
@@ -280,7 +287,7 @@ impl Worker {
         if !queue.event_idx_enabled() {
             queue.disable_notification(memory.as_ref()).ok()?;
         }
-        let room = if self.all_at_once { self.slots.room().min(GROUP) } else { self.slots.room() };
+        let room = if self.all_at_once { self.slots.room().min(GROUP) } else { self.slots.room() }.min(count);
         let mut taken = 0;
         match queue.iter(memory.as_ref()) {
             Ok(chains) => {

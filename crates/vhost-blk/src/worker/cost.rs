@@ -3,7 +3,10 @@
 //! session disk, from the available ring to the used ring. The kernel's part is not counted, nor the
 //! clock's.
 
-use std::{sync::atomic::AtomicBool, time::Duration};
+use std::{
+    sync::{Arc, atomic::AtomicBool},
+    time::Duration,
+};
 
 use session_disk::{DiskOptions, ProvisionOptions, SessionDisk, provision};
 use vhost_user_backend::VringT;
@@ -34,19 +37,27 @@ pub(super) const AVAIL: u64 = 0x1000;
 pub(super) const USED: u64 = 0x2000;
 const HEADERS: u64 = 0x3000;
 const STATUS: u64 = 0x4000;
-const DATA: u64 = 0x10_0000;
+pub(super) const DATA: u64 = 0x10_0000;
 
 /// A guest's driver and the device's worker, on the same thread.
 pub(super) struct Scene {
     pub(super) memory: Memory,
     pub(super) vring: Vring,
-    pub(super) backend: Backend,
+    pub(super) backend: Arc<Backend>,
     /// The available index.
     pub(super) avail: u16,
     _dir: tempfile::TempDir,
 }
 
 impl Scene {
+    /// Bytes of the region at [`DATA`].
+    pub(super) const DATA_LEN: usize = 15 << 20;
+
+    /// The status of the first request.
+    pub(super) fn status(&self) -> u8 {
+        self.memory.read_obj(GuestAddress(STATUS)).unwrap()
+    }
+
     pub(super) fn new() -> Self {
         let dir = tempfile::tempdir_in("/dev/shm").unwrap();
         let base = dir.path().join("base.raw");
@@ -65,9 +76,10 @@ impl Scene {
             polling: Polling::Fixed(Duration::ZERO),
             ..DeviceConfig::default()
         };
-        let backend = Backend::new(&disk, config).unwrap();
+        let backend = Arc::new(Backend::new(&disk, config).unwrap());
         backend.open_queue(&disk, 0).unwrap();
-        let memory = Memory::from_ranges(&[(GuestAddress(0), 16 << 20)]).unwrap();
+        let data = (GuestAddress(DATA), Self::DATA_LEN);
+        let memory = Memory::from_ranges(&[(GuestAddress(0), DATA as usize), data]).unwrap();
         backend.shared_memory().lock().unwrap().replace(memory.clone());
         let vring = Vring::new(SharedMemory::new(memory.clone()), QUEUE_SIZE).unwrap();
         vring.set_queue_size(QUEUE_SIZE);

@@ -1,13 +1,14 @@
-//! Interrupts that are put off.
+//! Interrupts that are put off, and memory that is added while the ring is looked at.
 
 use std::fs::File;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::event::{EventfdFlags, eventfd};
 use vhost_user_backend::VringT;
 use virtio_bindings::virtio_blk::VIRTIO_BLK_T_OUT;
 use vm_memory::{Bytes, GuestAddress};
 
-use super::cost::{AVAIL, QUEUE_SIZE, Scene, USED, uncounted};
+use super::cost::{AVAIL, DATA, QUEUE_SIZE, Scene, USED, uncounted};
 
 fn event() -> File {
     File::from(eventfd(0, EventfdFlags::NONBLOCK).unwrap())
@@ -43,4 +44,37 @@ fn answer_before_the_kick_is_replaced_is_told_of_afterwards() {
     scene.backend.serve_queue(0, &scene.vring);
     assert_eq!(used(&scene), scene.avail);
     assert!(told(), "the guest sleeps for ever");
+}
+
+/// Frontends add memory while rings run (`blkio` has its data in memory that it adds after the start): a
+/// request that became available after its memory was added finds it, whenever the worker looks.
+#[test]
+fn request_in_memory_that_was_just_added_is_done() {
+    let mut scene = Scene::new();
+    let whole = scene.memory.clone();
+    let (without, _) = whole.remove_region(GuestAddress(DATA), Scene::DATA_LEN as u64).unwrap();
+    let of_device = scene.backend.shared_memory();
+    let (stop, vring) = (AtomicBool::new(false), scene.vring.clone());
+    let backend = std::sync::Arc::clone(&scene.backend);
+    std::thread::scope(|threads| {
+        threads.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                backend.serve_queue(0, &vring);
+            }
+        });
+        for _ in 0..20_000 {
+            of_device.lock().unwrap().replace(without.clone());
+            std::thread::yield_now();
+            of_device.lock().unwrap().replace(whole.clone());
+            scene.offer(VIRTIO_BLK_T_OUT, 0..1);
+            while scene.memory.read_obj::<u16>(GuestAddress(USED + 2)).unwrap() != scene.avail {
+                std::thread::yield_now();
+            }
+            if scene.status() != 0 {
+                break;
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    assert_eq!(scene.status(), 0, "the worker has looked for the data in older memory");
 }
