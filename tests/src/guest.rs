@@ -100,7 +100,7 @@ impl Guest {
             .args(["-smp", &options.queues.max(2).to_string()])
             .args(["-machine", &format!("pc,accel={accel}"), "-cpu", "max"])
             .args(["-object", "memory-backend-memfd,id=mem,size=256M,share=on", "-numa", "node,memdev=mem"])
-            .args(["-append", "console=ttyS0 quiet panic=-1 no_timer_check"])
+            .args(["-append", "console=ttyS0 quiet panic=-1 no_timer_check cryptomgr.notests"])
             .arg("-kernel")
             .arg(initramfs::guest_dir().join("vmlinuz"))
             .arg("-initrd")

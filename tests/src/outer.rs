@@ -95,7 +95,7 @@ impl Machine {
         qemu.args(["-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot"])
             .args(["-machine", "pc", "-accel", "tcg", "-cpu", "max,-erms,-fsrm"])
             .args(["-m", &self.plan.memory_mib.to_string(), "-smp", &self.plan.cpus.to_string()])
-            .args(["-append", "console=ttyS0 quiet panic=-1 no_timer_check"])
+            .args(["-append", "console=ttyS0 quiet panic=-1 no_timer_check cryptomgr.notests"])
             .arg("-kernel")
             .arg(guest_dir().join("vmlinuz"))
             .arg("-initrd")
