@@ -106,9 +106,11 @@ fn images_with_features_that_are_not_offered_are_refused() {
     lab.img("convert -f raw -O qcow2 -c -o compression_type=zstd one.raw zstd");
     lab.img("create -q -f qcow2 -o data_file=data.raw external 1M");
     lab.img("create -q -f qcow2 -o extended_l2=on,cluster_size=64k subclusters 1M");
-    lab.img(
-        "create -q -f qcow2 -o encrypt.format=luks,encrypt.key-secret=k --object secret,id=k,data=x luks 1M",
-    );
+    // qemu-img can't always make a LUKS image: it measures how many rounds of hashing take how long.
+    lab.img("create -q -f qcow2 luks 1M");
+    let mut luks = fs::read(lab.path("luks")).unwrap();
+    luks[35] = 2; // `crypt_method`, big-endian at 32
+    fs::write(lab.path("luks"), luks).unwrap();
     for (name, word) in
         [("zstd", "zstd"), ("external", "data_file"), ("subclusters", "subclusters"), ("luks", "encrypted")]
     {
