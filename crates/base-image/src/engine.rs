@@ -7,10 +7,10 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use blockio::{Buffer, Completion, Engine, FileIndex, Op, Quick};
-use rustix::event::{PollFd, PollFlags, Timespec, epoll, poll};
+use blockio::{Buffer, Completion, Deadline, Engine, FileIndex, Op, Quick};
+use rustix::event::epoll;
 
 use crate::pool::{Answers, Job, Pool, Urgency};
 
@@ -105,23 +105,17 @@ impl Engine for BaseEngine {
     }
 
     fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
-        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        let deadline = Deadline::after(timeout);
         loop {
             self.pump();
-            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-            if !self.ready.is_empty() || self.is_idle() || left.is_some_and(|left| left.is_zero()) {
+            if !self.ready.is_empty() || self.is_idle() || deadline.is_over() {
                 if !self.ready.is_empty() {
                     // Still to be reaped, so the descriptor must be readable again.
                     self.answers.ring();
                 }
                 return Ok(());
             }
-            let timeout = left.map(|left| Timespec {
-                tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
-                tv_nsec: i64::from(left.subsec_nanos()),
-            });
-            let mut fds = [PollFd::new(&self.gate, PollFlags::IN)];
-            rustix::io::retry_on_intr(|| poll(&mut fds, timeout.as_ref()))?;
+            deadline.poll(&self.gate)?;
         }
     }
 

@@ -7,12 +7,12 @@ use std::{
     fmt, io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, epoll, eventfd};
+use rustix::event::{EventfdFlags, epoll, eventfd};
 
-use crate::{Completion, Engine, FileIndex, Op};
+use crate::{Completion, Deadline, Engine, FileIndex, Op};
 
 /// Kinds of operations.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -310,23 +310,16 @@ impl Engine for FaultEngine {
     }
 
     fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
-        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        let deadline = Deadline::after(timeout);
         loop {
             self.pump();
-            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
             let idle = self.in_flight() == self.pushed.len();
-            if !self.ready.is_empty() || idle || left.is_some_and(|left| left.is_zero()) {
+            if !self.ready.is_empty() || idle || deadline.is_over() {
                 // Still to be reaped, so the descriptor must be readable again.
                 ring(&self.bell);
                 return Ok(());
             }
-            let timeout = left.map(|left| Timespec {
-                tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
-                tv_nsec: i64::from(left.subsec_nanos()),
-            });
-            rustix::io::retry_on_intr(|| {
-                rustix::event::poll(&mut [PollFd::new(&self.gate, PollFlags::IN)], timeout.as_ref())
-            })?;
+            deadline.poll(&self.gate)?;
         }
     }
 

@@ -5,6 +5,7 @@
 //! `unsafe` that file I/O needs lives here.
 
 mod buffer;
+mod deadline;
 mod engine;
 mod error;
 pub mod fault;
@@ -22,6 +23,7 @@ mod transfer;
 mod uring;
 
 pub use buffer::{AlignedBuf, BUF_ALIGNMENT, Buffer, GuestBuf, GuestView, IoVec};
+pub use deadline::Deadline;
 pub use engine::{Completion, Engine, EngineKind, FileIndex, Op, Quick, new_engine};
 pub use error::{Error, ErrorKind};
 pub use file::{Alignment, File, FileKind, Identity, OpenOptions};

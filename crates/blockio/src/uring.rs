@@ -9,17 +9,14 @@ use std::{
     fmt, io,
     os::fd::{AsRawFd, BorrowedFd},
     sync::Arc,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use io_uring::{IoUring, opcode, squeue, types};
-use rustix::{
-    event::{PollFd, PollFlags, Timespec},
-    io::Errno,
-};
+use rustix::io::Errno;
 
 use crate::{
-    Completion, Engine, File, FileIndex, Op, Quick,
+    Completion, Deadline, Engine, File, FileIndex, Op, Quick,
     now::{Waits, expect_read, perform_now},
     pace::Pace,
     sync::perform,
@@ -243,19 +240,6 @@ impl UringEngine {
         self.ready = ready;
     }
 
-    /// Waits until the completion ring is not empty, a signal came, or the timeout is over.
-    fn poll(&self, timeout: Option<Duration>) -> io::Result<()> {
-        let timeout = timeout.map(|timeout| Timespec {
-            tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(i64::MAX),
-            tv_nsec: i64::from(timeout.subsec_nanos()),
-        });
-        let fd = self.fd();
-        match rustix::event::poll(&mut [PollFd::new(&fd, PollFlags::IN)], timeout.as_ref()) {
-            Ok(_) | Err(Errno::INTR) => Ok(()),
-            Err(errno) => Err(errno.into()),
-        }
-    }
-
     fn fd(&self) -> BorrowedFd<'_> {
         // SAFETY: the ring's descriptor is open as long as the ring, which `self` owns.
         unsafe { BorrowedFd::borrow_raw(self.ring.as_raw_fd()) }
@@ -296,18 +280,14 @@ impl Engine for UringEngine {
     }
 
     fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
-        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        let deadline = Deadline::after(timeout);
         loop {
             self.collect_ready();
             self.start();
-            if !self.ready.is_empty() || self.at_work == 0 {
+            if !self.ready.is_empty() || self.at_work == 0 || deadline.is_over() {
                 return Ok(());
             }
-            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-            if left.is_some_and(|left| left.is_zero()) {
-                return Ok(());
-            }
-            self.poll(left)?;
+            deadline.poll(self.fd())?;
         }
     }
 
@@ -334,7 +314,7 @@ impl Drop for UringEngine {
             if self.at_work == 0 {
                 break;
             }
-            if let Err(error) = self.poll(Some(Duration::from_secs(1))) {
+            if let Err(error) = Deadline::after(Some(Duration::from_secs(1))).poll(self.fd()) {
                 log::error!("cannot wait for I/O in flight, looking for its completion: {error}");
                 std::thread::sleep(Duration::from_millis(1));
             }

@@ -2,6 +2,8 @@
 
 use std::{io::Write, sync::atomic::AtomicBool, sync::atomic::Ordering};
 
+use rustix::event::{PollFd, PollFlags};
+
 use super::*;
 use crate::{AlignedBuf, Buffer, FileIndex, GuestBuf, IoVec, OpenOptions};
 
@@ -209,16 +211,20 @@ fn operation_that_makes_no_sense_completes_as_invalid_input() {
     }
 }
 
+/// An engine at work on 50 reads, which are handed out four at a time.
+fn with_batches_of_4(file: Arc<File>) -> UringEngine {
+    let mut engine = UringEngine::new(64, vec![file]).unwrap();
+    engine.batch = 4;
+    (0..50).for_each(|token| engine.push(token, read(512)));
+    engine.submit();
+    engine
+}
+
 /// Direct I/O is handed out in small parts: whoever waits for the descriptor gets all of it.
 #[test]
 fn completions_beyond_a_batch_are_told_of_until_all_are_reaped() {
     let (_guard, file) = regular(1 << 16);
-    let mut engine = UringEngine::new(64, vec![file]).unwrap();
-    engine.batch = 4;
-    for token in 0..50 {
-        engine.push(token, read(512));
-    }
-    engine.submit();
+    let mut engine = with_batches_of_4(file);
     let mut done = Vec::new();
     while engine.in_flight() > 0 {
         let fd = engine.completion_fd().unwrap();
@@ -235,12 +241,7 @@ fn completions_beyond_a_batch_are_told_of_until_all_are_reaped() {
 #[test]
 fn engine_dropped_with_more_than_a_batch_complete_ends() {
     let (_guard, file) = regular(1 << 16);
-    let mut engine = UringEngine::new(64, vec![file]).unwrap();
-    engine.batch = 4;
-    for token in 0..50 {
-        engine.push(token, read(512));
-    }
-    engine.submit();
+    let engine = with_batches_of_4(file);
     let (gone, ended) = std::sync::mpsc::channel();
     std::thread::spawn(move || {
         drop(engine);

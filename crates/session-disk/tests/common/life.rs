@@ -11,8 +11,6 @@ use std::time::Duration;
 
 use blockio::GuestBuf;
 use blockio::fault::FaultPlan;
-use blocks::BLOCK_SIZE;
-use rustix::event::{PollFd, PollFlags, poll};
 use session_disk::{
     DiskOptions, DiskQueue, Done, DrainObserver, Drainer, Error, HoldReason, Manifest, Request, SessionDisk,
 };
@@ -20,6 +18,8 @@ use session_disk::{
 use super::crash::recorder::Recorder;
 use super::gate::Gate;
 use super::image::{Expected, Image};
+pub(crate) use super::session::Known;
+use super::session::{Session, reap_all};
 pub(crate) use super::steps::{Ask, Counts, Held, Kind, Step};
 use super::steps::{QUEUES, Trouble, What, Windows, place};
 
@@ -27,13 +27,6 @@ struct Quiet;
 
 impl DrainObserver for Quiet {
     fn restored(&self, _blocks: u64, _duration: Duration) {}
-}
-
-/// An open session: what its guest must read, and which blocks it is sure to own.
-struct Session<'a> {
-    expected: Expected<'a>,
-    owned: HashSet<u64>,
-    queues: Vec<DiskQueue>,
 }
 
 /// What the guest of an open session knew when, in places of the tape.
@@ -46,22 +39,6 @@ struct Chapter<'a> {
     /// Requests were made at the first place and answered at the second; so much had been noted then.
     answers: Vec<(usize, usize, usize)>,
     history: Vec<(u64, Vec<u8>, bool)>,
-}
-
-/// What the guest of an open session knows.
-#[derive(Clone)]
-pub(crate) struct Known<'a> {
-    expected: Expected<'a>,
-    owned: HashSet<u64>,
-}
-
-impl<'a> Known<'a> {
-    fn note(&mut self, first: u64, bytes: &[u8], done: bool) {
-        self.expected.note(first, bytes, done);
-        if done {
-            self.owned.extend(first / 8..(first + bytes.len() as u64 / 512).div_ceil(8));
-        }
-    }
 }
 
 /// A disk that is served, and what its guest knows.
@@ -540,62 +517,5 @@ impl Drop for Life<'_> {
     fn drop(&mut self) {
         // Queues wait for their I/O when they go, also when a check has failed.
         drop(Released(&self.plan, &self.gate));
-    }
-}
-
-impl<'a> Session<'a> {
-    fn known(self) -> Known<'a> {
-        Known { expected: self.expected, owned: self.owned }
-    }
-
-    fn answered(&mut self, kind: Kind, sectors: Range<u64>, bytes: &[u8], buf: &GuestBuf, good: bool) {
-        let touched = sectors.start / 8..sectors.end.div_ceil(8);
-        match kind {
-            Kind::Flush => {}
-            Kind::Read if good => {
-                let mut read = vec![0; bytes.len()];
-                buf.copy_out(0, &mut read);
-                self.expected.check(sectors.start, &read);
-            }
-            Kind::Read => {}
-            Kind::Write => {
-                self.expected.note(sectors.start, bytes, good);
-                self.owned.extend(touched.filter(|_| good));
-            }
-            Kind::Zeroes { .. } => {
-                self.expected.note(sectors.start, &vec![0; bytes.len()], good);
-                self.owned.extend(touched.filter(|_| good));
-            }
-            Kind::Discard => self.discarded(sectors, good),
-        }
-    }
-
-    /// Whole blocks that the session owns are zero. Of others, that are on their way to be owned or that a failed write
-    /// may have made its own, they may be.
-    fn discarded(&mut self, sectors: Range<u64>, good: bool) {
-        let size = self.expected.size();
-        let end = if sectors.end * 512 == size { sectors.end.div_ceil(8) } else { sectors.end / 8 };
-        for block in sectors.start.div_ceil(8)..end {
-            let len = (size - block * BLOCK_SIZE).min(BLOCK_SIZE) as usize;
-            let certain = good && self.owned.contains(&block);
-            if certain || self.expected.may_be_written(block) {
-                self.expected.note(block * 8, &vec![0; len], certain);
-            }
-        }
-    }
-}
-
-fn reap_all(queues: &mut [DiskQueue], done: &mut Vec<Done>) {
-    loop {
-        queues.iter_mut().for_each(|queue| queue.reap(done));
-        if queues.iter().all(|queue| queue.in_flight() == 0) {
-            return;
-        }
-        let mut fds: Vec<PollFd<'_>> = queues
-            .iter()
-            .flat_map(|queue| queue.wait_fds())
-            .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN))
-            .collect();
-        poll(&mut fds, None).unwrap();
     }
 }

@@ -6,6 +6,7 @@ pub(crate) mod gate;
 pub(crate) mod image;
 pub(crate) mod life;
 pub(crate) mod schedule;
+mod session;
 pub(crate) mod steps;
 pub(crate) mod watchdog;
 
