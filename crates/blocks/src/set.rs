@@ -106,9 +106,9 @@ impl BlockSet {
 
     /// The first run of blocks of the set at or after `from`, cut at `limit` blocks.
     pub fn next_run(&self, from: u64, limit: u64) -> Option<Extent> {
-        let first = self.find(from, true)?;
-        let end = self.find(first, false).unwrap_or(self.blocks);
-        Some(Extent::between(first, end.min(first.saturating_add(limit))))
+        let first = self.find(from, true, self.blocks)?;
+        let end = self.blocks.min(first.saturating_add(limit));
+        Some(Extent::between(first, self.find(first, false, end).unwrap_or(end)))
     }
 
     /// All runs of blocks of the set, in ascending order. A run that changes meanwhile may be
@@ -191,9 +191,11 @@ impl BlockSet {
         self.words.get(index).map_or(0, |word| word.load(Ordering::Acquire))
     }
 
-    /// The first block at or after `from` that is (or is not) in the set.
-    fn find(&self, from: u64, present: bool) -> Option<u64> {
-        if from >= self.blocks {
+    /// The first block at or after `from`, and below `limit`, that is (or is not) in the set. Looks no further than
+    /// `limit`: a set of a large disk is long.
+    fn find(&self, from: u64, present: bool, limit: u64) -> Option<u64> {
+        let limit = limit.min(self.blocks);
+        if from >= limit {
             return None;
         }
         let flip = if present { 0 } else { u64::MAX };
@@ -201,10 +203,13 @@ impl BlockSet {
         let mut bits = (self.word(index) ^ flip) & (u64::MAX << (from % WORD_BITS));
         while bits == 0 {
             index += 1;
+            if index as u64 * WORD_BITS >= limit {
+                return None;
+            }
             bits = self.words.get(index)?.load(Ordering::Acquire) ^ flip;
         }
         let block = index as u64 * WORD_BITS + u64::from(bits.trailing_zeros());
-        (block < self.blocks).then_some(block)
+        (block < limit).then_some(block)
     }
 }
 
@@ -239,11 +244,12 @@ impl Iterator for MixedRuns<'_> {
         if self.rest.is_empty() {
             return None;
         }
-        let first = self.rest.first();
+        let (first, end) = (self.rest.first(), self.rest.end());
         let present = self.set.contains(first);
-        let end = self.set.find(first + 1, !present).unwrap_or(u64::MAX);
-        let end = if end == u64::MAX && present { self.set.blocks } else { end };
-        let (run, rest) = self.rest.split_at(end.saturating_sub(first).max(1));
+        // Past the bound nothing is in the set.
+        let limit = if present { end.min(self.set.blocks) } else { end };
+        let run_end = self.set.find(first + 1, !present, limit).unwrap_or(limit);
+        let (run, rest) = self.rest.split_at(run_end.saturating_sub(first).max(1));
         self.rest = rest;
         Some((present, run))
     }

@@ -30,8 +30,11 @@ const DEPTH: u16 = 32;
 const ROUNDS: u16 = 64;
 pub(super) const QUEUE_SIZE: u16 = 128;
 const LEN: u32 = 4096;
-/// Blocks of the disk: as many as requests, each of which goes to another.
+/// As many blocks as requests, each of which goes to another.
 const BLOCKS: u64 = DEPTH as u64 * ROUNDS as u64;
+/// Size of the disk in bytes: what a request costs must not depend on it, and would if anything were looked for
+/// in all of a set.
+const DISK_SIZE: u64 = 64 << 30;
 
 pub(super) const AVAIL: u64 = 0x1000;
 pub(super) const USED: u64 = 0x2000;
@@ -66,7 +69,9 @@ impl Scene {
             runtime_dir: Some(dir.path().join("run")),
             ..DiskOptions::new(dir.path().join("disk.raw"))
         };
-        provision(&ProvisionOptions::new(base, options.clone())).unwrap();
+        let provisioned =
+            ProvisionOptions { size: Some(DISK_SIZE), ..ProvisionOptions::new(base, options.clone()) };
+        provision(&provisioned).unwrap();
         let disk = SessionDisk::open(&options).unwrap();
         disk.drain(&AtomicBool::new(false), &mut |_| ()).unwrap();
         disk.begin_session(None).unwrap();
