@@ -85,7 +85,8 @@ fn watch(labs: &[Lab], time: Duration, serve: impl Fn(&Lab) -> (Process, PathBuf
     let used = || servers.iter().map(|server| cpu_seconds(server.pid())).sum::<f64>();
     let before = used();
     std::thread::sleep(time);
-    let percent = (used() - before) * 100.0 / time.as_secs_f64();
+    // A thread that ends takes its account with it.
+    let percent = (used() - before).max(0.0) * 100.0 / time.as_secs_f64();
     let memory: Vec<_> = servers.iter().map(|server| memory_of(server.pid())).collect();
     clients.into_iter().for_each(Remote::kill);
     let mean = |of: fn(&crate::bench::machine::Memory) -> u64| {
