@@ -90,6 +90,24 @@ impl GuestRegions {
         Some(found)
     }
 
+    /// The `N` bytes at `address`, if all of them are memory.
+    #[inline(always)]
+    pub(crate) fn read_array<const N: usize>(&self, address: GuestAddress) -> Option<[u8; N]> {
+        let piece = self.find(address, N)?;
+        if piece.len == N {
+            // SAFETY: the piece is mapped as long as `held`, it has so many bytes, and any bytes are an array of them.
+            return Some(unsafe { piece.base.cast::<[u8; N]>().read_unaligned() });
+        }
+        self.read_array_of_several(address)
+    }
+
+    /// [`read_array`](Self::read_array) where regions meet.
+    #[cold]
+    fn read_array_of_several<const N: usize>(&self, address: GuestAddress) -> Option<[u8; N]> {
+        let mut bytes = [0; N];
+        self.read(address, &mut bytes).then_some(bytes)
+    }
+
     /// Copies what is at `address` into `to`; whether all of it is memory.
     pub(crate) fn read(&self, address: GuestAddress, to: &mut [u8]) -> bool {
         self.each(address, to.len(), |done, piece| {

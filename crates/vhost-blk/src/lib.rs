@@ -11,6 +11,7 @@
 
 mod backend;
 mod boundary;
+mod chain;
 mod config;
 mod connection;
 mod cpus;
@@ -23,7 +24,6 @@ mod limit;
 mod peer;
 mod poll;
 mod relay;
-mod replay;
 mod request;
 mod server;
 mod setup;

@@ -4,7 +4,7 @@
 //! bounds; ranges come from [`Geometry`](blocks::Geometry) only; addresses are translated to host
 //! memory once. No framing is assumed: header, data and status may be cut into descriptors anyhow.
 
-use std::{ops::Deref, sync::Arc};
+use std::sync::Arc;
 
 use blockio::{GuestView, IoVec};
 use blocks::{BlockRange, SECTOR_SIZE};
@@ -13,10 +13,10 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
     VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
-use virtio_queue::DescriptorChain;
 use vm_memory::{Address, GuestAddress, GuestMemoryMmap};
 
 use crate::{
+    chain::Table,
     config::{DATA_MAX, QUEUE_SIZE_MAX, RANGE_SECTORS_MAX, RANGE_SEGMENTS_MAX},
     disk::DiskTraits,
     guest::GuestRegions,
@@ -167,12 +167,14 @@ impl Parser {
         Used { head, len: if has_status { written.saturating_add(1) } else { 0 } }
     }
 
-    /// Understands `chain` as a part of the batch.
-    pub(crate) fn parse<M>(&mut self, chain: DescriptorChain<M>, disk: &DiskTraits, read_only: bool) -> Parsed
-    where
-        M: Deref<Target = Memory>,
-    {
-        let Some(ordered) = self.walk(chain) else {
+    /// The batch's memory.
+    pub(crate) fn memory(&self) -> &GuestRegions {
+        &self.memory
+    }
+
+    /// Understands the chain of `table` that begins at `head`, as a part of the batch.
+    pub(crate) fn parse(&mut self, table: Table, head: u16, disk: &DiskTraits, read_only: bool) -> Parsed {
+        let Some(ordered) = self.walk(table, head) else {
             return Parsed { status_at: None, action: Action::failed(Status::IoError) };
         };
         match self.take_status() {
@@ -186,16 +188,13 @@ impl Parser {
 
     /// Collects the chain's pieces. `None`: its end was not found. `Some(false)`: it has a
     /// readable piece after a writable one (2.7.4.2).
-    fn walk<M>(&mut self, chain: DescriptorChain<M>) -> Option<bool>
-    where
-        M: Deref<Target = Memory>,
-    {
+    fn walk(&mut self, table: Table, head: u16) -> Option<bool> {
         self.readable.clear();
         self.writable.clear();
         let (mut ended, mut ordered) = (false, true);
-        for descriptor in chain.take(DESCRIPTORS_MAX) {
+        for descriptor in table.chain(&self.memory, head).take(DESCRIPTORS_MAX) {
             ended = !descriptor.has_next();
-            let piece = Piece { addr: descriptor.addr(), len: descriptor.len() as usize };
+            let piece = Piece { addr: descriptor.addr, len: descriptor.len as usize };
             if piece.len == 0 {
                 continue;
             }
@@ -260,8 +259,17 @@ impl Parser {
 
     /// Reads the header and takes it away from the readable pieces.
     fn take_header(&mut self) -> Result<Header, Status> {
-        let mut bytes = [0; HEADER_LEN];
-        self.read(&mut bytes)?;
+        let bytes: [u8; HEADER_LEN] = match self.readable.first() {
+            // As all drivers have it: the header is the first piece, or the beginning of it.
+            Some(piece) if piece.len >= HEADER_LEN => {
+                self.memory.read_array(piece.addr).ok_or(Status::IoError)?
+            }
+            _ => {
+                let mut bytes = [0; HEADER_LEN];
+                self.read(&mut bytes)?;
+                bytes
+            }
+        };
         let mut skip = HEADER_LEN;
         self.readable.retain_mut(|piece| {
             let cut = skip.min(piece.len);

@@ -19,15 +19,15 @@ use std::{
 
 use blocks::BlockRange;
 use session_disk::Request;
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use crate::{
     backend::Device,
+    chain::{Table, avail_head},
     disk::{DiskIo, Finished},
     inflight::InflightQueue,
     poll::{PollWindow, Polling},
-    replay,
     request::{Action, Data, Memory, Parsed, Parser, Status},
     slots::{Slot, Slots, Used, part_token},
     used::{avail_index, publish, used_head, used_index, wants_interrupt},
@@ -263,14 +263,10 @@ impl Worker {
         if !heads.is_empty() {
             log::info!("queue {}: {} requests in flight are done again", self.index, heads.len());
         }
-        match replay::chains(queue, memory, &heads) {
-            Ok(chains) => {
-                for (head, chain) in heads.iter().zip(chains) {
-                    let parsed = self.parser.parse(chain, &device.disk, device.config.read_only);
-                    self.batch.push((*head, parsed));
-                }
-            }
-            Err(error) => device.warn(|| format!("requests in flight can't be done again: {error}")),
+        // By their heads: the available ring may have forgotten them.
+        for head in &heads {
+            let parsed = self.parser.parse(Table::of(queue), *head, &device.disk, device.config.read_only);
+            self.batch.push((*head, parsed));
         }
         heads.len() as u32
     }
@@ -288,30 +284,29 @@ impl Worker {
             queue.disable_notification(memory.as_ref()).ok()?;
         }
         let room = if self.all_at_once { self.slots.room().min(GROUP) } else { self.slots.room() }.min(count);
+        if count > usize::from(queue.size()) {
+            // More than there can be (2.7.13.3): what they are, nobody knows.
+            device.warn(|| format!("the guest's available ring can't be used: it has {count} requests"));
+            return None;
+        }
+        let table = Table::of(queue);
         let mut taken = 0;
-        match queue.iter(memory.as_ref()) {
-            Ok(chains) => {
-                for chain in chains.take(room) {
-                    taken += 1;
-                    let head = chain.head_index();
-                    if let Some(inflight) = &mut self.inflight {
-                        inflight.popped(head);
-                    }
-                    let parsed = self.parser.parse(chain, &device.disk, device.config.read_only);
-                    if let Action::Read { range, .. } = &parsed.action {
-                        self.io.expect_read(*range);
-                    }
-                    self.batch.push((head, parsed));
-                    if self.parser.is_full() {
-                        break;
-                    }
-                }
+        for index in (0..room).map(|taken| queue.next_avail().wrapping_add(taken as u16)) {
+            let Some(head) = avail_head(queue, self.parser.memory(), index) else { break };
+            taken += 1;
+            if let Some(inflight) = &mut self.inflight {
+                inflight.popped(head);
             }
-            Err(error) => {
-                device.warn(|| format!("the guest's available ring can't be used: {error}"));
-                return None;
+            let parsed = self.parser.parse(table, head, &device.disk, device.config.read_only);
+            if let Action::Read { range, .. } = &parsed.action {
+                self.io.expect_read(*range);
+            }
+            self.batch.push((head, parsed));
+            if self.parser.is_full() {
+                break;
             }
         }
+        queue.set_next_avail(queue.next_avail().wrapping_add(taken as u16));
         let avail = avail_index(memory, avail_ring).unwrap_or(queue.next_avail());
         self.asked_for = avail.wrapping_sub(queue.next_used());
         self.watch = Some(Watch { memory: memory.clone(), avail_ring, next_avail: queue.next_avail() });

@@ -3,7 +3,7 @@ use blocks::Geometry;
 use proptest::prelude::*;
 use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use virtio_queue::{
-    Queue, QueueOwnedT,
+    Queue,
     desc::{RawDescriptor, split::Descriptor},
     mock::MockSplitQueue,
 };
@@ -61,14 +61,10 @@ struct Understood {
 
 /// Parses the chain that begins at `head` of the table at 0.
 fn parse_head(memory: &Arc<Memory>, head: u16, disk: &DiskTraits, read_only: bool) -> Understood {
-    let ring = MockSplitQueue::new(memory.as_ref(), QUEUE_SIZE);
-    ring.avail().ring().ref_at(0).unwrap().store(head);
-    ring.avail().idx().store(1);
-    let mut queue: Queue = ring.create_queue().unwrap();
-    let chain = queue.iter(memory.as_ref()).unwrap().next().unwrap();
+    let queue: Queue = MockSplitQueue::new(memory.as_ref(), QUEUE_SIZE).create_queue().unwrap();
     let mut parser = Parser::default();
     parser.begin(memory);
-    let Parsed { status_at, action } = parser.parse(chain, disk, read_only);
+    let Parsed { status_at, action } = parser.parse(Table::of(&queue), head, disk, read_only);
     let buf = match &action {
         Action::Read { data, .. } | Action::Write { data, .. } => {
             let buf = parser.view(*data).unwrap().to_buf();
