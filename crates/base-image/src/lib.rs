@@ -13,6 +13,7 @@
 #![forbid(unsafe_code)]
 
 mod chain;
+mod delta;
 mod engine;
 mod error;
 mod format;
@@ -24,6 +25,7 @@ mod seal;
 mod store;
 
 pub use chain::Trust;
+pub use delta::{DELTA_EXTENTS_MAX, Delta, Generation};
 pub use error::BaseError;
 pub use format::BaseFormat;
 pub use identity::{BackingIdentity, BaseIdentity, Change, FileIdentity};

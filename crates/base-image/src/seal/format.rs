@@ -24,7 +24,7 @@ use crate::format::BaseFormat;
 /// Bytes that have one hash.
 pub const CHUNK_SIZE: u64 = 64 << 10;
 /// Chunks of which hashes are hashed again.
-pub(super) const GROUP_CHUNKS: u64 = 256;
+pub(crate) const GROUP_CHUNKS: u64 = 256;
 /// The version that is written, and the newest that is read.
 pub(super) const VERSION: u32 = 1;
 /// Where the chunks' hashes begin.

@@ -12,11 +12,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use blockio::{File, OpenOptions};
 use serde::{Deserialize, Serialize};
 
-use self::format::{GROUP_CHUNKS, HASH_LEN, HEADER_LEN, Hash, Header, hash};
+use self::format::{HASH_LEN, HEADER_LEN, Hash, Header, hash};
+use crate::delta::Generation;
 use crate::error::BaseError;
 use crate::format::BaseFormat;
 
 pub use self::format::CHUNK_SIZE;
+pub(crate) use self::format::GROUP_CHUNKS;
 pub use self::make::seal;
 pub(crate) use self::verified::Verified;
 
@@ -24,6 +26,18 @@ pub(crate) use self::verified::Verified;
 #[derive(Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
 pub struct Root(Hash);
+
+impl Root {
+    /// The hash that these are the bytes of.
+    pub(crate) fn from_bytes(bytes: Hash) -> Self {
+        Self(bytes)
+    }
+
+    /// Its bytes.
+    pub(crate) fn as_bytes(&self) -> &Hash {
+        &self.0
+    }
+}
 
 impl fmt::Display for Root {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -130,6 +144,37 @@ impl Seal {
     /// The root hash.
     pub fn root(&self) -> Root {
         Root(self.header.root)
+    }
+
+    /// What it is the seal of.
+    pub fn generation(&self) -> Generation {
+        Generation { root: self.root(), size: self.size() }
+    }
+
+    /// Whether group number `group` is known to be the same in `other`, without reading its hashes.
+    pub(crate) fn has_same_group(&self, other: &Self, group: u64) -> bool {
+        let of = |seal: &Self| seal.groups.get(group as usize).copied();
+        of(self).is_some() && of(self) == of(other)
+    }
+
+    /// Whether chunk number `chunk` may differ from that of `other`, where what lies past an end is zeroes. One that
+    /// the end of only one disk cuts short counts as different.
+    pub(crate) fn chunk_differs(&self, other: &Self, chunk: u64) -> Result<bool, BaseError> {
+        let hash_of = |seal: &Self| {
+            seal.hash_of(chunk).map_err(|source| BaseError::Read {
+                path: seal.file.path().to_owned(),
+                offset: chunk * CHUNK_SIZE,
+                source,
+            })
+        };
+        let is_not_zeroes = |seal: &Self, len: u64| Ok(hash_of(seal)? != hash(&vec![0; len as usize]));
+        match (self.len_of(chunk), other.len_of(chunk)) {
+            (0, 0) => Ok(false),
+            (own, others) if own == others => Ok(hash_of(self)? != hash_of(other)?),
+            (0, len) => is_not_zeroes(other, len),
+            (len, 0) => is_not_zeroes(self, len),
+            _ => Ok(true),
+        }
     }
 
     /// How many bytes chunk number `chunk` has.
