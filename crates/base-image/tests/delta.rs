@@ -1,4 +1,5 @@
 //! What two seals say of the difference between two images.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests")]
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;

@@ -243,7 +243,7 @@ mod tests {
             assert_eq!(Delta::of(&image).unwrap().as_ref(), Some(&delta));
         }
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
-        fs::write(Delta::path_of(&image), b"PRISTINE DELTA 1 and nonsense").unwrap();
+        fs::write(Delta::path_of(&image), b"PRISTINE DELTA 1\x01\0\0\0and nonsense").unwrap();
         let error = Delta::of(&image).unwrap_err().to_string();
         assert!(error.contains("golden-2.raw.delta") && error.contains("damaged"), "{error}");
     }
