@@ -47,12 +47,12 @@ pub enum BaseError {
         /// What the operating system said.
         source: io::Error,
     },
-    /// A manifest that can't be written.
+    /// A manifest, a delta or an image that can't be made.
     #[error("cannot {operation} {path}")]
     Manifest {
         /// What was tried, a verb.
         operation: &'static str,
-        /// The manifest or its directory.
+        /// The file or its directory.
         path: PathBuf,
         /// What the operating system said.
         source: io::Error,

@@ -1,7 +1,7 @@
 //! Read-only golden images.
 //!
 //! This crate knows where a base's bytes come from, which of them are data and which are holes, and
-//! how to tell that somebody changed it. It never opens anything for writing, and it knows nothing
+//! how to tell that somebody changed it. It never opens a base for writing, and it knows nothing
 //! of sessions.
 //!
 //! A raw file or block device is read by whoever has an I/O engine. The bytes of a qcow2 image, and of the files
@@ -9,7 +9,8 @@
 //! like any other I/O.
 //!
 //! [`seal`] writes the hash of every chunk of a base beside it; of a base that is [`sealed`](BaseImage::sealed)
-//! nothing is read that does not have its hash.
+//! nothing is read that does not have its hash. A [`NewGeneration`] is made of a sealed base and the blocks in which it is to
+//! differ; its [`Delta`] names both.
 #![forbid(unsafe_code)]
 
 mod chain;
@@ -17,6 +18,7 @@ mod delta;
 mod engine;
 mod error;
 mod format;
+mod generation;
 mod identity;
 mod image;
 mod pool;
@@ -28,6 +30,9 @@ pub use chain::Trust;
 pub use delta::{DELTA_EXTENTS_MAX, Delta, Generation};
 pub use error::BaseError;
 pub use format::BaseFormat;
+pub use generation::{
+    CopyWay, Listed, Listing, MadeGeneration, NewGeneration, Node, Parent, list as list_generations,
+};
 pub use identity::{BackingIdentity, BaseIdentity, Change, FileIdentity};
 pub use image::{BadChunk, BaseImage, Content};
 pub use pool::Urgency;

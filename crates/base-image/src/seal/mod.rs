@@ -2,6 +2,7 @@
 
 mod format;
 mod make;
+mod next;
 mod verified;
 
 use std::fmt;
@@ -20,6 +21,7 @@ use crate::format::BaseFormat;
 pub use self::format::CHUNK_SIZE;
 pub(crate) use self::format::GROUP_CHUNKS;
 pub use self::make::seal;
+pub(crate) use self::next::NextSeal;
 pub(crate) use self::verified::Verified;
 
 /// What two hosts compare to know that they serve the same disk: the same for equal contents, however stored.
@@ -100,16 +102,35 @@ impl Seal {
         }
     }
 
+    /// What the manifest of the base at `base` says that it is, and in which format; `None` if it has none. The
+    /// hashes of its chunks are not looked at.
+    ///
+    /// # Errors
+    /// If it can't be read, or what it says is damaged.
+    pub fn glance(base: &Path) -> Result<Option<(Generation, BaseFormat)>, BaseError> {
+        let header = match File::open(&manifest_path(base), OpenOptions::default()) {
+            Ok(file) => Self::read_header(&file)?,
+            Err(error) if error.io_error().kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        Ok(Some((Generation { root: Root(header.root), size: header.size }, header.format)))
+    }
+
+    fn read_header(file: &File) -> Result<Header, BaseError> {
+        let mut bytes = [0; HEADER_LEN];
+        if file.size()? < HEADER_LEN as u64 {
+            let what = "it is damaged: it is too short; make it again with `pristine base seal`";
+            return Err(refused(file.path(), what));
+        }
+        file.read_exact_at(&mut bytes, 0)?;
+        Header::parse(&bytes).map_err(|what| refused(file.path(), what))
+    }
+
     fn read(file: File) -> Result<Self, BaseError> {
         let path = file.path().to_owned();
         let again = "make it again with `pristine base seal`";
         let damaged = |what: &str| refused(&path, format!("{what}; {again}"));
-        let mut bytes = [0; HEADER_LEN];
-        if file.size()? < HEADER_LEN as u64 {
-            return Err(damaged("it is damaged: it is too short"));
-        }
-        file.read_exact_at(&mut bytes, 0)?;
-        let header = Header::parse(&bytes).map_err(|what| refused(&path, what))?;
+        let header = Self::read_header(&file)?;
         let chunks = Header::chunks(header.size);
         if file.size()? != HEADER_LEN as u64 + chunks * HASH_LEN as u64 {
             return Err(damaged("it is damaged: its size does not fit that of the disk"));

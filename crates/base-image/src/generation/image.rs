@@ -1,0 +1,162 @@
+//! The image of a new generation: a copy of its parent, or an overlay on it, to which what is changed is written.
+
+use std::io;
+use std::ops::Range;
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+
+use blockio::File;
+use imago::{DenyImplicitOpenGate, FormatAccess, FormatCreateBuilder, FormatDriverBuilder};
+
+use super::place::Place;
+use super::{NewGeneration, go_on, io_error, refused};
+use crate::error::BaseError;
+use crate::format::BaseFormat;
+use crate::image::{BaseImage, Content};
+use crate::seal::CHUNK_SIZE;
+
+type Storage = imago::file::File;
+type Driver = imago::qcow2::Qcow2<Storage>;
+
+/// Bytes that are copied at once.
+const PIECE: u64 = 1 << 20;
+/// Bytes of which it is asked at once where they are.
+const LOOK: u64 = 64 << 20;
+
+/// How a new image came by what it has in common with its parent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CopyWay {
+    /// It shares the parent's room on the file system (`FICLONE`).
+    Reflinked,
+    /// This many bytes were copied.
+    Copied(u64),
+    /// It lies on the parent, which has to stay where it is.
+    Overlay,
+}
+
+/// An image that is being made.
+pub(super) enum NewImage<'a> {
+    Raw(&'a File),
+    Qcow2 { access: Box<FormatAccess<Storage>>, path: &'a Path },
+}
+
+impl<'a> NewImage<'a> {
+    /// Makes it equal to its parent.
+    pub(super) fn create(
+        place: &'a Place,
+        new: &NewGeneration<'_>,
+        stop: &AtomicBool,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<(Self, CopyWay), BaseError> {
+        match new.format {
+            BaseFormat::Raw => {
+                let way = copy(place.file(), new.parent, new.size, stop, progress)?;
+                Ok((Self::Raw(place.file()), way))
+            }
+            BaseFormat::Qcow2 => {
+                let access = Box::new(overlay(place, new)?);
+                Ok((Self::Qcow2 { access, path: place.temporary() }, CopyWay::Overlay))
+            }
+        }
+    }
+
+    /// Writes a chunk, of which `parts` are changed, to byte `offset` of the disk. An overlay gets all of it.
+    pub(super) fn write_chunk(
+        &mut self,
+        offset: u64,
+        chunk: &Vec<u8>,
+        parts: &[Range<usize>],
+    ) -> Result<(), BaseError> {
+        let is_zero = |bytes: &[u8]| bytes.iter().all(|byte| *byte == 0);
+        match self {
+            Self::Raw(file) => {
+                for part in parts {
+                    let (bytes, at) =
+                        (chunk.get(part.clone()).unwrap_or_default(), offset + part.start as u64);
+                    if is_zero(bytes) && file.supports_punch() {
+                        file.punch_hole(at, bytes.len() as u64)?;
+                    } else {
+                        file.write_all_at(bytes, at)?;
+                    }
+                }
+                Ok(())
+            }
+            Self::Qcow2 { access, path } => {
+                let written = match is_zero(chunk) {
+                    true => access.write_zeroes(offset, chunk.len() as u64),
+                    false => access.write(chunk, offset),
+                };
+                written.map_err(|error| io_error("write", path, error))
+            }
+        }
+    }
+
+    /// Hands all of it to the file.
+    pub(super) fn finish(self) -> Result<(), BaseError> {
+        match self {
+            Self::Raw(_) => Ok(()),
+            Self::Qcow2 { access, path } => access.flush().map_err(|error| io_error("write", path, error)),
+        }
+    }
+}
+
+/// Makes the empty `file` a raw image that is equal to `parent` and has `size` bytes.
+fn copy(
+    file: &File,
+    parent: &BaseImage,
+    size: u64,
+    stop: &AtomicBool,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<CopyWay, BaseError> {
+    let cut = |size| {
+        rustix::fs::ftruncate(file, size).map_err(|errno| io_error("resize", file.path(), errno.into()))
+    };
+    if parent.format().is_raw() && rustix::fs::ioctl_ficlone(file, &**parent.file()).is_ok() {
+        cut(size)?;
+        return Ok(CopyWay::Reflinked);
+    }
+    cut(size)?;
+    let (mut at, mut copied) = (0, 0);
+    let mut buf = vec![0; PIECE as usize];
+    while at < parent.size() {
+        go_on(stop)?;
+        match parent.content_at(at, LOOK.min(parent.size() - at))? {
+            Content::Hole(len) => at += len,
+            Content::Data(len) => {
+                let piece = buf.get_mut(..len.min(PIECE) as usize).unwrap_or_default();
+                parent.read_at(piece, at)?;
+                file.write_all_at(piece, at)?;
+                at += piece.len() as u64;
+                copied += piece.len() as u64;
+            }
+        }
+        progress(at, parent.size());
+    }
+    Ok(CopyWay::Copied(copied))
+}
+
+/// Makes the empty file of `place` a qcow2 image on the parent that holds nothing yet. Its clusters are chunks, so that none is ever
+/// written in part.
+fn overlay(place: &Place, new: &NewGeneration<'_>) -> Result<FormatAccess<Storage>, BaseError> {
+    let name = place.name_from_here(new.parent.path());
+    let Some(name) = name.to_str() else {
+        return Err(refused(new.parent.path(), "its name is not UTF-8, which a qcow2 image can't name"));
+    };
+    // A colon would make a protocol of what is before it.
+    let name =
+        if name.contains(':') && !name.starts_with('/') { format!("./{name}") } else { name.to_owned() };
+    let make = || -> io::Result<FormatAccess<Storage>> {
+        let duplicate = place.file().as_fd().try_clone_to_owned()?;
+        let storage = Storage::try_from(std::fs::File::from(duplicate))?;
+        let builder = Driver::create_builder(storage)
+            .size(new.size)
+            .cluster_size(CHUNK_SIZE as usize)
+            .backing(name.clone(), new.parent.format().name().to_owned());
+        let driver = builder.create_open(DenyImplicitOpenGate::default(), |image| {
+            Ok(Driver::builder(image).backing(None).write(true))
+        })?;
+        Ok(FormatAccess::new(driver))
+    };
+    make().map_err(|error| io_error("make", place.temporary(), error))
+}

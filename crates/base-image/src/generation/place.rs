@@ -1,0 +1,237 @@
+//! Where a generation is made, and how it comes to its name: see the crash order in the module above.
+
+use std::ffi::{OsStr, OsString};
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use blockio::{File, FileKind, OpenOptions};
+use rustix::fs::{CWD, Mode, RenameFlags};
+use rustix::io::Errno;
+
+use super::{io_error, refused};
+use crate::delta::Delta;
+use crate::error::BaseError;
+use crate::seal::manifest_path;
+
+const SUFFIX: &str = ".promoting";
+/// How often a name may change hands while it is taken.
+const ATTEMPTS_MAX: u32 = 16;
+
+/// The image that a half-made one with the name `name` was to become; `None`: it is none.
+pub(crate) fn half_made_name(name: &OsStr) -> Option<&str> {
+    name.to_str()?.strip_suffix(SUFFIX)
+}
+
+/// A name that is taken, by a lock on the file that will have it. What is made here is removed with it unless it is
+/// [published](Self::publish).
+pub(super) struct Place {
+    to: PathBuf,
+    temporary: PathBuf,
+    file: File,
+    /// What was there of an attempt before.
+    replaced: Vec<PathBuf>,
+    /// Names beside the image's own that this attempt has given away.
+    named: Vec<PathBuf>,
+    published: bool,
+}
+
+fn exists(path: &Path) -> Result<bool, BaseError> {
+    match fs::symlink_metadata(path) {
+        Ok(_) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(io_error("look at", path, error)),
+    }
+}
+
+/// Where the file at `to` really is to be.
+fn resolve(to: &Path) -> Result<PathBuf, BaseError> {
+    let name = to.file_name().ok_or_else(|| refused(to, "it does not end in the name of a file"))?;
+    let dir = to.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    Ok(fs::canonicalize(dir).map_err(|error| io_error("open directory", dir, error))?.join(name))
+}
+
+impl Place {
+    /// Takes the name `to`, which nothing may have.
+    ///
+    /// # Errors
+    /// If something has it, or a manifest or a delta that is not left of an attempt before, or another attempt is under
+    /// way.
+    pub(super) fn take(to: &Path) -> Result<Self, BaseError> {
+        let to = resolve(to)?;
+        let temporary = with_suffix(&to, SUFFIX);
+        for _ in 0..ATTEMPTS_MAX {
+            if exists(&to)? {
+                return Err(taken(&to));
+            }
+            let open = OpenOptions { write: true, ..OpenOptions::default() };
+            let (file, fresh) = match File::create_new(&temporary, 0, open) {
+                Ok(file) => (file, true),
+                Err(error) if error.io_error().kind() == io::ErrorKind::AlreadyExists => {
+                    match File::open(&temporary, open) {
+                        Ok(file) => (file, false),
+                        Err(error) if error.io_error().kind() == io::ErrorKind::NotFound => continue,
+                        Err(error) => return Err(error.into()),
+                    }
+                }
+                Err(error) => return Err(error.into()),
+            };
+            if let Err(error) = file.lock_exclusive() {
+                return Err(match error.is_in_use() {
+                    true => refused(&to, "another `pristine promote` is making it"),
+                    false => error.into(),
+                });
+            }
+            // Whoever had the lock before may have given the file its name, or removed it.
+            let inode = file.identity()?.inode;
+            if fs::symlink_metadata(&temporary).is_ok_and(|now| now.ino() == inode && now.is_file()) {
+                let place =
+                    Self { to, temporary, file, replaced: Vec::new(), named: Vec::new(), published: false };
+                return place.clear(fresh);
+            }
+        }
+        Err(refused(&to, "its name changes hands all the time"))
+    }
+
+    /// Removes what an attempt before has left; whatever else is there is not touched.
+    fn clear(mut self, fresh: bool) -> Result<Self, BaseError> {
+        if exists(&self.to)? {
+            let to = self.to.clone();
+            // Not this attempt's, if it was there.
+            self.published = !fresh;
+            return Err(taken(&to));
+        }
+        let beside = [Delta::path_of(&self.to), manifest_path(&self.to)];
+        if fresh {
+            for path in &beside {
+                if exists(path)? {
+                    let of = self.to.display();
+                    let what = format!("it is there, and {of} is not: put that back, or remove this first");
+                    return Err(refused(path, what));
+                }
+            }
+            return Ok(self);
+        }
+        self.replaced.push(self.temporary.clone());
+        for path in beside.into_iter().chain(self.temporary_names()) {
+            match fs::remove_file(&path) {
+                Ok(()) => self.replaced.push(path),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => {
+                    self.published = true;
+                    return Err(io_error("remove", &path, error));
+                }
+            }
+        }
+        let emptied = rustix::fs::ftruncate(&self.file, 0);
+        emptied.map_err(|errno| io_error("empty", &self.temporary, errno.into()))?;
+        Ok(self)
+    }
+
+    /// What is written beside the image before it has its name.
+    fn temporary_names(&self) -> [PathBuf; 3] {
+        let delta = Delta::path_of(&self.temporary);
+        [with_suffix(&delta, ".new"), delta, manifest_path(&self.temporary)]
+    }
+
+    /// The image, where it is made.
+    pub(super) fn temporary(&self) -> &Path {
+        &self.temporary
+    }
+
+    /// The same, open; empty at first.
+    pub(super) fn file(&self) -> &File {
+        &self.file
+    }
+
+    fn dir(&self) -> &Path {
+        self.to.parent().unwrap_or(Path::new("/"))
+    }
+
+    /// How `path`, which is absolute, is named from the image's directory.
+    pub(super) fn name_from_here(&self, path: &Path) -> PathBuf {
+        path.strip_prefix(self.dir()).unwrap_or(path).to_owned()
+    }
+
+    /// Makes the image read-only, for those who may read `parent`, and durable but for its name.
+    pub(super) fn protect(&self, parent: &File) -> Result<(), BaseError> {
+        let failed = |errno: Errno| io_error("protect", &self.temporary, errno.into());
+        let of = rustix::fs::fstat(parent).map_err(failed)?;
+        let own = rustix::fs::fstat(&self.file).map_err(failed)?;
+        if parent.kind() == FileKind::Regular && (of.st_uid, of.st_gid) != (own.st_uid, own.st_gid) {
+            let (user, group) = (rustix::fs::Uid::from_raw(of.st_uid), rustix::fs::Gid::from_raw(of.st_gid));
+            // Only root can give files away; the others' images are their own.
+            let _ = rustix::fs::fchown(&self.file, Some(user), Some(group));
+        }
+        let mode = Mode::from_raw_mode(of.st_mode & 0o444 | 0o400);
+        rustix::fs::fchmod(&self.file, mode).map_err(failed)?;
+        Ok(self.file.sync_all()?)
+    }
+
+    /// Gives all that was made its name, the image last. From then on it is there, for good.
+    ///
+    /// # Errors
+    /// If a name is taken, or a directory can't be synced.
+    pub(super) fn publish(mut self) -> Result<(PathBuf, Vec<PathBuf>), BaseError> {
+        let (temporary, to) = (self.temporary.clone(), self.to.clone());
+        for (from, name) in [
+            (Delta::path_of(&temporary), Delta::path_of(&to)),
+            (manifest_path(&temporary), manifest_path(&to)),
+        ] {
+            rename_to_free(&from, &name)?;
+            self.named.push(name);
+        }
+        self.sync_dir()?;
+        rename_to_free(&temporary, &to)?;
+        self.published = true;
+        self.sync_dir()?;
+        Ok((to, std::mem::take(&mut self.replaced)))
+    }
+
+    fn sync_dir(&self) -> Result<(), BaseError> {
+        let sync = || fs::File::open(self.dir())?.sync_all();
+        sync().map_err(|error| io_error("sync directory", self.dir(), error))
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if self.published {
+            return;
+        }
+        // The image last: as long as it is there, the rest is known to be nothing.
+        let names = self.named.drain(..).collect::<Vec<_>>();
+        for path in names.into_iter().chain(self.temporary_names()).chain([self.temporary.clone()]) {
+            match fs::remove_file(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    log::warn!("cannot remove the half-made {}: {error}", path.display());
+                }
+                _ => {}
+            }
+        }
+    }
+}
+
+fn taken(to: &Path) -> BaseError {
+    refused(to, "it exists; a generation never replaces a file, choose another name")
+}
+
+fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = OsString::from(path.as_os_str());
+    name.push(suffix);
+    name.into()
+}
+
+/// Renames a file to a name that nothing has.
+fn rename_to_free(from: &Path, to: &Path) -> Result<(), BaseError> {
+    let renamed = match rustix::fs::renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
+        // Where the file system can't promise it (NFS), a second link can.
+        Err(Errno::INVAL | Errno::NOSYS) => fs::hard_link(from, to).and_then(|()| fs::remove_file(from)),
+        result => result.map_err(io::Error::from),
+    };
+    renamed.map_err(|error| match error.kind() {
+        io::ErrorKind::AlreadyExists => taken(to),
+        _ => io_error("give its name to", to, error),
+    })
+}
