@@ -9,13 +9,15 @@
 //! - [`provision`] makes a disk, [`SessionDisk::open`] takes one over, [`verify`] and [`status`] look at one.
 //! - [`SessionDisk::begin_session`] and [`SessionDisk::end_session`] bound what a guest owns.
 //! - [`SessionDisk::hold`] keeps what a session left as it is, [`SessionDisk::release`] lets it go.
-//! - With [`Changes::Keep`] what sessions change is kept, until it is given up.
+//! - With [`Changes::Keep`] what sessions change is kept, until it is given up; [`promote`] makes a base's next
+//!   generation of it.
 //! - [`DiskQueue`] serves one virtqueue; [`Drainer`] restores in the background.
 //!
 //! The crash order is written above the code that keeps it: `queue` (steps 1 to 6), `drain` (7),
 //! `disk` (8 to 10). This crate knows nothing of virtio and sockets.
 #![forbid(unsafe_code)]
 
+mod changes;
 mod claims;
 mod disk;
 mod drain;
@@ -29,6 +31,7 @@ mod options;
 mod pace;
 mod paths;
 mod process;
+mod promote;
 mod provision;
 mod queue;
 mod recover;
@@ -47,6 +50,7 @@ pub use manifest::{BaseEntry, DiskFile, EntryKind, Left, LogEntry, MANIFEST_VERS
 pub use options::{DiskOptions, SessionStart, SessionSummary};
 pub use paths::Paths;
 pub use process::ProcessId;
+pub use promote::{PromoteOptions, PromoteStep, Promoted, promote};
 pub use provision::{ProvisionOptions, Provisioned, provision};
 pub use queue::DiskQueue;
 pub use recover::{Basis, Distrust};

@@ -241,7 +241,8 @@ impl LivePage {
         self.word(WORD_POISONED).store(1, Ordering::Release);
     }
 
-    fn is_poisoned(&self) -> bool {
+    /// Whether write-back has failed.
+    pub(crate) fn is_poisoned(&self) -> bool {
         self.load(WORD_POISONED) == 1
     }
 

@@ -1,0 +1,189 @@
+//! What sessions have changed and is still there: of a disk whose changes are kept, or that is held. Looks only.
+
+use std::fs;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use base_image::BaseImage;
+use blockio::{File, ImageAccess, OpenOptions};
+use blocks::{BLOCK_SIZE, BlockSet, Extent, Geometry};
+
+use crate::live::{Before, LivePage};
+use crate::manifest::{EntryKind, Left, Manifest};
+use crate::open::{check_size, file_number, judge, lock_state_dir, open_base};
+use crate::process::ProcessId;
+use crate::recover::{Basis, Verdict};
+use crate::storage::Storage;
+use crate::{DiskOptions, Error, Paths};
+
+/// Bytes that are compared at once.
+const PIECE: u64 = 1 << 20;
+
+/// A disk that nobody serves, with changes of sessions.
+#[derive(Debug)]
+pub(crate) struct ChangedDisk {
+    pub(crate) file: File,
+    pub(crate) geometry: Geometry,
+    /// As it was when the disk was provisioned; compared with its seal if it had one then.
+    pub(crate) base: BaseImage,
+    /// Blocks that the sessions took.
+    taken: BlockSet,
+    /// Nobody else may take the disk up meanwhile.
+    _state_lock: fs::File,
+}
+
+/// Blocks that are not as in the base.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Differences {
+    /// Ascending; no two touch.
+    pub(crate) extents: Vec<Extent>,
+    /// Whether one of them has a byte past the end of the base that is not zero.
+    pub(crate) past_base: bool,
+}
+
+impl ChangedDisk {
+    /// Takes a disk to look at its changes. It stays as it is.
+    ///
+    /// # Errors
+    /// If it is in use, has a session that goes on, has no changes that are kept or held, or what a session has changed can't be
+    /// told from what was still to be restored before it.
+    pub(crate) fn open(options: &DiskOptions) -> Result<Self, Error> {
+        let (paths, storage) = (options.paths(), Storage::new(options.tape.clone()));
+        let read = OpenOptions { write: false, direct: false, exclusive: false };
+        let file = File::open(&options.disk, read)?;
+        file.lock_exclusive().and_then(|()| file.lock_image(ImageAccess::ReadOnly)).map_err(|error| {
+            if error.is_in_use() {
+                Error::InUse { path: options.disk.clone(), by: ": it is being served or restored".into() }
+            } else {
+                error.into()
+            }
+        })?;
+        let state_lock = lock_state_dir(&paths)?;
+        let manifest = Manifest::load_from(&storage, &paths)?;
+        let geometry = check_size(&file, &manifest)?;
+        let live =
+            LivePage::inspect(&paths.live_page(manifest.disk), manifest.disk, file_number(&options.disk)?);
+        refuse_open_session(options, live.as_ref())?;
+        let base = open_base(&manifest)?;
+        let before = Before::of(live.as_ref()).session_over();
+        let verdict = judge(&storage, &paths, &manifest, geometry, &file, before)?;
+        let taken = taken(options, &paths, &storage, &manifest, verdict)?;
+        Ok(Self { file, geometry, base, taken, _state_lock: state_lock })
+    }
+
+    /// How many bytes [`differences`](Self::differences) compares.
+    pub(crate) fn bytes_taken(&self) -> u64 {
+        self.taken.count() * BLOCK_SIZE
+    }
+
+    /// Compares what the sessions took with the base. `progress` is told how many bytes are done.
+    ///
+    /// # Errors
+    /// If disk or base can't be read, or `stop` is set.
+    pub(crate) fn differences(
+        &self,
+        stop: &AtomicBool,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<Differences, Error> {
+        let mut found = Differences::default();
+        let (mut of_disk, mut of_base) = (Vec::new(), Vec::new());
+        let mut done = 0;
+        for run in self.taken.runs() {
+            let Some(range) = self.geometry.bytes_of(run) else { continue };
+            let mut at = range.offset();
+            while at < range.end() {
+                if stop.load(Ordering::Acquire) {
+                    return Err(Error::Stopped);
+                }
+                let len = PIECE.min(range.end() - at) as usize;
+                of_disk.resize(len, 0);
+                of_base.resize(len, 0);
+                self.file.read_exact_at(&mut of_disk, at)?;
+                self.base.read_at(&mut of_base, at)?;
+                found.add(at, &of_disk, &of_base, self.base.size());
+                at += len as u64;
+                done += len as u64;
+                progress(done);
+            }
+        }
+        Extent::normalize(&mut found.extents);
+        Ok(found)
+    }
+}
+
+impl Differences {
+    /// Adds the blocks in which the bytes at `offset`, a block's, differ.
+    fn add(&mut self, offset: u64, of_disk: &[u8], of_base: &[u8], base_size: u64) {
+        let blocks = of_disk.chunks(BLOCK_SIZE as usize).zip(of_base.chunks(BLOCK_SIZE as usize));
+        for ((of_disk, of_base), at) in blocks.zip((offset..).step_by(BLOCK_SIZE as usize)) {
+            if of_disk == of_base {
+                continue;
+            }
+            let block = at / BLOCK_SIZE;
+            match self.extents.last_mut() {
+                Some(last) if last.end() == block => *last = Extent::between(last.first(), block + 1),
+                _ => self.extents.push(Extent::new(block, 1)),
+            }
+            let inside = base_size.saturating_sub(at).min(BLOCK_SIZE) as usize;
+            self.past_base |= of_disk.iter().skip(inside).any(|byte| *byte != 0);
+        }
+    }
+}
+
+/// Fails if a session is open and may go on, or if it has lost something.
+fn refuse_open_session(options: &DiskOptions, live: Option<&LivePage>) -> Result<(), Error> {
+    let Some(live) = live else { return Ok(()) };
+    let disk = options.disk.display();
+    if live.is_poisoned() {
+        return Err(Error::Refused(format!(
+            "{disk}: its storage failed in the last session, and what that has written may be lost; give it up with \
+             `pristine restore`"
+        )));
+    }
+    if live.session_is_open() && live.owner().is_none_or(ProcessId::is_alive) {
+        return Err(Error::Refused(format!(
+            "{disk}: its session is open and goes on when the disk is served again; shut its VM down, or end the session \
+             with `pristine session end --disk {disk}`"
+        )));
+    }
+    Ok(())
+}
+
+/// The blocks that kept sessions, or the held one, took.
+fn taken(
+    options: &DiskOptions,
+    paths: &Paths,
+    storage: &Storage,
+    manifest: &Manifest,
+    verdict: Verdict,
+) -> Result<BlockSet, Error> {
+    let disk = options.disk.display();
+    if let Basis::Everything(why) = &verdict.basis {
+        return Err(Error::Refused(format!(
+            "{disk}: {why}; if its contents are right all the same, say so by serving it once with `pristine maintain --disk \
+             {disk}`"
+        )));
+    }
+    if manifest.kept && !verdict.pending.is_empty() {
+        // All of it is the disk's content: with nothing pending the sessions began.
+        return Ok(verdict.pending);
+    }
+    if manifest.held.as_ref().is_none_or(|reason| reason.is_over()) {
+        return Err(Error::Refused(format!(
+            "{disk}: it has no changes that are kept; `pristine maintain --disk {disk}` serves it for a session whose changes are \
+             kept, and `pristine session hold --disk {disk}` keeps those of a session that runs"
+        )));
+    }
+    // What was pending before it is not the session's.
+    let unknown = |why: &str| {
+        Error::Refused(format!(
+            "{disk}: what its last session has changed can't be told from what was still to be restored before it: {why}"
+        ))
+    };
+    if verdict.basis != Basis::ExactLogs || manifest.left == Some(Left::Open) {
+        return Err(unknown("its log is not exact"));
+    }
+    let last = manifest.logs.last().filter(|entry| entry.kind == EntryKind::Session);
+    let last = last.ok_or_else(|| unknown("it was not held before the session's end"))?;
+    let contents = storage.read_log(&paths.sessions().join(last.id().file_name()))?;
+    contents.sealed_blocks().ok_or_else(|| unknown("its log was not closed"))
+}
