@@ -10,6 +10,8 @@ use session_disk::{Changes, DiskOptions, FlushPolicy};
 use vhost_blk::{Cpus, Polling};
 
 use crate::affinity::QueueAffinity;
+use crate::base_list::BaseListArgs;
+use crate::promote::{MAINTAIN_EXAMPLES, PROMOTE_EXAMPLES, PromoteArgs};
 
 /// Non-persistent VM disks at native speed: a vhost-user-blk backend.
 ///
@@ -58,6 +60,12 @@ Also understood without the word serve, as QEMU's conventions for backend progra
   pristine --socket-path /run/vm1.sock --blk-file vm1.raw [--read-only]
   pristine --print-capabilities")]
     Serve(ServeArgs),
+    /// Serve a session disk to VMs whose changes are kept: serve --reset-on never
+    #[command(after_help = MAINTAIN_EXAMPLES, mut_arg("reset_on", |arg| arg.default_value("never").hide(true)))]
+    Maintain(ServeArgs),
+    /// Make the next generation of a base out of what kept sessions have changed on a disk
+    #[command(after_help = PROMOTE_EXAMPLES)]
+    Promote(PromoteArgs),
     /// Finish, offline, all that a crash or a stop left to be restored
     #[command(after_help = "Examples:
   pristine restore --disk vm1.raw && pristine verify --disk vm1.raw
@@ -90,7 +98,8 @@ impl Command {
     pub(crate) fn disk_arguments(&self) -> Option<String> {
         let (disk, dirs) = match self {
             Self::Provision(args) => (&args.disk.disk, &args.disk.dirs),
-            Self::Serve(args) => (args.disk.as_ref()?, &args.dirs),
+            Self::Serve(args) | Self::Maintain(args) => (args.disk.as_ref()?, &args.dirs),
+            Self::Promote(args) => (&args.disk.disk, &args.disk.dirs),
             Self::Restore(RestoreArgs { disk, .. }) => (&disk.disk, &disk.dirs),
             Self::Verify(VerifyArgs { report, .. }) | Self::Status(report) => {
                 (&report.disk.disk, &report.disk.dirs)
@@ -201,6 +210,10 @@ pub(crate) enum BaseCommand {
     #[command(after_help = "Example:
   pristine base verify golden.qcow2")]
     Verify(BaseImageArgs),
+    /// List the sealed bases in a directory: generations, each below the one that it was made of
+    #[command(after_help = "Example:
+  pristine base list --dir /srv/images")]
+    List(BaseListArgs),
 }
 
 #[derive(Debug, Args)]

@@ -1,4 +1,4 @@
-//! `base seal`, `base info` and `base verify`.
+//! `base seal`, `base info` and `base verify`; `base list` is in `base_list`.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -10,6 +10,7 @@ use base_image::{BadChunk, BaseError, BaseImage, CHUNK_SIZE, Seal, Trust, manife
 use indicatif::BinaryBytes;
 
 use crate::args::{BaseArgs, BaseCommand, BaseImageArgs};
+use crate::base_list;
 use crate::commands::seconds;
 use crate::failure::Failure;
 use crate::progress::Progress;
@@ -23,6 +24,7 @@ pub(crate) fn run(args: &BaseArgs) -> Result<ExitCode, Failure> {
         BaseCommand::Seal(args) => seal(args),
         BaseCommand::Info(args) => info(args),
         BaseCommand::Verify(args) => verify(args),
+        BaseCommand::List(args) => base_list::run(args),
     }
 }
 

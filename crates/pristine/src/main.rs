@@ -16,12 +16,14 @@ macro_rules! say {
 mod affinity;
 mod args;
 mod base;
+mod base_list;
 mod commands;
 mod control_socket;
 mod failure;
 mod log_show;
 mod notify;
 mod progress;
+mod promote;
 mod serve;
 mod session;
 mod signals;
@@ -39,6 +41,8 @@ fn main() -> ExitCode {
     let result = match &cli.command {
         Command::Provision(args) => commands::provision(args),
         Command::Serve(args) => serve::serve(args),
+        Command::Maintain(args) => promote::maintain(args),
+        Command::Promote(args) => promote::run(args),
         Command::Restore(args) => commands::restore(args),
         Command::Verify(args) => commands::verify(args),
         Command::Status(args) => commands::status(args),
