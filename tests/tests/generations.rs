@@ -458,15 +458,16 @@ fn promote_names_nothing_that_is_not_synced_and_the_image_last() {
             let temporary = format!("{name}.promoting{suffix}");
             let rename =
                 find(&lines, 0, &["rename", &format!("{temporary}\""), &format!("{name}{suffix}\"")]);
-            let written = lines.iter().take(rename).rposition(|line| {
-                let writes =
-                    ["write", "ftruncate", "fallocate", "fchmod"].iter().any(|call| line.contains(call));
-                writes
-                    && (line.contains(&format!("{temporary}>"))
-                        || line.contains(&format!("{temporary}.new>")))
-            });
-            let synced = find(&lines, written.unwrap(), &["fsync(", &temporary]);
-            assert!(synced < rename, "{temporary} is named before it is synced:\n{trace}");
+            let is_of = |line: &str| {
+                line.contains(&format!("{temporary}>")) || line.contains(&format!("{temporary}.new>"))
+            };
+            let writes = ["write", "ftruncate", "fallocate", "fchmod"];
+            let mut before = lines.iter().take(rename);
+            let written =
+                before.rposition(|line| is_of(line) && writes.iter().any(|call| line.contains(call)));
+            let after = &lines[written.unwrap()..rename];
+            let synced = after.iter().any(|line| is_of(line) && line.contains("fsync("));
+            assert!(synced, "{temporary} is named before it is synced:\n{trace}");
             if suffix.is_empty() {
                 assert!(
                     find(&lines, named, &["fsync(", dir]) < rename,
