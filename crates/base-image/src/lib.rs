@@ -9,8 +9,8 @@
 //! like any other I/O.
 //!
 //! [`seal`] writes the hash of every chunk of a base beside it; of a base that is [`sealed`](BaseImage::sealed)
-//! nothing is read that does not have its hash. A [`NewGeneration`] is made of a sealed base and the blocks in which it is to
-//! differ; its [`Delta`] names both.
+//! nothing is read that does not have its hash. An [`Overlay`] is a new qcow2 image on a base: what differs from it. A
+//! [`NewGeneration`] is made of a sealed base and the blocks in which it is to differ; its [`Delta`] names both.
 #![forbid(unsafe_code)]
 
 mod chain;
@@ -36,4 +36,5 @@ pub use generation::{
 pub use identity::{BackingIdentity, BaseIdentity, Change, FileIdentity};
 pub use image::{BadChunk, BaseImage, Content};
 pub use pool::Urgency;
+pub use qcow2::{CLUSTER_SIZE, Overlay};
 pub use seal::{CHUNK_SIZE, Root, Seal, manifest_path, seal};

@@ -4,6 +4,7 @@
 //! checked here: to it, tables and data past the end of a file, which was cut off, are zeroes.
 
 mod header;
+mod write;
 
 use std::io;
 use std::os::fd::AsFd;
@@ -14,6 +15,7 @@ use imago::qcow2::Qcow2 as Driver;
 use imago::{FormatAccess, ShallowMapping};
 
 use self::header::{HEADER_LEN, Header};
+pub use self::write::{CLUSTER_SIZE, Overlay};
 use crate::chain::Found;
 
 /// Sectors are what the lengths of compressed clusters are counted in.
