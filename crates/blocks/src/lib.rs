@@ -8,10 +8,12 @@
 mod extent;
 mod geometry;
 mod set;
+mod tally;
 
 pub use extent::{BlockId, Extent};
 pub use geometry::{BlockRange, Geometry, GeometryError, OutOfRange};
 pub use set::{BlockSet, MixedRuns, Runs};
+pub use tally::{Tallied, cell, density, tally};
 
 /// Size of a block in bytes: the unit of the write log and of restoring.
 pub const BLOCK_SIZE: u64 = 4096;
