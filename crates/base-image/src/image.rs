@@ -11,6 +11,7 @@ use crate::engine::BaseEngine;
 use crate::error::BaseError;
 use crate::format::{BaseFormat, HEAD_LEN, decide};
 use crate::identity::BaseIdentity;
+use crate::layout::{self, Layout};
 use crate::pool::{Pool, Source, Urgency};
 use crate::seal::{CHUNK_SIZE, Seal, Verified};
 use crate::store::Store;
@@ -232,6 +233,14 @@ impl BaseImage {
             Some(verified) => Source::read_at(&**verified, head, offset),
         };
         read.map_err(|source| self.read_error(offset, source))
+    }
+
+    /// What lies where on the disk that it makes.
+    ///
+    /// # Errors
+    /// If that can't be read, or is not what was sealed.
+    pub fn layout(&self) -> Result<Layout, BaseError> {
+        layout::look(self.size, &|buf, offset| self.read_at(buf, offset))
     }
 
     /// Compares every chunk with the seal; returns those that can't be read or are not what was sealed. `progress` is told how many

@@ -2,7 +2,7 @@
 //!
 //! This crate knows where a base's bytes come from, which of them are data and which are holes, and
 //! how to tell that somebody changed it. It never opens a base for writing, and it knows nothing
-//! of sessions.
+//! of sessions. What lies where on the disk that a base makes, as its partition table says, is read by [`layout`].
 //!
 //! A raw file or block device is read by whoever has an I/O engine. The bytes of a qcow2 image, and of the files
 //! that it is backed by, are looked up and unpacked by threads of this crate; [`BaseImage::engine`] makes that look
@@ -21,6 +21,7 @@ mod format;
 mod generation;
 mod identity;
 mod image;
+pub mod layout;
 mod pool;
 mod qcow2;
 mod seal;
