@@ -4,12 +4,13 @@
 
 mod common;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use blockio::EngineKind;
 use blockio::fault::{Fault, FaultPlan, OpClass};
+use blockio::tape::{Io, Tape};
 use common::{Bench, write};
 use session_disk::{
     DiskOptions, DiskState, DrainObserver, Drainer, Error, HoldReason, Manifest, ProcessId, ProvisionOptions,
@@ -139,6 +140,52 @@ fn held_session_that_is_taken_up_goes_on_and_is_kept_at_its_end() {
     let content = bench.disk_content();
     disk.end_session().unwrap();
     assert_held(&bench, &disk, &content);
+}
+
+/// Notes in which order files are synced and named.
+#[derive(Debug, Default)]
+struct Syncs(Mutex<Vec<String>>);
+
+impl Tape for Syncs {
+    fn begin(&self, io: Io<'_>) -> std::io::Result<u64> {
+        let (Io::Sync { path } | Io::Rename { to: path, .. }) = io else { return Ok(0) };
+        let name = path.file_name().unwrap().to_str().unwrap();
+        self.0.lock().unwrap().push(if name.ends_with(".wlog") { "log".into() } else { name.into() });
+        Ok(0)
+    }
+
+    fn end(&self, _number: u64, _done: bool) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A hold outlasts the host: what the session wrote is on the medium before the log says that all of it is there, and that
+/// before the manifest says that it is held. Else what an earlier session wrote could be taken for it after a power cut.
+#[test]
+fn held_sessions_data_is_durable_before_its_log_and_the_hold() {
+    let mut bench = Bench::new(4 * MIB, None, false, EngineKind::Sync);
+    let tape = Arc::new(Syncs::default());
+    bench.options.tape = Some(tape.clone());
+    let disk = bench.open();
+    let syncs = || std::mem::take(&mut *tape.0.lock().unwrap());
+    begin_and_write(&disk, 8, 0x51);
+    disk.end_session().unwrap();
+    syncs();
+    hold(&disk).unwrap();
+    assert_eq!(syncs(), ["disk.raw", "log", "manifest.new", "manifest"]);
+    disk.release().unwrap();
+    begin_and_write(&disk, 800, 0x52);
+    hold(&disk).unwrap();
+    syncs();
+    disk.end_session().unwrap();
+    assert_eq!(syncs(), ["disk.raw", "log"]);
+    // Without a hold nobody waits for that.
+    disk.release().unwrap();
+    drain(&disk).unwrap();
+    begin_and_write(&disk, 8, 0x53);
+    syncs();
+    disk.end_session().unwrap();
+    assert!(!syncs().contains(&"disk.raw".to_owned()));
 }
 
 /// The drain in the background rests while the disk is held, and goes on after the release.

@@ -151,8 +151,11 @@ impl SessionDisk {
         }
         let mut manifest = lifecycle.manifest.clone();
         manifest.held = Some(reason);
-        // What an ended session has written is to be known exactly from now on.
-        let durable = if session.is_none() { self.sync_logs(&manifest) } else { Ok(()) };
+        // What an ended session has written is to be there, and to be known exactly, from now on, whatever becomes of the host.
+        let durable = match session {
+            None => self.shared.sync_disk().and_then(|()| self.sync_logs(&manifest)),
+            Some(_) => Ok(()),
+        };
         if let Err(error) = durable.and_then(|()| self.store_manifest(&mut manifest)) {
             self.shared.claims.end_rest();
             return Err(error);

@@ -9,6 +9,7 @@ use write_log::LogWriter;
 use super::{OpenSession, SessionDisk, next_entry};
 use crate::live::LiveMark;
 use crate::manifest::EntryKind;
+use crate::open::describe;
 use crate::process::ProcessId;
 use crate::{Error, SessionStart, SessionSummary};
 
@@ -102,9 +103,13 @@ impl SessionDisk {
             // be durable: in a power cut the intents say as much as for a session that was open. But who
             // keeps what a session did wants to know it exactly.
             let exact = held || lifecycle.manifest.kept;
-            let sealed = if exact { writer.seal(dirty_blocks) } else { writer.seal_unsynced(dirty_blocks) };
+            // What is held outlasts the host. Its data first: a sealed log says that it is there.
+            let durable = if held { self.shared.sync_disk() } else { Ok(()) };
+            let sealed = durable.and_then(|()| {
+                Ok(if exact { writer.seal(dirty_blocks)? } else { writer.seal_unsynced(dirty_blocks)? })
+            });
             if let Err(error) = sealed {
-                log::warn!("write log {}: {error}", writer.path().display());
+                log::warn!("write log {}: {}", writer.path().display(), describe(&error));
             }
         }
         self.shared.claims.end_session(held, || {
