@@ -9,6 +9,7 @@
 //! - [`provision`] makes a disk, [`SessionDisk::open`] takes one over, [`verify`] and [`status`] look at one.
 //! - [`SessionDisk::begin_session`] and [`SessionDisk::end_session`] bound what a guest owns.
 //! - [`SessionDisk::hold`] keeps what a session left as it is, [`SessionDisk::release`] lets it go.
+//! - [`keep`] makes an image of what a session wrote, to be looked at.
 //! - With [`Changes::Keep`] what sessions change is kept, until it is given up; [`promote`] makes a base's next
 //!   generation of it.
 //! - [`DiskQueue`] serves one virtqueue; [`Drainer`] restores in the background.
@@ -24,10 +25,13 @@ mod drain;
 mod drainer;
 mod error;
 mod intents;
+mod last_session;
 mod live;
 mod manifest;
+mod new_file;
 mod open;
 mod options;
+mod overlay;
 mod pace;
 mod paths;
 mod process;
@@ -48,6 +52,7 @@ pub use error::Error;
 pub use intents::REGION_SIZE;
 pub use manifest::{BaseEntry, DiskFile, EntryKind, Left, LogEntry, MANIFEST_VERSION, Manifest};
 pub use options::{DiskOptions, SessionStart, SessionSummary};
+pub use overlay::{Kept, Portion, base_of, keep};
 pub use paths::Paths;
 pub use process::ProcessId;
 pub use promote::{PromoteOptions, PromoteStep, Promoted, promote};

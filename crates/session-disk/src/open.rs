@@ -23,10 +23,10 @@ use crate::storage::Storage;
 use crate::witness;
 
 /// How long to wait for the I/O of a server that died: its lock is held until the last of it has landed.
-const DEAD_SERVER_WAIT_MAX: Duration = Duration::from_secs(30);
+pub(crate) const DEAD_SERVER_WAIT_MAX: Duration = Duration::from_secs(30);
 /// How long to wait for a holder of whom nothing is known: it may be about to go.
-const UNKNOWN_HOLDER_WAIT_MAX: Duration = Duration::from_secs(1);
-const DEAD_SERVER_POLL: Duration = Duration::from_millis(5);
+pub(crate) const UNKNOWN_HOLDER_WAIT_MAX: Duration = Duration::from_secs(1);
+pub(crate) const DEAD_SERVER_POLL: Duration = Duration::from_millis(5);
 
 /// Opens the disk for writing and takes all locks. Nothing is changed.
 ///
