@@ -56,6 +56,13 @@ pub fn ext4_of(path: &Path, size: u64, tree: &Path) {
     run(mke2fs.args(["-q", "-t", "ext4", "-E", "root_owner=0:0", "-d"]).arg(tree).arg(path)).ok();
 }
 
+/// A file in the ext4 file system that a raw image is, as `debugfs` reads it.
+pub fn ext4_file(image: &Path, name: &str) -> String {
+    let mut debugfs = Command::new("debugfs");
+    debugfs.env("PATH", path_with_sbin()).args(["-R", &format!("cat {name}")]);
+    run(debugfs.arg(image)).ok().stdout
+}
+
 /// Runs `qemu-img` in the directory `dir`.
 pub fn qemu_img(dir: &Path, args: &[&str]) {
     run(Command::new("qemu-img").args(args).current_dir(dir)).ok();

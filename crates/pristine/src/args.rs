@@ -11,6 +11,7 @@ use vhost_blk::{Cpus, Polling};
 
 use crate::affinity::QueueAffinity;
 use crate::base_list::BaseListArgs;
+use crate::keep::{self, KeepArgs};
 use crate::promote::{MAINTAIN_EXAMPLES, PROMOTE_EXAMPLES, PromoteArgs};
 
 /// Non-persistent VM disks at native speed: a vhost-user-blk backend.
@@ -89,6 +90,9 @@ left it until `pristine session release`), kept (changed by sessions of `serve -
     Base(BaseArgs),
     /// End a session, or keep what it leaves
     Session(SessionArgs),
+    /// Keep what a session wrote, as a qcow2 image on the base: for forensics, for support, for a user's lost work
+    #[command(after_help = keep::EXAMPLES)]
+    Keep(KeepArgs),
     /// Look into write logs
     Log(LogArgs),
 }
@@ -100,7 +104,9 @@ impl Command {
             Self::Provision(args) => (&args.disk.disk, &args.disk.dirs),
             Self::Serve(args) | Self::Maintain(args) => (args.disk.as_ref()?, &args.dirs),
             Self::Promote(args) => (&args.disk.disk, &args.disk.dirs),
-            Self::Restore(RestoreArgs { disk, .. }) => (&disk.disk, &disk.dirs),
+            Self::Restore(RestoreArgs { disk, .. }) | Self::Keep(KeepArgs { disk, .. }) => {
+                (&disk.disk, &disk.dirs)
+            }
             Self::Verify(VerifyArgs { report, .. }) | Self::Status(report) => {
                 (&report.disk.disk, &report.disk.dirs)
             }

@@ -20,6 +20,7 @@ mod base_list;
 mod commands;
 mod control_socket;
 mod failure;
+mod keep;
 mod log_show;
 mod notify;
 mod progress;
@@ -48,6 +49,7 @@ fn main() -> ExitCode {
         Command::Status(args) => commands::status(args),
         Command::Base(args) => base::run(args),
         Command::Session(args) => session::run(args),
+        Command::Keep(args) => keep::keep(args),
         Command::Log(args) => log_show::run(args),
     };
     match result {
