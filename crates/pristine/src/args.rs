@@ -13,6 +13,7 @@ use crate::affinity::QueueAffinity;
 use crate::base_list::BaseListArgs;
 use crate::keep::{self, KeepArgs};
 use crate::promote::{MAINTAIN_EXAMPLES, PROMOTE_EXAMPLES, PromoteArgs};
+use crate::rebase::RebaseArgs;
 
 /// Non-persistent VM disks at native speed: a vhost-user-blk backend.
 ///
@@ -72,6 +73,9 @@ Also understood without the word serve, as QEMU's conventions for backend progra
   pristine restore --disk vm1.raw && pristine verify --disk vm1.raw
   pristine restore --disk vm1.raw --discard-kept")]
     Restore(RestoreArgs),
+    /// Move a disk to another generation of its base, or back
+    #[command(after_help = crate::rebase::EXAMPLES)]
+    Rebase(RebaseArgs),
     /// Compare a disk with its base: exit 0 if every byte is equal, else 1 and what differs
     #[command(after_help = "Examples:
   pristine verify --disk vm1.raw
@@ -104,9 +108,9 @@ impl Command {
             Self::Provision(args) => (&args.disk.disk, &args.disk.dirs),
             Self::Serve(args) | Self::Maintain(args) => (args.disk.as_ref()?, &args.dirs),
             Self::Promote(args) => (&args.disk.disk, &args.disk.dirs),
-            Self::Restore(RestoreArgs { disk, .. }) | Self::Keep(KeepArgs { disk, .. }) => {
-                (&disk.disk, &disk.dirs)
-            }
+            Self::Restore(RestoreArgs { disk, .. })
+            | Self::Keep(KeepArgs { disk, .. })
+            | Self::Rebase(RebaseArgs { disk, .. }) => (&disk.disk, &disk.dirs),
             Self::Verify(VerifyArgs { report, .. }) | Self::Status(report) => {
                 (&report.disk.disk, &report.disk.dirs)
             }

@@ -111,7 +111,7 @@ pub(crate) fn restore(args: &RestoreArgs) -> Result<ExitCode, Failure> {
 }
 
 /// Restores all, with a progress bar, and gives the disk up.
-fn drain(disk: &SessionDisk, what: &'static str, stop: &AtomicBool) -> Result<u64, Error> {
+pub(crate) fn drain(disk: &SessionDisk, what: &'static str, stop: &AtomicBool) -> Result<u64, Error> {
     let pending = disk.pending_blocks();
     if *disk.basis() == Basis::Intents {
         log::warn!("the host went down during a session: all regions that it may have touched are restored");

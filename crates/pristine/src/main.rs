@@ -25,6 +25,7 @@ mod log_show;
 mod notify;
 mod progress;
 mod promote;
+mod rebase;
 mod serve;
 mod session;
 mod signals;
@@ -45,6 +46,7 @@ fn main() -> ExitCode {
         Command::Maintain(args) => promote::maintain(args),
         Command::Promote(args) => promote::run(args),
         Command::Restore(args) => commands::restore(args),
+        Command::Rebase(args) => rebase::run(args),
         Command::Verify(args) => commands::verify(args),
         Command::Status(args) => commands::status(args),
         Command::Base(args) => base::run(args),

@@ -19,7 +19,7 @@ use write_log::{LogError, LogHeader, LogId, LogWriter};
 
 use crate::drain::Drain;
 use crate::manifest::{EntryKind, Left, LogEntry, Manifest};
-use crate::open::{describe, disk_witness, drop_oldest_retired, prune_logs, remove_log};
+use crate::open::{describe, disk_witness, prune_logs, remove_unnamed_logs, with_room};
 use crate::process::ProcessId;
 use crate::recover::Basis;
 use crate::shared::{QueueCounters, Shared};
@@ -323,15 +323,9 @@ impl SessionDisk {
     fn with_room<T>(
         &self,
         lifecycle: &Lifecycle,
-        mut make: impl FnMut() -> Result<T, LogError>,
+        make: impl FnMut() -> Result<T, LogError>,
     ) -> Result<T, LogError> {
-        loop {
-            match make() {
-                Err(LogError::NoSpace { .. })
-                    if drop_oldest_retired(&self.shared.storage, &self.paths, &lifecycle.manifest) => {}
-                result => return result,
-            }
-        }
+        with_room(&self.shared.storage, &self.paths, &lifecycle.manifest, make)
     }
 
     /// Makes `manifest` the disk's, with a generation of its own. Then, and only then, the disk's file
@@ -362,16 +356,10 @@ impl SessionDisk {
         Ok(())
     }
 
-    /// Makes `manifest` the disk's. If that fails, the logs that it would have added are removed: where
-    /// there is no room, what failed attempts leave must not take up the last of it.
+    /// Makes `manifest` the disk's. If that fails, the logs that it would have added are removed.
     fn replace_manifest(&self, manifest: &mut Manifest) -> Result<(), Error> {
-        self.store_manifest(manifest).inspect_err(|_| {
-            // Should it have failed after the rename, the new manifest holds and names its logs.
-            if let Ok(holds) = Manifest::load(&self.paths) {
-                let unnamed = manifest.logs.iter().filter(|entry| !holds.logs.contains(entry));
-                unnamed.for_each(|entry| remove_log(&self.shared.storage, &self.paths, entry.id()));
-            }
-        })
+        self.store_manifest(manifest)
+            .inspect_err(|_| remove_unnamed_logs(&self.shared.storage, &self.paths, manifest))
     }
 
     fn log_header(&self, manifest: &Manifest, entry: LogEntry) -> LogHeader {

@@ -7,6 +7,7 @@
 //! blocks come from the base, so the next session never waits.
 //!
 //! - [`provision`] makes a disk, [`SessionDisk::open`] takes one over, [`verify`] and [`status`] look at one.
+//! - [`rebase`] moves one to another base.
 //! - [`SessionDisk::begin_session`] and [`SessionDisk::end_session`] bound what a guest owns.
 //! - [`SessionDisk::hold`] keeps what a session left as it is, [`SessionDisk::release`] lets it go.
 //! - [`keep`] makes an image of what a session wrote, to be looked at.
@@ -15,7 +16,7 @@
 //! - [`DiskQueue`] serves one virtqueue; [`Drainer`] restores in the background.
 //!
 //! The crash order is written above the code that keeps it: `queue` (steps 1 to 6), `drain` (7),
-//! `disk` (8 to 10). This crate knows nothing of virtio and sockets.
+//! `disk` (8 to 10), `rebase` (11). This crate knows nothing of virtio and sockets.
 #![forbid(unsafe_code)]
 
 mod changes;
@@ -38,6 +39,7 @@ mod process;
 mod promote;
 mod provision;
 mod queue;
+mod rebase;
 mod recover;
 mod request;
 mod shared;
@@ -58,6 +60,7 @@ pub use process::ProcessId;
 pub use promote::{PromoteOptions, PromoteStep, Promoted, promote};
 pub use provision::{ProvisionOptions, Provisioned, provision};
 pub use queue::DiskQueue;
+pub use rebase::{RebaseOptions, Rebased, Way, rebase};
 pub use recover::{Basis, Distrust};
 pub use request::{Done, Request};
 pub use shared::FlushPolicy;

@@ -66,7 +66,7 @@ pub(crate) fn refuse_disk_of_base(disk: &Path, base: &BaseImage) -> Result<(), E
     base.paths()?.iter().try_for_each(|path| refuse_same_file(disk, path))
 }
 
-fn refuse_same_file(disk: &Path, base: &Path) -> Result<(), Error> {
+pub(crate) fn refuse_same_file(disk: &Path, base: &Path) -> Result<(), Error> {
     let id = |path: &Path| -> Result<(u64, u64, u64), Error> {
         let metadata = fs::metadata(path).map_err(|error| Error::state("open", path, error))?;
         Ok(if metadata.rdev() != 0 { (0, 0, metadata.rdev()) } else { (metadata.dev(), metadata.ino(), 0) })
@@ -242,12 +242,37 @@ pub(crate) fn prune_logs(storage: &Storage, paths: &Paths, manifest: &Manifest, 
 }
 
 /// Removes the oldest retired log, to make room; whether there was one and it is gone.
-pub(crate) fn drop_oldest_retired(storage: &Storage, paths: &Paths, manifest: &Manifest) -> bool {
+fn drop_oldest_retired(storage: &Storage, paths: &Paths, manifest: &Manifest) -> bool {
     let Some(id) = retired_logs(paths, manifest).pop() else { return false };
     let path = paths.sessions().join(id.file_name());
     log::warn!("no room for a write log: the retired log {} is removed before its time", path.display());
     remove_log(storage, paths, id);
     !path.exists()
+}
+
+/// Makes a log with `make`. What is only kept for audit gives way to it, the oldest first. `manifest` is the disk's.
+pub(crate) fn with_room<T>(
+    storage: &Storage,
+    paths: &Paths,
+    manifest: &Manifest,
+    mut make: impl FnMut() -> Result<T, LogError>,
+) -> Result<T, LogError> {
+    loop {
+        match make() {
+            Err(LogError::NoSpace { .. }) if drop_oldest_retired(storage, paths, manifest) => {}
+            result => return result,
+        }
+    }
+}
+
+/// After an attempt to make `manifest` the disk's that failed: removes the logs that it would have added. Where there
+/// is no room, what failed attempts leave must not take up the last of it.
+pub(crate) fn remove_unnamed_logs(storage: &Storage, paths: &Paths, manifest: &Manifest) {
+    // Should it have failed after the rename, the new manifest holds and names its logs.
+    if let Ok(holds) = Manifest::load(paths) {
+        let unnamed = manifest.logs.iter().filter(|entry| !holds.logs.contains(entry));
+        unnamed.for_each(|entry| remove_log(storage, paths, entry.id()));
+    }
 }
 
 #[cfg(test)]

@@ -98,7 +98,7 @@ fn make(options: &ProvisionOptions, made: &mut Made) -> Result<(u64, u64), Error
     let (paths, storage) = (options.disk.paths(), Storage::new(options.disk.tape.clone()));
     let base_path =
         fs::canonicalize(&options.base).map_err(|e| Error::state("open base image", &options.base, e))?;
-    let base = open_base(options, &base_path)?;
+    let base = open_named_base(&base_path, options.base_format, &options.backing_dirs)?;
     let exists = match fs::metadata(path) {
         Ok(_) => true,
         Err(error) if error.kind() == io::ErrorKind::NotFound => false,
@@ -195,10 +195,14 @@ fn make(options: &ProvisionOptions, made: &mut Made) -> Result<(u64, u64), Error
 }
 
 /// Opens the base as asked for, and takes its seal for good, if it has one: who sealed it has said its format.
-fn open_base(options: &ProvisionOptions, path: &Path) -> Result<BaseImage, Error> {
+pub(crate) fn open_named_base(
+    path: &Path,
+    format: Option<BaseFormat>,
+    backing_dirs: &[PathBuf],
+) -> Result<BaseImage, Error> {
     let seal = Seal::of(path)?;
-    let format = options.base_format.or(seal.as_ref().map(Seal::format));
-    let base = BaseImage::open(path, format, Trust::Directories(&options.backing_dirs))?;
+    let format = format.or(seal.as_ref().map(Seal::format));
+    let base = BaseImage::open(path, format, Trust::Directories(backing_dirs))?;
     match seal {
         None => Ok(base),
         Some(seal) => Ok(base.sealed(seal)?),

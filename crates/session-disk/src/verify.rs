@@ -2,9 +2,9 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use base_image::{BadChunk, Content};
+use base_image::{BadChunk, BaseImage, Content};
 use blockio::{AlignedBuf, DataRanges, File, OpenOptions};
-use blocks::{BLOCK_SIZE, Extent};
+use blocks::{BLOCK_SIZE, Extent, Geometry};
 
 use crate::manifest::Manifest;
 use crate::open::{check_size, identity_of, open_base};
@@ -33,11 +33,83 @@ impl Comparison {
         self.differing.iter().map(|extent| extent.count()).sum()
     }
 
+    /// `block` differs, which comes after all those before.
     fn add(&mut self, block: u64) {
         match self.differing.last_mut() {
             Some(last) if last.end() == block => *last = Extent::between(last.first(), block + 1),
             _ => self.differing.push(Extent::new(block, 1)),
         }
+    }
+}
+
+/// Compares parts of a disk with a base, in ascending order.
+pub(crate) struct Comparer<'a> {
+    disk: &'a File,
+    base: &'a BaseImage,
+    geometry: Geometry,
+    of_disk: AlignedBuf,
+    of_base: AlignedBuf,
+    ranges: DataRanges,
+}
+
+impl<'a> Comparer<'a> {
+    /// Compares `disk`, of this `geometry`, with `base`.
+    pub(crate) fn new(disk: &'a File, base: &'a BaseImage, geometry: Geometry) -> Self {
+        let buf = || AlignedBuf::new_zeroed(CHUNK as usize);
+        Self { disk, base, geometry, of_disk: buf(), of_base: buf(), ranges: DataRanges::default() }
+    }
+
+    /// Adds those of `blocks` to `found` that differ. `progress` is told up to which byte of the disk all is done.
+    ///
+    /// # Errors
+    /// If a read fails, or `stop` is set.
+    pub(crate) fn compare(
+        &mut self,
+        blocks: Extent,
+        found: &mut Comparison,
+        stop: &AtomicBool,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<(), Error> {
+        let Some(range) = self.geometry.bytes_of(blocks) else { return Ok(()) };
+        let mut offset = range.offset();
+        while offset < range.end() {
+            if stop.load(Ordering::Acquire) {
+                return Err(Error::Stopped);
+            }
+            let left = range.end() - offset;
+            let mut len = CHUNK.min(left);
+            let hole_of_disk = match self.ranges.next(self.disk, offset)? {
+                None => left,
+                Some(data) => data.start.saturating_sub(offset).min(left),
+            };
+            // Not asked beyond what matters: a sealed base proves its holes chunk by chunk.
+            let hole_of_base = match hole_of_disk < BLOCK_SIZE {
+                true => 0,
+                false => match self.base.content_at(offset, hole_of_disk)? {
+                    Content::Hole(hole) => hole,
+                    Content::Data(_) => 0,
+                },
+            };
+            let hole = hole_of_disk.min(hole_of_base) / BLOCK_SIZE * BLOCK_SIZE;
+            if hole > 0 {
+                len = hole;
+            } else {
+                let (Some(a), Some(b)) =
+                    (self.of_disk.get_mut(..len as usize), self.of_base.get_mut(..len as usize))
+                else {
+                    return Err(Error::WrongState("a chunk is larger than its buffer"));
+                };
+                self.disk.read_exact_at(a, offset)?;
+                self.base.read_at(b, offset)?;
+                let blocks = a.chunks(BLOCK_SIZE as usize).zip(b.chunks(BLOCK_SIZE as usize));
+                for (index, _) in blocks.enumerate().filter(|(_, (a, b))| a != b) {
+                    found.add(offset / BLOCK_SIZE + index as u64);
+                }
+            }
+            offset += len;
+            progress(offset);
+        }
+        Ok(())
     }
 }
 
@@ -65,44 +137,7 @@ pub fn verify(
     let base = open_base(&manifest)?;
     let identity = identity_of(&base, &manifest)?;
     let mut comparison = Comparison { blocks: geometry.blocks(), ..Comparison::default() };
-    let (mut of_disk, mut of_base) =
-        (AlignedBuf::new_zeroed(CHUNK as usize), AlignedBuf::new_zeroed(CHUNK as usize));
-    let (mut offset, mut ranges) = (0, DataRanges::default());
-    while offset < geometry.size() {
-        if stop.load(Ordering::Acquire) {
-            return Err(Error::Stopped);
-        }
-        let mut len = CHUNK.min(geometry.size() - offset);
-        let hole_of_disk = match ranges.next(&disk, offset)? {
-            None => geometry.size() - offset,
-            Some(data) => data.start.saturating_sub(offset),
-        };
-        // Not asked beyond what matters: a sealed base proves its holes chunk by chunk.
-        let hole_of_base = match hole_of_disk < BLOCK_SIZE {
-            true => 0,
-            false => match base.content_at(offset, hole_of_disk)? {
-                Content::Hole(hole) => hole,
-                Content::Data(_) => 0,
-            },
-        };
-        let hole = hole_of_disk.min(hole_of_base) / BLOCK_SIZE * BLOCK_SIZE;
-        if hole > 0 {
-            len = hole;
-        } else {
-            let (Some(a), Some(b)) = (of_disk.get_mut(..len as usize), of_base.get_mut(..len as usize))
-            else {
-                return Err(Error::WrongState("a chunk is larger than its buffer"));
-            };
-            disk.read_exact_at(a, offset)?;
-            base.read_at(b, offset)?;
-            let blocks = a.chunks(BLOCK_SIZE as usize).zip(b.chunks(BLOCK_SIZE as usize));
-            for (index, _) in blocks.enumerate().filter(|(_, (a, b))| a != b) {
-                comparison.add(offset / BLOCK_SIZE + index as u64);
-            }
-        }
-        offset += len;
-        progress(offset);
-    }
+    Comparer::new(&disk, &base, geometry).compare(geometry.all(), &mut comparison, stop, progress)?;
     base.check(&identity)?;
     Ok(comparison)
 }

@@ -24,7 +24,7 @@ use std::time::{Instant, SystemTime};
 use blockio::EngineKind;
 use common::crash::random::Random;
 use common::crash::world::{Ending, Remains, World};
-use common::image::Image;
+use common::generations::{self, Generation};
 use common::life::{Counts, Life, Step};
 use common::watchdog::Watchdog;
 use common::{fast_dir, is_over, number};
@@ -32,8 +32,8 @@ use serde::{Deserialize, Serialize};
 use session_disk::{DiskOptions, ProvisionOptions, provision};
 
 const DISK_SIZE: u64 = (1 << 20) + 512;
-/// The base ends within a block, four before the disk's last.
-const BASE_SIZE: u64 = (1 << 20) - 4 * 4096 + 1024;
+/// The first base ends within a block, four before the disk's last. The others are as large as the disk, and smaller.
+const BASE_SIZES: [u64; 3] = [(1 << 20) - 4 * 4096 + 1024, DISK_SIZE, (1 << 20) - 7 * 4096 + 512];
 const WINDOWS: [Range<u64>; 3] = [0..14, 120..134, 248..257];
 const WINDOW_BLOCKS: u64 = 14 + 14 + 9;
 
@@ -53,6 +53,9 @@ struct Manner {
     threads: bool,
     /// The disk is ready before the first session.
     drained: bool,
+    /// What is known of the differences between the generations of its base; what it names is in [`Ground`].
+    #[serde(default)]
+    bases: usize,
 }
 
 /// A life that is lived again.
@@ -65,27 +68,43 @@ struct Regression {
 
 struct Ground {
     dir: tempfile::TempDir,
-    image: Image,
+    /// By [`Manner::bases`].
+    bases: [Vec<Generation>; 3],
 }
 
 impl Ground {
     fn new() -> Self {
         let dir = fast_dir();
-        let base = Image::patterned(BASE_SIZE, &WINDOWS);
-        base.write_into(&std::fs::File::create(dir.path().join("base.raw")).unwrap());
-        Self { dir, image: Image { size: DISK_SIZE, ..base } }
+        let make = |name: &str, known| {
+            generations::make(&dir.path().join(name), &BASE_SIZES, DISK_SIZE, &WINDOWS, known)
+        };
+        let bases = [
+            make("unsealed", generations::Known::Nothing),
+            make("sealed", generations::Known::Manifests),
+            make("chained", generations::Known::Deltas),
+        ];
+        Self { dir, bases }
     }
 
     fn live(&self, manner: Manner, steps: &[Step]) -> Counts {
         let mut random = Random::new(manner.seed);
         let mut counts = Counts::default();
         let mut world = World::new(&Remains::default());
+        let bases = &self.bases[manner.bases];
+        assert!(bases[0].path.starts_with(self.dir.path()));
         let wanted = ProvisionOptions {
             size: Some(DISK_SIZE),
-            ..ProvisionOptions::new(self.dir.path().join("base.raw"), options(&world, manner))
+            ..ProvisionOptions::new(&bases[0].path, options(&world, manner))
         };
         provision(&wanted).unwrap();
-        let mut life = Life::open(options(&world, manner), &self.image, &WINDOWS);
+        let open = |world: &World| {
+            let options = options(world, manner);
+            let base = generations::of_disk(bases, &options);
+            let mut life = Life::open(options, &base.image, &WINDOWS);
+            life.know(bases);
+            life
+        };
+        let mut life = open(&world);
         if manner.drained {
             life.step(&Step::Drain);
         }
@@ -108,7 +127,7 @@ impl Ground {
             });
             drop(life);
             world = World::new(&remains);
-            life = Life::open(options(&world, manner), &self.image, &WINDOWS);
+            life = open(&world);
         }
         life.assert_restores_exactly();
         life.stop();
@@ -198,6 +217,7 @@ fn random_life(seed: u64) -> (Manner, Vec<Step>) {
         taped: random.chance(15),
         threads: random.chance(40),
         drained: random.chance(50),
+        bases: random.of(0..3) as usize,
     };
     let steps = (0..random.of(10..150)).map(|_| {
         if random.chance(2) {

@@ -20,11 +20,18 @@ pub(crate) struct Image {
 impl Image {
     /// An image of `size` bytes with data in two of three blocks of each window, marked with their numbers.
     pub(crate) fn patterned(size: u64, windows: &[std::ops::Range<u64>]) -> Self {
+        Self::of_generation(0, size, windows)
+    }
+
+    /// The same, but in every second block: other data, none, or data where none was. Which blocks these are, and what
+    /// is in them, depends on the generation's number; 0 has none.
+    pub(crate) fn of_generation(number: u64, size: u64, windows: &[std::ops::Range<u64>]) -> Self {
         let mut image = Self { size, ..Self::default() };
         for block in windows.iter().flat_map(Clone::clone).filter(|block| block * BLOCK_SIZE < size) {
-            if block % 3 != 1 {
+            let salt = if (block + number).is_multiple_of(2) { number } else { 0 };
+            if (block + salt) % 3 != 1 {
                 // Every sector is another, and none is what a guest writes: those have their top bit set.
-                let sector = |n: u64| (((block * 13 + n * 5) % 120) + 1) as u8;
+                let sector = |n: u64| (((block * 13 + n * 5 + salt * 7) % 120) + 1) as u8;
                 let mut bytes: Vec<u8> = (0..8).flat_map(|n| [sector(n); 512]).collect();
                 bytes.truncate((size - block * BLOCK_SIZE).min(BLOCK_SIZE) as usize);
                 bytes.resize(BLOCK_SIZE as usize, 0);

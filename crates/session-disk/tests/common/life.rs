@@ -3,6 +3,8 @@
 //! Requests lie in *windows*, a few short ranges of the disk, so that they meet in the same blocks. A step that
 //! makes no sense in the state the disk is in does nothing, so that any sub-list of steps is a life too.
 
+mod rebase;
+
 use std::collections::HashSet;
 use std::ops::Range;
 use std::sync::Arc;
@@ -17,6 +19,7 @@ use session_disk::{
 
 use super::crash::recorder::Recorder;
 use super::gate::Gate;
+use super::generations::Generation;
 use super::image::{Expected, Image};
 pub(crate) use super::session::Known;
 use super::session::{Session, reap_all};
@@ -44,6 +47,8 @@ struct Chapter<'a> {
 /// A disk that is served, and what its guest knows.
 pub(crate) struct Life<'a> {
     base: &'a Image,
+    /// What the disk can be moved to; its base is one of them.
+    generations: &'a [Generation],
     windows: &'a Windows,
     options: DiskOptions,
     plan: Arc<FaultPlan>,
@@ -85,6 +90,7 @@ impl<'a> Life<'a> {
         let options = DiskOptions { faults: Some(plan.clone()), tape: Some(gate.clone()), ..options };
         let mut life = Self {
             base,
+            generations: &[],
             windows,
             options,
             plan,
@@ -101,6 +107,11 @@ impl<'a> Life<'a> {
         life.session = known.map(|Known { expected, owned }| Session { expected, owned, queues: Vec::new() });
         life.reopen(resume, resume);
         life
+    }
+
+    /// From now on the disk can be moved to any of these.
+    pub(crate) fn know(&mut self, generations: &'a [Generation]) {
+        self.generations = generations;
     }
 
     /// From now on keeps what is known when.
@@ -236,6 +247,7 @@ impl<'a> Life<'a> {
             Step::Hold => _ = self.disk().hold(HoldReason::ByOperator),
             Step::Release => self.release(),
             Step::Restart { resume } => self.restart(*resume),
+            Step::Rebase { to, after_kill } => self.rebase(*to, *after_kill),
         }
     }
 

@@ -3,6 +3,7 @@
 
 pub(crate) mod crash;
 pub(crate) mod gate;
+pub(crate) mod generations;
 pub(crate) mod image;
 pub(crate) mod life;
 pub(crate) mod schedule;

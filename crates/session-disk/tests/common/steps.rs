@@ -102,6 +102,12 @@ pub(crate) enum Step {
     Restart {
         resume: bool,
     },
+    /// The server stops in order, or is killed, and the disk is moved to another generation of its base before the next
+    /// one starts.
+    Rebase {
+        to: usize,
+        after_kill: bool,
+    },
 }
 
 /// How many of each thing were done.
@@ -113,6 +119,7 @@ pub(crate) struct Counts {
     pub(crate) kills: u64,
     pub(crate) power_cuts: u64,
     pub(crate) resumed: u64,
+    pub(crate) rebases: u64,
 }
 
 impl Counts {
@@ -123,6 +130,7 @@ impl Counts {
         self.kills += other.kills;
         self.power_cuts += other.power_cuts;
         self.resumed += other.resumed;
+        self.rebases += other.rebases;
     }
 }
 
@@ -189,7 +197,7 @@ impl Step {
     /// Any step that is not the end of the world. `blocks` is the size of all windows.
     pub(crate) fn random(random: &mut Random, blocks: u64, threads: bool) -> Self {
         use What::*;
-        match random.of(0..100) {
+        match random.of(0..103) {
             0..46 => {
                 let trouble = random.chance(50).then(|| {
                     Trouble::random(random, &[LateStart, LateStart, LateEnd, LateEnd, Fail, FailAfter])
@@ -222,7 +230,8 @@ impl Step {
             90..92 => Self::Hold,
             92..95 => Self::Release,
             95..97 => Self::Restart { resume: random.chance(50) },
-            _ => Self::random_kill(random, blocks),
+            97..100 => Self::random_kill(random, blocks),
+            _ => Self::Rebase { to: random.of(0..6) as usize, after_kill: random.chance(50) },
         }
     }
 

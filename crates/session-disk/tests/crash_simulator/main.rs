@@ -21,23 +21,22 @@ mod common;
 
 use std::fmt::Debug;
 use std::ops::Range;
-use std::path::PathBuf;
 use std::time::{Instant, SystemTime};
 
 use blockio::EngineKind;
 use common::crash::random::Random;
 use common::crash::recorder::{Change, Event, Moment};
 use common::crash::world::{Ending, Remains, World};
-use common::image::Image;
+use common::generations::{self, Generation};
 use common::life::{Ask, Held, Kind, Known, Life, Step};
 use common::watchdog::Watchdog;
 use common::{fast_dir, is_over, number};
-use session_disk::{Basis, DiskState, Error, ProvisionOptions, provision, status};
+use session_disk::{Basis, DiskOptions, DiskState, Error, Manifest, ProvisionOptions, provision, status};
 
 /// Seven regions of intents, the last one short, as the last block is.
 const DISK_SIZE: u64 = (400 << 20) + 1536;
-/// The base ends within a block, five before the disk's last.
-const BASE_SIZE: u64 = (400 << 20) - 5 * 4096 + 1024;
+/// The first base ends within a block, five before the disk's last. The others are as large as the disk, and smaller.
+const BASE_SIZES: [u64; 3] = [(400 << 20) - 5 * 4096 + 1024, DISK_SIZE, (400 << 20) - 2560];
 /// Windows in all regions, two of them across borders.
 const WINDOWS: [Range<u64>; 6] =
     [0..8, 16380..16388, 32770..32774, 49148..49156, 65540..65544, 102393..102401];
@@ -51,25 +50,45 @@ const SEED_DEFAULT: u64 = 1;
 /// What all lives start from.
 struct Ground {
     _dir: tempfile::TempDir,
-    base_path: PathBuf,
-    /// What a disk holds when it is pristine.
-    image: Image,
+    /// Generations of a base, the same twice: not sealed; and sealed, with deltas. Disks are made of the first.
+    bases: [Vec<Generation>; 2],
 }
 
 impl Ground {
     fn new() -> Self {
         let dir = fast_dir();
-        let base_path = dir.path().join("base.raw");
-        let base = Image::patterned(BASE_SIZE, &WINDOWS);
-        base.write_into(&std::fs::File::create(&base_path).unwrap());
-        Self { _dir: dir, base_path, image: Image { size: DISK_SIZE, ..base } }
+        let make =
+            |name, known| generations::make(&dir.path().join(name), &BASE_SIZES, DISK_SIZE, &WINDOWS, known);
+        let bases =
+            [make("unsealed", generations::Known::Nothing), make("sealed", generations::Known::Deltas)];
+        Self { _dir: dir, bases }
     }
 
-    fn provision_options(&self, world: &World, adopt: bool) -> ProvisionOptions {
+    /// The generations that the disk of a world belongs to one of, and which one that is.
+    fn bases_of(&self, options: &DiskOptions) -> (&[Generation], &Generation) {
+        let base = Manifest::load(&options.paths()).unwrap().base.path;
+        let all = self.bases.iter().find(|all| all.iter().any(|one| one.path == base)).unwrap();
+        (all, generations::of_disk(all, options))
+    }
+
+    /// Takes the disk over, which belongs to one of the generations; with `known` its session goes on.
+    fn go_on<'a>(&'a self, options: DiskOptions, known: Option<Known<'a>>) -> Life<'a> {
+        let (all, base) = self.bases_of(&options);
+        let mut life = Life::go_on(options, &base.image, &WINDOWS, known);
+        life.know(all);
+        life
+    }
+
+    /// Takes the disk over; nobody has a session.
+    fn open(&self, options: DiskOptions) -> Life<'_> {
+        self.go_on(DiskOptions { resume: false, ..options }, None)
+    }
+
+    fn provision_options(&self, world: &World, bases: usize, adopt: bool) -> ProvisionOptions {
         ProvisionOptions {
             size: Some(DISK_SIZE),
             adopt,
-            ..ProvisionOptions::new(&self.base_path, world.options(EngineKind::Sync))
+            ..ProvisionOptions::new(&self.bases[bases][0].path, world.options(EngineKind::Sync))
         }
     }
 }
@@ -87,6 +106,7 @@ struct Counts {
     intents: u64,
     not_made: u64,
     steps: u64,
+    rebases: u64,
 }
 
 /// Says where we were when a check fails.
@@ -112,10 +132,11 @@ impl<'a> Simulator<'a> {
         let mut random = Random::new(seed);
         self.counts.lives += 1;
         let world = World::new(&Remains::default());
-        provision(&self.ground.provision_options(&world, false)).unwrap();
+        let bases = random.of(0..2) as usize;
+        provision(&self.ground.provision_options(&world, bases, false)).unwrap();
         let made = world.recorder.position();
         let engine = if random.chance(80) { EngineKind::Sync } else { EngineKind::IoUring };
-        let mut life = Life::open(world.options(engine), &self.ground.image, &WINDOWS);
+        let mut life = self.ground.open(world.options(engine));
         life.record(world.recorder.clone());
         let threads = random.chance(40);
         if random.chance(60) {
@@ -125,26 +146,37 @@ impl<'a> Simulator<'a> {
             life.step(&Step::random(&mut random, WINDOW_BLOCKS, threads));
         }
         self.counts.steps += life.counts.transitions;
+        self.counts.rebases += life.counts.rebases;
         life.die(&[], None);
         self.cut(&world, &life, made, most, 0, &mut random);
     }
 
-    /// A life of these steps, cut at every moment from the first step on, by power cuts and by kills.
+    /// A life of these steps on a drained disk, cut at every moment from the first step on, by power cuts and by kills.
     fn whole_life(&mut self, what: &str, steps: &[Step], random: &mut Random) {
+        let steps: Vec<Step> = [Step::Drain].iter().chain(steps).cloned().collect();
+        self.life_from(what, 0, 1, &steps, random);
+    }
+
+    /// A life of these steps, cut at every moment from step number `from` on, or from the disk's very beginning if there is none.
+    fn life_from(&mut self, what: &str, bases: usize, from: usize, steps: &[Step], random: &mut Random) {
         let _context = Context(what.to_owned());
         self.counts.lives += 1;
         let world = World::new(&Remains::default());
-        provision(&self.ground.provision_options(&world, false)).unwrap();
-        let mut life = Life::open(world.options(EngineKind::Sync), &self.ground.image, &WINDOWS);
-        life.step(&Step::Drain);
+        provision(&self.ground.provision_options(&world, bases, false)).unwrap();
         let made = world.recorder.position();
+        let mut life = self.ground.open(world.options(EngineKind::Sync));
         life.record(world.recorder.clone());
-        for step in steps {
+        let mut begin = 0;
+        for (number, step) in steps.iter().enumerate() {
+            if number == from {
+                begin = world.recorder.position();
+            }
             life.step(step);
         }
         self.counts.steps += life.counts.transitions;
+        self.counts.rebases += life.counts.rebases;
         life.die(&[], None);
-        let places: Vec<usize> = (made..world.recorder.position() + 1).collect();
+        let places: Vec<usize> = (begin..world.recorder.position() + 1).collect();
         for ending in [Ending::PowerCut, Ending::Kill] {
             self.cut_at(&world, &life, made, &places, Some(ending), 0, random);
         }
@@ -234,10 +266,10 @@ impl<'a> Simulator<'a> {
         if !self.is_made(&world, made) {
             return;
         }
-        let differing = self.ground.image.differences(&world.disk());
+        let differing = self.ground.bases_of(&options).1.image.differences(&world.disk());
         let before = status(&options).unwrap();
         let goes_on = known.is_some();
-        let mut life = Life::go_on(options.clone(), &self.ground.image, &WINDOWS, known);
+        let mut life = self.ground.go_on(options.clone(), known);
         life.record(world.recorder.clone());
         let disk = life.disk();
         match disk.basis() {
@@ -275,6 +307,7 @@ impl<'a> Simulator<'a> {
         let after = status(&options).unwrap();
         assert_eq!((after.state, after.logs), (DiskState::Pristine, 0));
         self.counts.steps += life.counts.transitions;
+        self.counts.rebases += life.counts.rebases;
         if depth < DEPTH_MAX && random.chance(30) {
             self.cut(&world, &life, 0, 2, depth + 1, random);
         }
@@ -297,12 +330,12 @@ impl<'a> Simulator<'a> {
             let _ = std::fs::remove_dir_all(options.paths().state_dir());
         }
         let wanted = ProvisionOptions {
-            disk: session_disk::DiskOptions { tape: None, ..options.clone() },
-            ..self.ground.provision_options(world, whole)
+            disk: DiskOptions { tape: None, ..options.clone() },
+            ..self.ground.provision_options(world, 0, whole)
         };
         provision(&wanted).unwrap();
-        let options = session_disk::DiskOptions { tape: None, ..options };
-        let mut life = Life::open(options, &self.ground.image, &WINDOWS);
+        let options = DiskOptions { tape: None, ..options };
+        let mut life = self.ground.open(options);
         life.assert_restores_exactly();
         life.stop();
         false
@@ -391,6 +424,43 @@ fn disk_whose_world_ends_at_every_moment_of_a_life_leaks_nothing_and_is_restored
     eprintln!("crash simulator: {:?} in {:.1} s", simulator.counts, started.elapsed().as_secs_f64());
 }
 
+/// Invariants 2, 4 and 6 through power cuts and kills at every moment of a provision and of rebases: the disk belongs to
+/// one generation or to the other, whole, with whatever is known of their differences.
+#[test]
+fn disk_whose_world_ends_at_every_moment_of_a_rebase_belongs_to_one_generation() {
+    let (ground, watchdog, started) = (Ground::new(), Watchdog::start(), Instant::now());
+    let mut simulator = Simulator { ground: &ground, counts: Counts::default() };
+    let random = &mut Random::new(number("PRISTINE_SEED").unwrap_or(SEED_DEFAULT));
+    let to = |to| Step::Rebase { to, after_kill: false };
+    let after_kill = |to| Step::Rebase { to, after_kill: true };
+    let session = [Step::Begin, burst(vec![write(0, 0, 8), write(1, 67, 12), write(2, 300, 3)]), Step::End];
+    let open_session = [Step::Begin, burst(vec![write(0, 8, 16), write(1, 131, 12)])];
+    let lives: [(&str, usize, Vec<Step>); 4] = [
+        ("a disk is made and moved at once, twice", usize::MAX, vec![to(1), Step::Begin, to(0)]),
+        ("a pristine disk is moved, filled, and moved back", 1, vec![Step::Drain, to(1), Step::Drain, to(0)]),
+        (
+            "what a session has left is moved along",
+            4,
+            [&[Step::Drain], &session[..], &[to(2)], &session[..], &[after_kill(1), Step::Drain]].concat(),
+        ),
+        (
+            "the server is killed in a session and the disk moved",
+            3,
+            [&[Step::Drain], &open_session[..], &[after_kill(2)], &open_session[..], &[to(0), Step::Drain]]
+                .concat(),
+        ),
+    ];
+    let all_of_them = number("PRISTINE_CRASH_CUTS").is_some();
+    for (number, (what, from, steps)) in lives.into_iter().enumerate() {
+        // What is known of the differences takes turns, but for a hunt.
+        for bases in (0..ground.bases.len()).filter(|bases| all_of_them || number % 2 != *bases) {
+            watchdog.beat(what.to_owned());
+            simulator.life_from(what, bases, from, &steps, random);
+        }
+    }
+    eprintln!("crash simulator: {:?} in {:.1} s", simulator.counts, started.elapsed().as_secs_f64());
+}
+
 /// Invariant 4, and what a stop promises: an open session's log is durable then, so that a power cut costs
 /// no more than what the session wrote.
 #[test]
@@ -398,8 +468,8 @@ fn disk_stopped_in_mid_session_is_exact_after_a_power_cut() {
     let ground = Ground::new();
     let mut random = Random::new(SEED_DEFAULT);
     let world = World::new(&Remains::default());
-    provision(&ground.provision_options(&world, false)).unwrap();
-    let mut life = Life::open(world.options(EngineKind::Sync), &ground.image, &WINDOWS);
+    provision(&ground.provision_options(&world, 0, false)).unwrap();
+    let mut life = ground.open(world.options(EngineKind::Sync));
     life.step(&Step::Drain);
     life.step(&Step::Begin);
     life.step(&burst(vec![write(0, 0, 8), write(1, 67, 12)]));
@@ -408,7 +478,7 @@ fn disk_stopped_in_mid_session_is_exact_after_a_power_cut() {
     for _ in 0..20 {
         world.at_cuts(&world.recorder.moments(), &[end], |_, look| {
             let world = World::new(&look.end(Ending::PowerCut, &mut random));
-            let mut life = Life::open(world.options(EngineKind::Sync), &ground.image, &WINDOWS);
+            let mut life = ground.open(world.options(EngineKind::Sync));
             assert_eq!((life.disk().basis(), life.disk().pending_blocks()), (&Basis::ExactLogs, 3));
             life.assert_restores_exactly();
         });
@@ -423,8 +493,8 @@ fn intent_whose_write_was_cut_by_a_kill_is_durable_before_the_next_write_into_it
     let random = &mut Random::new(SEED_DEFAULT);
     let session = [Step::Begin, burst(vec![write(0, 0, 8)])];
     let world = World::new(&Remains::default());
-    provision(&ground.provision_options(&world, false)).unwrap();
-    let mut life = Life::open(world.options(EngineKind::Sync), &ground.image, &WINDOWS);
+    provision(&ground.provision_options(&world, 0, false)).unwrap();
+    let mut life = ground.open(world.options(EngineKind::Sync));
     life.step(&Step::Drain);
     let from = world.recorder.position();
     session.iter().for_each(|step| life.step(step));
@@ -435,12 +505,12 @@ fn intent_whose_write_was_cut_by_a_kill_is_durable_before_the_next_write_into_it
     for _ in 0..60 {
         world.at_cuts(&moments, &[intent + 1], |_, look| {
             let world = World::new(&look.end(Ending::Kill, random));
-            let mut life = Life::open(world.options(EngineKind::Sync), &ground.image, &WINDOWS);
+            let mut life = ground.open(world.options(EngineKind::Sync));
             session.iter().for_each(|step| life.step(step));
             let moments = world.recorder.moments();
             world.at_cuts(&moments, &[moments.len()], |_, look| {
                 let world = World::new(&look.end(Ending::PowerCut, random));
-                let mut life = Life::open(world.options(EngineKind::Sync), &ground.image, &WINDOWS);
+                let mut life = ground.open(world.options(EngineKind::Sync));
                 life.begin();
                 life.read_windows();
                 life.assert_restores_exactly();
