@@ -140,9 +140,9 @@ mod tests {
             }
             prop_assert_eq!(here, to);
             prop_assert_eq!(way.iter().map(|number| links[*number].blocks).sum::<u64>(), costs[to]);
-            for block in 0..12 {
-                let in_union = way.iter().any(|number| sets[*number].2[block]);
-                prop_assert!(in_union || images[from][block] == images[to][block], "block {}", block);
+            let contents = images[from].iter().zip(&images[to]);
+            for (block, _) in contents.enumerate().filter(|(_, (one, other))| one != other) {
+                prop_assert!(way.iter().any(|number| sets[*number].2[block]), "block {}", block);
             }
         }
     }
