@@ -37,6 +37,14 @@ pub enum BaseError {
         /// What is wrong with it and what helps, as a sentence about the file.
         what: String,
     },
+    /// An NBD server that can't be reached, or does not have the export.
+    #[error("cannot read base image {uri}")]
+    Remote {
+        /// The export.
+        uri: String,
+        /// Why.
+        source: io::Error,
+    },
     /// A file that a base is backed by can't be found.
     #[error("cannot find {path}, the backing file of base image {of}")]
     Backing {

@@ -11,14 +11,14 @@ use crate::format::BaseFormat;
 /// What is remembered of a base, to notice a change of its contents without reading it.
 ///
 /// For a regular file a write changes the modification time, and setting that back changes the
-/// status change time. A block device has no such witness: only its size is compared, so whoever
-/// writes to a base on a block device must say so by provisioning anew.
+/// status change time. A block device and an NBD export have no such witness: only the size is compared, so
+/// whoever changes them must say so by provisioning anew.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BaseIdentity {
     /// Size of the disk in bytes.
     pub size: u64,
-    /// The witnesses of a regular file; `None` for a block device.
+    /// The witnesses of a regular file; `None` for a block device or an export.
     pub file: Option<FileIdentity>,
     /// The files that it is backed by, the nearest first.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use blockio::{Engine, File, FileIndex, FileKind};
 
@@ -12,6 +13,8 @@ use crate::error::BaseError;
 use crate::format::{BaseFormat, HEAD_LEN, decide};
 use crate::identity::BaseIdentity;
 use crate::layout::{self, Layout};
+use crate::location::BaseLocation;
+use crate::nbd::{Nbd, NbdUri};
 use crate::pool::{Pool, Source, Urgency};
 use crate::seal::{CHUNK_SIZE, Seal, Verified};
 use crate::store::Store;
@@ -33,7 +36,9 @@ pub enum Content {
 /// Its files are opened read-only and buffered, always: all disks of a host share its page cache.
 #[derive(Debug)]
 pub struct BaseImage {
-    file: Arc<File>,
+    location: BaseLocation,
+    /// The first of its files, if it consists of files.
+    file: Option<Arc<File>>,
     format: BaseFormat,
     size: u64,
     store: Arc<Store>,
@@ -59,6 +64,7 @@ impl BaseImage {
     /// If it can't be opened, read, understood or trusted, or if its format is not clear.
     pub fn open(path: &Path, format: Option<BaseFormat>, trust: Trust<'_>) -> Result<Self, BaseError> {
         let file = open_file(path)?;
+        let location = BaseLocation::from(path);
         let format = match format {
             Some(format) => format,
             None => find_format(&file)?,
@@ -76,7 +82,37 @@ impl BaseImage {
             BaseFormat::Raw => None,
             BaseFormat::Qcow2 => Some(Arc::new(Pool::new(Arc::clone(&store) as Arc<dyn Source>))),
         };
-        Ok(Self { file, format, size, store, verified: None, pool })
+        Ok(Self { location, file: Some(file), format, size, store, verified: None, pool })
+    }
+
+    /// Opens an export of an NBD server, which is read for its bytes as they are. Reads wait for a server that is away for
+    /// `patience` at most. Where the export's `size` is known, the server may be away already.
+    ///
+    /// # Errors
+    /// If another format is asked for; if the server can't be reached, or has no such export, or one of another size.
+    pub fn connect(
+        uri: &NbdUri,
+        format: Option<BaseFormat>,
+        size: Option<u64>,
+        patience: Duration,
+    ) -> Result<Self, BaseError> {
+        let location = BaseLocation::Nbd(uri.clone());
+        let path = || location.as_path().to_owned();
+        let format = format.unwrap_or_default();
+        if !format.is_raw() {
+            let what = format!(
+                "an NBD export is read as it is; let the server take the image apart, as `qemu-nbd --format {format}` \
+                 does, and name no format"
+            );
+            return Err(BaseError::Refused { path: path(), what });
+        }
+        let nbd = Nbd::open(uri.clone(), size, patience)
+            .map_err(|source| BaseError::Remote { uri: uri.to_string(), source })?;
+        let size = nbd.size();
+        blocks::Geometry::new(size).map_err(|source| BaseError::Size { path: path(), source })?;
+        let store = Arc::new(Store::Nbd(Box::new(nbd)));
+        let pool = Some(Arc::new(Pool::new(Arc::clone(&store) as Arc<dyn Source>)));
+        Ok(Self { location, file: None, format, size, store, verified: None, pool })
     }
 
     /// The same base, of which from now on nothing is read that is not what was sealed.
@@ -104,8 +140,21 @@ impl BaseImage {
     }
 
     /// Where it is.
+    pub fn location(&self) -> &BaseLocation {
+        &self.location
+    }
+
+    /// The path of its file, or its URI in the place of one: for messages.
     pub fn path(&self) -> &Path {
-        self.file.path()
+        self.location.as_path()
+    }
+
+    /// Why nothing can be read of it at the moment, if that is known.
+    pub fn trouble(&self) -> Option<String> {
+        match &*self.store {
+            Store::Nbd(nbd) => nbd.trouble(),
+            Store::Raw(..) | Store::Chain(_) => None,
+        }
     }
 
     /// How its bytes lie in its file.
@@ -118,22 +167,30 @@ impl BaseImage {
         self.size
     }
 
-    /// The base's file, for an engine; only [`engine`](Self::engine) knows whether byte `n` of it is the base's.
-    pub fn file(&self) -> &Arc<File> {
-        &self.file
+    /// As long as that is set, reads that would have to wait for a server fail instead, also those that wait already.
+    pub fn set_hurry(&self, hurry: bool) {
+        if let Store::Nbd(nbd) = &*self.store {
+            nbd.set_hurry(hurry);
+        }
     }
 
-    /// The paths of the files that it is made of, its own first.
+    /// The base's file, for an engine; only [`engine`](Self::engine) knows whether byte `n` of it is the base's. `None`
+    /// if it does not consist of files.
+    pub fn file(&self) -> Option<&Arc<File>> {
+        self.file.as_ref()
+    }
+
+    /// The paths of the files of this host that it is made of, its own first.
     ///
     /// # Errors
     /// If one of them can't be looked at.
     pub fn paths(&self) -> Result<Vec<PathBuf>, BaseError> {
         let backing = self.identity()?.backing.into_iter().map(|file| file.path);
-        Ok([self.path().to_owned()].into_iter().chain(backing).collect())
+        Ok(self.file.iter().map(|file| file.path().to_owned()).chain(backing).collect())
     }
 
     /// An engine that reads the base as its file `base`, from `inner`, which has [`file`](Self::file) in that
-    /// place. Of a raw base without a seal it is `inner` itself.
+    /// place, if there is one. Of a raw file without a seal it is `inner` itself.
     ///
     /// # Errors
     /// If the kernel has no descriptors to spare.
@@ -154,12 +211,13 @@ impl BaseImage {
     /// # Errors
     /// If a file can't be looked at.
     pub fn identity(&self) -> Result<BaseIdentity, BaseError> {
-        let of_file = match self.file.kind() {
-            FileKind::Regular => BaseIdentity::of_file(&self.file.identity()?),
-            FileKind::BlockDevice => BaseIdentity::of_size(self.file.size()?),
+        let Some(file) = &self.file else { return Ok(BaseIdentity::of_size(self.size)) };
+        let of_file = match file.kind() {
+            FileKind::Regular => BaseIdentity::of_file(&file.identity()?),
+            FileKind::BlockDevice => BaseIdentity::of_size(file.size()?),
         };
         match &*self.store {
-            Store::Raw(..) => Ok(of_file),
+            Store::Raw(..) | Store::Nbd(_) => Ok(of_file),
             Store::Chain(chain) => {
                 Ok(BaseIdentity { size: chain.size(), backing: chain.backing()?, ..of_file })
             }

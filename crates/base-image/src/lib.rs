@@ -8,6 +8,8 @@
 //! that it is backed by, are looked up and unpacked by threads of this crate; [`BaseImage::engine`] makes that look
 //! like any other I/O.
 //!
+//! An export of an NBD server is read by the same threads, which also wait for a server that is away.
+//!
 //! [`seal`] writes the hash of every chunk of a base beside it; of a base that is [`sealed`](BaseImage::sealed)
 //! nothing is read that does not have its hash. An [`Overlay`] is a new qcow2 image on a base: what differs from it. A
 //! [`NewGeneration`] is made of a sealed base and the blocks in which it is to differ; its [`Delta`] names both.
@@ -22,6 +24,8 @@ mod generation;
 mod identity;
 mod image;
 pub mod layout;
+mod location;
+mod nbd;
 mod pool;
 mod qcow2;
 mod seal;
@@ -36,6 +40,8 @@ pub use generation::{
 };
 pub use identity::{BackingIdentity, BaseIdentity, Change, FileIdentity};
 pub use image::{BadChunk, BaseImage, Content};
+pub use location::BaseLocation;
+pub use nbd::NbdUri;
 pub use pool::Urgency;
 pub use qcow2::{CLUSTER_SIZE, Overlay};
-pub use seal::{CHUNK_SIZE, Root, Seal, manifest_path, seal};
+pub use seal::{CHUNK_SIZE, Root, Seal, manifest_path, seal, seal_to};

@@ -1,4 +1,4 @@
-//! Where a base's bytes are: in a file as they are, or to be looked for in a chain of files.
+//! Where a base's bytes are: in a file as they are, to be looked for in a chain of files, or with a server.
 
 use std::io;
 use std::path::Path;
@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use blockio::{DataRanges, File};
 
 use crate::chain::Chain;
+use crate::nbd::Nbd;
 
 /// The bytes of a base. Nothing past its end is asked of it.
 #[derive(Debug)]
@@ -16,14 +17,17 @@ pub(crate) enum Store {
     Raw(Arc<File>, Mutex<DataRanges>),
     /// A qcow2 image and what it is backed by.
     Chain(Chain),
+    /// An export of an NBD server.
+    Nbd(Box<Nbd>),
 }
 
 impl Store {
-    /// Where it is.
+    /// Where it is, for messages.
     pub(crate) fn path(&self) -> &Path {
         match self {
             Self::Raw(file, _) => file.path(),
             Self::Chain(chain) => chain.path(),
+            Self::Nbd(nbd) => Path::new(nbd.uri().as_str()),
         }
     }
 
@@ -32,6 +36,7 @@ impl Store {
         match self {
             Self::Raw(file, _) => file.read_exact_at(buf, offset).map_err(io::Error::other),
             Self::Chain(chain) => chain.read_at(buf, offset),
+            Self::Nbd(nbd) => nbd.read_at(buf, offset),
         }
     }
 
@@ -46,6 +51,7 @@ impl Store {
                 Ok((hole, (data.end - data.start).min(len - hole)))
             }
             Self::Chain(chain) => chain.content(offset, len, look_max),
+            Self::Nbd(nbd) => nbd.content(offset, len),
         }
     }
 }

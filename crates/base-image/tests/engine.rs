@@ -40,7 +40,7 @@ impl Setup {
     fn engine(&self, kind: EngineKind) -> Box<dyn Engine> {
         let options = OpenOptions { write: true, ..OpenOptions::default() };
         let disk = Arc::new(File::open(&self.lab.path("disk"), options).unwrap());
-        let inner = new_engine(kind, 8, vec![disk, Arc::clone(self.base.file())]).unwrap();
+        let inner = new_engine(kind, 8, vec![disk, Arc::clone(self.base.file().unwrap())]).unwrap();
         self.base.engine(inner, BASE, Urgency::Guest).unwrap()
     }
 }

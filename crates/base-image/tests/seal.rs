@@ -147,7 +147,9 @@ fn engine_of_a_sealed_raw_base_compares_what_it_reads() {
     make(&path);
     flip(&path, CHUNK_SIZE + 5);
     let base = sealed(&path);
-    let inner = new_engine(EngineKind::Sync, 4, vec![base.file().clone(), base.file().clone()]).unwrap();
+    let inner =
+        new_engine(EngineKind::Sync, 4, vec![base.file().unwrap().clone(), base.file().unwrap().clone()])
+            .unwrap();
     let mut engine = base.engine(inner, FileIndex(1), Urgency::Guest).unwrap();
     for n in 0..32_u64 {
         let buf = Buffer::Owned(AlignedBuf::new_zeroed(4096));

@@ -4,7 +4,8 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use base_image::BaseFormat;
+use base_image::{BaseFormat, BaseLocation};
+use clap::builder::{PathBufValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use session_disk::{Changes, DiskOptions, FlushPolicy};
 use vhost_blk::{Cpus, Polling};
@@ -47,6 +48,7 @@ pub(crate) enum Command {
   pristine provision --base golden.raw --disk /dev/vg0/vm1
   pristine provision --base golden.qcow2 --disk vm1.raw
   pristine provision --base debian-12.img --base-format qcow2 --disk vm1.raw
+  pristine provision --base nbd://store/golden --base-manifest golden.manifest --disk vm1.raw --lazy
 
 The format is decided once, here. A raw image is never taken for qcow2 because of how it begins: a guest may have written
 that. A qcow2 image may lie on others (backing files) in its own directory, or in one named by --backing-dir; each must name
@@ -148,6 +150,9 @@ pub(crate) struct DirArgs {
     /// How many retired logs to keep for audit, while there is room for those that are needed
     #[arg(long, value_name = "N", default_value_t = 8)]
     pub(crate) keep_logs: usize,
+    /// How long a read of an NBD base waits for its server, before it is an I/O error
+    #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u16).range(1..=3600))]
+    pub(crate) base_timeout: u16,
 }
 
 impl DiskArgs {
@@ -161,6 +166,7 @@ fn disk_options(disk: &std::path::Path, dirs: &DirArgs) -> DiskOptions {
         state_dir: dirs.state_dir.clone(),
         runtime_dir: dirs.runtime_dir.clone(),
         keep_logs: dirs.keep_logs,
+        base_patience: Duration::from_secs(dirs.base_timeout.into()),
         ..DiskOptions::new(disk)
     }
 }
@@ -193,6 +199,14 @@ pub(crate) struct FormatArgs {
     /// A directory in which files may lie that a qcow2 base is backed by, besides the base's own; may be repeated
     #[arg(long, value_name = "DIR")]
     pub(crate) backing_dir: Vec<PathBuf>,
+    /// Where the base's seal is [default: BASE.manifest; a base of an NBD server has none]
+    #[arg(long, value_name = "FILE", visible_alias = "manifest")]
+    pub(crate) base_manifest: Option<PathBuf>,
+}
+
+/// A path, or an NBD URI.
+pub(crate) fn base_location() -> impl TypedValueParser<Value = BaseLocation> {
+    PathBufValueParser::new().try_map(BaseLocation::try_from)
 }
 
 #[derive(Debug, Args)]
@@ -210,7 +224,8 @@ pub(crate) enum BaseCommand {
     /// base, on whichever host and in whichever format. Seal again after every change.
     #[command(after_help = "Examples:
   pristine base seal golden.qcow2
-  pristine base seal debian-12.img --base-format qcow2")]
+  pristine base seal debian-12.img --base-format qcow2
+  pristine base seal nbd://store/golden --base-manifest golden.manifest")]
     Seal(BaseImageArgs),
     /// Show a base's format, size, the files that it is made of, and its seal
     #[command(after_help = "Example:
@@ -228,9 +243,9 @@ pub(crate) enum BaseCommand {
 
 #[derive(Debug, Args)]
 pub(crate) struct BaseImageArgs {
-    /// The base image
-    #[arg(value_name = "BASE")]
-    pub(crate) base: PathBuf,
+    /// The base image: a file, a block device or an NBD URI
+    #[arg(value_name = "BASE", value_parser = base_location())]
+    pub(crate) base: BaseLocation,
     #[command(flatten)]
     pub(crate) format: FormatArgs,
     /// One JSON object
@@ -240,9 +255,10 @@ pub(crate) struct BaseImageArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct ProvisionArgs {
-    /// The base image: a raw file, a block device or a qcow2 image; it is never written
-    #[arg(long, value_name = "BASE")]
-    pub(crate) base: PathBuf,
+    /// The base image: a raw file, a block device, a qcow2 image, or an export of an NBD server
+    /// (nbd://HOST[:PORT]/EXPORT, nbd+unix:///EXPORT?socket=/PATH); it is never written
+    #[arg(long, value_name = "BASE", value_parser = base_location())]
+    pub(crate) base: BaseLocation,
     #[command(flatten)]
     pub(crate) format: FormatArgs,
     #[command(flatten)]

@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use base_image::{BadChunk, BaseError, BaseImage, CHUNK_SIZE, Seal, Trust, manifest_path};
+use base_image::{BadChunk, BaseError, BaseImage, BaseLocation, CHUNK_SIZE, Seal, Trust, manifest_path};
 use indicatif::BinaryBytes;
 
 use crate::args::{BaseArgs, BaseCommand, BaseImageArgs};
@@ -16,6 +16,8 @@ use crate::failure::Failure;
 use crate::progress::Progress;
 use crate::signals::StopOnSignal;
 
+/// How long a base's server is waited for.
+const PATIENCE: Duration = Duration::from_secs(10);
 /// How many bad chunks are printed.
 const CHUNKS_SHOWN_MAX: usize = 20;
 
@@ -28,16 +30,33 @@ pub(crate) fn run(args: &BaseArgs) -> Result<ExitCode, Failure> {
     }
 }
 
-fn real_path(base: &Path) -> Result<PathBuf, Failure> {
-    std::fs::canonicalize(base)
+fn resolved(base: &BaseLocation) -> Result<BaseLocation, Failure> {
+    base.resolved()
         .map_err(|error| Failure::new(format!("cannot open base image {}: {error}", base.display())))
 }
 
 /// Opens a base as it is named; `seal`: what it was sealed as counts.
-fn open(args: &BaseImageArgs, path: &Path, seal: Option<&Seal>) -> Result<BaseImage, Failure> {
-    let format = args.format.base_format.or(seal.map(Seal::format));
-    let trust = Trust::Directories(&args.format.backing_dir);
-    BaseImage::open(path, format, trust).map_err(|error| failure(&error))
+fn open(args: &BaseImageArgs, base: &BaseLocation, seal: Option<&Seal>) -> Result<BaseImage, Failure> {
+    let format = args.format.base_format;
+    let opened = match base {
+        BaseLocation::File(path) => {
+            let trust = Trust::Directories(&args.format.backing_dir);
+            BaseImage::open(path, format.or(seal.map(Seal::format)), trust)
+        }
+        BaseLocation::Nbd(uri) => BaseImage::connect(uri, format, None, PATIENCE),
+    };
+    opened.map_err(|error| failure(&error))
+}
+
+/// Where a base's seal is, or is to be.
+fn seal_path(args: &BaseImageArgs, base: &BaseLocation) -> Result<PathBuf, Failure> {
+    match (&args.format.base_manifest, base) {
+        (Some(path), _) => Ok(path.clone()),
+        (None, BaseLocation::File(path)) => Ok(manifest_path(path)),
+        (None, BaseLocation::Nbd(uri)) => Err(Failure::usage(format!(
+            "{uri} has no directory for its manifest; name a file of this host with --base-manifest"
+        ))),
+    }
 }
 
 fn failure(error: &BaseError) -> Failure {
@@ -51,17 +70,23 @@ fn seal(args: &BaseImageArgs) -> Result<ExitCode, Failure> {
     let stop = Arc::new(AtomicBool::new(false));
     let _signals = StopOnSignal::start(Arc::clone(&stop), || ())?;
     let started = Instant::now();
-    let path = real_path(&args.base)?;
-    let base = open(args, &path, None)?;
+    let location = resolved(&args.base)?;
+    let named = args.format.base_manifest.is_some();
+    let path = seal_path(args, &location)?;
+    let base = open(args, &location, None)?;
     let mut progress = Progress::new("sealing", base.size());
-    let root =
-        base_image::seal(&base, &stop, &mut |done| progress.set(done)).map_err(|error| failure(&error))?;
+    let mut tell = |done| progress.set(done);
+    let root = match named {
+        true => base_image::seal_to(&base, &path, &stop, &mut tell),
+        false => base_image::seal(&base, &stop, &mut tell),
+    };
+    let root = root.map_err(|error| failure(&error))?;
     progress.finish();
     if args.json {
         say!("{}", report(&base, Some(&root.to_string()))?);
     } else {
         let (size, took) = (BinaryBytes(base.size()), seconds(started.elapsed()));
-        say!("{}: {size}, {}, sealed in {took}", path.display(), base.format());
+        say!("{}: {size}, {}, sealed in {took}", location.display(), base.format());
         say!("root     {root}");
     }
     Ok(ExitCode::SUCCESS)
@@ -80,15 +105,19 @@ fn report(base: &BaseImage, root: Option<&str>) -> Result<serde_json::Value, Fai
 }
 
 fn info(args: &BaseImageArgs) -> Result<ExitCode, Failure> {
-    let path = real_path(&args.base)?;
-    let seal = Seal::of(&path).map_err(|error| failure(&error))?;
-    let base = open(args, &path, seal.as_ref())?;
+    let location = resolved(&args.base)?;
+    // A base of a server that no seal is named of has none.
+    let seal = match seal_path(args, &location) {
+        Ok(path) => Seal::at(&path).map_err(|error| failure(&error))?,
+        Err(_) => None,
+    };
+    let base = open(args, &location, seal.as_ref())?;
     let root = seal.as_ref().map(|seal| seal.root().to_string());
     if args.json {
         say!("{}", report(&base, root.as_deref())?);
         return Ok(ExitCode::SUCCESS);
     }
-    say!("base     {}, {}, {}", path.display(), base.format(), BinaryBytes(base.size()));
+    say!("base     {}, {}, {}", location.display(), base.format(), BinaryBytes(base.size()));
     for file in base.paths().map_err(|error| failure(&error))?.iter().skip(1) {
         say!("  on     {}", file.display());
     }
@@ -102,25 +131,22 @@ fn info(args: &BaseImageArgs) -> Result<ExitCode, Failure> {
 fn verify(args: &BaseImageArgs) -> Result<ExitCode, Failure> {
     let stop = Arc::new(AtomicBool::new(false));
     let _signals = StopOnSignal::start(Arc::clone(&stop), || ())?;
-    let path = real_path(&args.base)?;
-    let seal = Seal::of(&path).map_err(|error| failure(&error))?.ok_or_else(|| {
-        let manifest = manifest_path(&path);
-        Failure::new(format!(
-            "base image {} is not sealed: {} does not exist",
-            path.display(),
-            manifest.display()
-        ))
-        .with_hint(format!("seal it with `pristine base seal {}`", path.display()))
+    let location = resolved(&args.base)?;
+    let manifest = seal_path(args, &location)?;
+    let seal = Seal::at(&manifest).map_err(|error| failure(&error))?.ok_or_else(|| {
+        let base = location.display();
+        Failure::new(format!("base image {base} is not sealed: {} does not exist", manifest.display()))
+            .with_hint(format!("seal it with `pristine base seal {base}`"))
     })?;
-    let base = open(args, &path, Some(&seal))?.sealed(seal).map_err(|error| failure(&error))?;
+    let base = open(args, &location, Some(&seal))?.sealed(seal).map_err(|error| failure(&error))?;
     let mut progress = Progress::new("verifying", base.size());
     let bad = base.bad_chunks(&stop, &mut |done| progress.set(done)).map_err(|error| failure(&error))?;
     progress.finish();
     if bad.is_empty() && !args.json {
-        say!("{}: every byte is as it was sealed", path.display());
+        say!("{}: every byte is as it was sealed", location.display());
         return Ok(ExitCode::SUCCESS);
     }
-    report_bad(&path, &bad, args.json)
+    report_bad(location.as_path(), &bad, args.json)
 }
 
 /// Says which chunks of a base are not as they were sealed.

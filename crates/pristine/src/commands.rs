@@ -38,6 +38,7 @@ pub(crate) fn provision(args: &ProvisionArgs) -> Result<ExitCode, Failure> {
     let _signals = StopOnSignal::start(Arc::clone(&stop), || ())?;
     let options = ProvisionOptions {
         base: args.base.clone(),
+        base_seal: args.format.base_manifest.clone(),
         base_format: args.format.base_format,
         backing_dirs: args.format.backing_dir.clone(),
         disk: args.disk.options(),
@@ -135,7 +136,7 @@ pub(crate) fn verify(args: &VerifyArgs) -> Result<ExitCode, Failure> {
         if !bad.is_empty() {
             // What is read of them fails, so there is nothing to compare the disk with.
             let base = session_disk::status(&options)?.base;
-            return base::report_bad(&base, &bad, args.json);
+            return base::report_bad(base.as_path(), &bad, args.json);
         }
     }
     let mut progress = Progress::new("verifying", total);

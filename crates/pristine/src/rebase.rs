@@ -1,16 +1,16 @@
 //! `rebase`: moves a disk to another generation of its base.
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
+use base_image::BaseLocation;
 use blocks::BLOCK_SIZE;
 use clap::Args;
 use session_disk::{Basis, DiskOptions, Error, RebaseOptions, Rebased, SessionDisk, Way};
 
-use crate::args::{DiskArgs, FormatArgs};
+use crate::args::{DiskArgs, FormatArgs, base_location};
 use crate::commands::{amount, drain, seconds};
 use crate::failure::Failure;
 use crate::progress::Progress;
@@ -31,9 +31,9 @@ the one base or to the other.";
 
 #[derive(Debug, Args)]
 pub(crate) struct RebaseArgs {
-    /// The new base: another generation, an older one, or any image that is not larger than the disk
-    #[arg(long, value_name = "BASE")]
-    pub(crate) base: PathBuf,
+    /// The new base: another generation, an older one, or any image (or NBD export) that is not larger than the disk
+    #[arg(long, value_name = "BASE", value_parser = base_location())]
+    pub(crate) base: BaseLocation,
     #[command(flatten)]
     pub(crate) format: FormatArgs,
     #[command(flatten)]
@@ -55,6 +55,7 @@ pub(crate) fn run(args: &RebaseArgs) -> Result<ExitCode, Failure> {
     let _signals = StopOnSignal::start(Arc::clone(&stop), || ())?;
     let options = RebaseOptions {
         base: args.base.clone(),
+        base_seal: args.format.base_manifest.clone(),
         base_format: args.format.base_format,
         backing_dirs: args.format.backing_dir.clone(),
         disk: args.disk.options(),

@@ -63,7 +63,7 @@ impl ChangedDisk {
         let live =
             LivePage::inspect(&paths.live_page(manifest.disk), manifest.disk, file_number(&options.disk)?);
         refuse_open_session(options, live.as_ref())?;
-        let base = open_base(&manifest)?;
+        let base = open_base(&manifest, options.base_patience)?;
         let before = Before::of(live.as_ref()).session_over();
         let verdict = judge(&storage, &paths, &manifest, geometry, &file, before)?;
         let taken = taken(options, &paths, &storage, &manifest, verdict)?;

@@ -31,6 +31,7 @@ pub trait DrainObserver: Send + Sync {
 /// The background drain of a disk; stops when dropped.
 #[derive(Debug)]
 pub struct Drainer {
+    disk: Arc<SessionDisk>,
     control: Arc<Control>,
     thread: Option<JoinHandle<()>>,
 }
@@ -84,13 +85,12 @@ impl Drainer {
     /// Starts the thread. It begins at once if something is pending.
     pub fn start(disk: Arc<SessionDisk>, observer: Arc<dyn DrainObserver>) -> Result<Self, Error> {
         let control = Arc::new(Control { work: Mutex::new(true), ..Control::default() });
-        let for_thread = Arc::clone(&control);
-        let path = disk.paths().disk().to_owned();
+        let (of_thread, for_thread) = (Arc::clone(&disk), Arc::clone(&control));
         let thread = std::thread::Builder::new()
             .name("drain".into())
-            .spawn(move || run(&disk, &for_thread, observer.as_ref()))
-            .map_err(|error| Error::state("start a drain thread for", &path, error))?;
-        Ok(Self { control, thread: Some(thread) })
+            .spawn(move || run(&of_thread, &for_thread, observer.as_ref()))
+            .map_err(|error| Error::state("start a drain thread for", disk.paths().disk(), error))?;
+        Ok(Self { disk, control, thread: Some(thread) })
     }
 
     /// What made the last attempt fail, if it failed.
@@ -104,14 +104,17 @@ impl Drainer {
         self.control.changed.notify_all();
     }
 
-    /// Stops the drain; what it had not restored stays pending.
+    /// Stops the drain; what it had not restored stays pending. Reads of guests that wait for the base's server fail.
     pub fn stop(&mut self) {
         self.control.stop.store(true, Ordering::Release);
         self.wake();
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
-            log::error!("the drain thread panicked");
+        if let Some(thread) = self.thread.take() {
+            // It may be waiting for a server that is away.
+            self.disk.shared().base.set_hurry(true);
+            if thread.join().is_err() {
+                log::error!("the drain thread panicked");
+            }
+            self.disk.shared().base.set_hurry(false);
         }
     }
 }

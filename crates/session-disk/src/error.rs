@@ -155,6 +155,11 @@ impl Error {
                  disk from it",
                 path.display()
             )),
+            Self::Base(BaseError::Remote { .. }) => Some(
+                "see that its server runs, is reached from here and has the export; those that serve several connections \
+                 at once and stay when one ends are right: `qemu-nbd --persistent --shared 0 --read-only`, `nbdkit -r`"
+                    .into(),
+            ),
             Self::OtherSeal { base, .. } => Some(format!(
                 "put the image and its manifest back, or, if it is right as it is now, `pristine provision --adopt --base {} \
                  {disk}` restores all of the disk from it",

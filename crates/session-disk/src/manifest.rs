@@ -7,7 +7,7 @@ use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use base_image::{BaseFormat, BaseIdentity, Root};
+use base_image::{BaseFormat, BaseIdentity, BaseLocation, Root};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 use write_log::{LogId, LogKind};
@@ -95,8 +95,8 @@ impl DiskFile {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BaseEntry {
-    /// Absolute path.
-    pub path: PathBuf,
+    /// Absolute path, or URI.
+    pub path: BaseLocation,
     /// Its format, decided when the disk was provisioned: its contents never change that.
     #[serde(default, skip_serializing_if = "BaseFormat::is_raw")]
     pub format: BaseFormat,
@@ -105,6 +105,9 @@ pub struct BaseEntry {
     /// The root hash of its seal, if it had one: then its contents count, and not what it looks like.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub root: Option<Root>,
+    /// Absolute path of its seal, if that is not beside it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seal: Option<PathBuf>,
 }
 
 /// A log that is not retired.
@@ -234,10 +237,11 @@ mod tests {
             size: 1 << 20,
             file: Some(DiskFile { inode: 7, birth_ns: None }),
             base: BaseEntry {
-                path: "/images/golden.raw".into(),
+                path: Path::new("/images/golden.raw").into(),
                 format: BaseFormat::Qcow2,
                 identity: BaseIdentity::of_size(1 << 20),
                 root: Some("0123456789abcdef".repeat(4).try_into().unwrap()),
+                seal: None,
             },
             next_sequence: 3,
             logs: vec![LogEntry { sequence: 2, uuid: Uuid::from_u128(2), kind: EntryKind::Session }],
@@ -283,6 +287,17 @@ mod tests {
         base.retain(|name, _| name != "format" && name != "root");
         let old: Manifest = serde_json::from_value(value).unwrap();
         assert_eq!((old.base.format, old.base.root), (BaseFormat::Raw, None));
+    }
+
+    /// A base with a server is written where paths are; older manifests have no place for its seal.
+    #[test]
+    fn manifest_of_an_nbd_base_stored_and_loaded_is_the_same() {
+        let uri = "nbd+unix:///golden?socket=/run/nbd";
+        let mut of_uri = manifest();
+        of_uri.base.path = PathBuf::from(uri).try_into().unwrap();
+        of_uri.base.seal = Some("/images/golden.manifest".into());
+        let read = Manifest::parse(Path::new("m"), &of_uri.to_bytes().unwrap()).unwrap();
+        assert_eq!((read.base.path.display().to_string(), &read), (uri.to_owned(), &of_uri));
     }
 
     /// Manifests from before holds stay readable.

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use base_image::{BaseIdentity, BaseImage, Seal, Trust};
+use base_image::{BaseIdentity, BaseImage, BaseLocation, Seal, Trust};
 use blockio::{File, FileKind, ImageAccess, OpenOptions};
 use blocks::Geometry;
 use write_log::{LogContents, LogError, LogId};
@@ -98,14 +98,19 @@ pub(crate) fn check_size(disk: &File, manifest: &Manifest) -> Result<Geometry, E
 }
 
 /// Opens the base of a manifest; fails if it changed. A sealed one may look different, as a copy does: nothing is
-/// read of it that does not have its hash.
-pub(crate) fn open_base(manifest: &Manifest) -> Result<BaseImage, Error> {
-    let BaseEntry { path, format, identity, root } = &manifest.base;
+/// read of it that does not have its hash. A server that is away is no error: what is read of it waits, for `patience` at
+/// most.
+pub(crate) fn open_base(manifest: &Manifest, patience: Duration) -> Result<BaseImage, Error> {
+    let BaseEntry { path: location, format, identity, root, .. } = &manifest.base;
     // Nothing is guessed and no file opened that it did not consist of when the disk was provisioned.
-    let base = BaseImage::open(path, Some(*format), Trust::Recorded(&identity.backing));
+    let base = match location {
+        BaseLocation::File(path) => BaseImage::open(path, Some(*format), Trust::Recorded(&identity.backing)),
+        BaseLocation::Nbd(uri) => BaseImage::connect(uri, Some(*format), Some(identity.size), patience),
+    };
+    let path = || location.as_path().to_owned();
     let base = base.map_err(|error| match error {
         base_image::BaseError::Io(error) if error.is_in_use() => {
-            Error::InUse { path: path.clone(), by: " by a program that may write to it".into() }
+            Error::InUse { path: path(), by: " by a program that may write to it".into() }
         }
         error => error.into(),
     })?;
@@ -113,11 +118,22 @@ pub(crate) fn open_base(manifest: &Manifest) -> Result<BaseImage, Error> {
         base.check(identity)?;
         return Ok(base);
     };
-    match Seal::of(path)? {
+    let found = find_seal(location, manifest.base.seal.as_deref())?;
+    match found {
         Some(seal) if seal.root() == *root => Ok(base.sealed(seal)?),
-        Some(seal) => Err(Error::OtherSeal { base: path.clone(), found: Some(seal.root()), expected: *root }),
-        None => Err(Error::OtherSeal { base: path.clone(), found: None, expected: *root }),
+        found => {
+            Err(Error::OtherSeal { base: path(), found: found.as_ref().map(Seal::root), expected: *root })
+        }
     }
+}
+
+/// The seal of the base at `location`: the one at `named`, or beside it.
+pub(crate) fn find_seal(location: &BaseLocation, named: Option<&Path>) -> Result<Option<Seal>, Error> {
+    Ok(match (named, location) {
+        (Some(path), _) => Seal::at(path)?,
+        (None, BaseLocation::File(path)) => Seal::of(path)?,
+        (None, BaseLocation::Nbd(_)) => None,
+    })
 }
 
 /// What the base of a manifest, which was just opened, must look like as long as it is open.

@@ -28,6 +28,8 @@ pub struct DiskOptions {
     pub engine: Option<EngineKind>,
     /// What a guest's FLUSH does.
     pub flush: FlushPolicy,
+    /// How long a read of the base waits for an NBD server that is away.
+    pub base_patience: Duration,
     /// How many retired logs stay for audit.
     pub keep_logs: usize,
     /// What becomes of sessions' changes.
@@ -46,7 +48,7 @@ pub struct DiskOptions {
 }
 
 impl DiskOptions {
-    /// The defaults for the disk at `path`: buffered, any engine, 8 retired logs.
+    /// The defaults for the disk at `path`: buffered, any engine, 10 s for the base's server, 8 retired logs.
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self {
             disk: path.into(),
@@ -55,6 +57,7 @@ impl DiskOptions {
             direct: false,
             engine: None,
             flush: FlushPolicy::Auto,
+            base_patience: Duration::from_secs(10),
             keep_logs: 8,
             changes: Changes::Reset,
             resume: false,

@@ -71,7 +71,7 @@ pub fn keep(
     let disk = Disk::take(options)?;
     let new = NewFile::create(to)?;
     let (session, taken) = disk.select(portion)?;
-    let base = open_base(&disk.manifest)?;
+    let base = open_base(&disk.manifest, options.base_patience)?;
     let identity = identity_of(&base, &disk.manifest)?;
     let cannot_write = |error| Error::state("write", to, error);
     let size = disk.geometry.size();
@@ -98,7 +98,7 @@ pub fn keep(
 /// # Errors
 /// If the disk was not provisioned, or its base changed or can't be opened.
 pub fn base_of(options: &DiskOptions) -> Result<BaseImage, Error> {
-    open_base(&Manifest::load(&options.paths())?)
+    open_base(&Manifest::load(&options.paths())?, options.base_patience)
 }
 
 fn nothing(options: &DiskOptions, why: &str) -> Error {

@@ -16,7 +16,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
-use base_image::{BaseImage, Seal};
+use base_image::{BaseImage, BaseLocation, Seal};
 use blockio::File;
 use blocks::{BlockSet, Geometry};
 use write_log::{LogHeader, LogWriter};
@@ -30,7 +30,7 @@ use crate::open::{
     refuse_same_file, remove_unnamed_logs, with_room,
 };
 use crate::process::ProcessId;
-use crate::provision::open_named_base;
+use crate::provision::{NamedBase, canonical_seal, open_named_base};
 use crate::recover::Basis;
 use crate::storage::Storage;
 use crate::{DiskOptions, Error, Paths, witness};
@@ -41,7 +41,9 @@ pub use self::difference::Way;
 #[derive(Clone, Debug)]
 pub struct RebaseOptions {
     /// The new base.
-    pub base: PathBuf,
+    pub base: BaseLocation,
+    /// Where its seal is, if not beside it.
+    pub base_seal: Option<PathBuf>,
     /// Its format; `None`: as for [`provision`](crate::provision).
     pub base_format: Option<base_image::BaseFormat>,
     /// Where files may lie that it is backed by, besides its own directory.
@@ -53,9 +55,10 @@ pub struct RebaseOptions {
 }
 
 impl RebaseOptions {
-    /// To `base`, whose format is as its seal or its file name says.
+    /// To the file or device `base`, whose format is as its seal or its file name says.
     pub fn new(base: impl Into<PathBuf>, disk: DiskOptions) -> Self {
-        Self { base: base.into(), base_format: None, backing_dirs: Vec::new(), disk, discard_kept: false }
+        let base = BaseLocation::File(base.into());
+        Self { base, base_seal: None, base_format: None, backing_dirs: Vec::new(), disk, discard_kept: false }
     }
 }
 
@@ -108,7 +111,10 @@ pub fn rebase(
     if let Some(reason) = manifest.held.clone().filter(|reason| !reason.is_over()) {
         return Err(Error::Held { disk: path.clone(), reason });
     }
-    let base = open_new_base(options, *geometry)?;
+    let location =
+        options.base.resolved().map_err(|e| Error::state("open base image", options.base.as_path(), e))?;
+    let seal = options.base_seal.as_deref().map(canonical_seal).transpose()?;
+    let base = open_new_base(options, &location, seal.as_deref(), *geometry)?;
     let identity = base.identity()?;
 
     let live = LivePage::inspect(&paths.live_page(manifest.disk), manifest.disk, file_number(path)?);
@@ -124,6 +130,7 @@ pub fn rebase(
     let question = Question {
         old: &manifest.base,
         new: &base,
+        new_location: &location,
         new_identity: &identity,
         disk,
         geometry: *geometry,
@@ -138,10 +145,11 @@ pub fn rebase(
     pending.insert_set(&differing);
 
     let to = BaseEntry {
-        path: base.path().to_owned(),
+        path: location,
         format: base.format(),
         identity,
         root: base.seal().map(Seal::root),
+        seal,
     };
     let rebased = Rebased {
         from: manifest.base.clone(),
@@ -172,17 +180,28 @@ fn take(options: &DiskOptions) -> Result<Subject, Error> {
     Ok(Subject { paths, storage, disk, manifest, geometry, _state_lock: state_lock })
 }
 
-fn open_new_base(options: &RebaseOptions, geometry: Geometry) -> Result<BaseImage, Error> {
-    let path =
-        fs::canonicalize(&options.base).map_err(|e| Error::state("open base image", &options.base, e))?;
-    refuse_same_file(&options.disk.disk, &path)?;
-    let base = open_named_base(&path, options.base_format, &options.backing_dirs)?;
+fn open_new_base(
+    options: &RebaseOptions,
+    location: &BaseLocation,
+    seal: Option<&Path>,
+    geometry: Geometry,
+) -> Result<BaseImage, Error> {
+    if let BaseLocation::File(path) = location {
+        refuse_same_file(&options.disk.disk, path)?;
+    }
+    let base = open_named_base(&NamedBase {
+        location,
+        seal,
+        format: options.base_format,
+        backing_dirs: &options.backing_dirs,
+        patience: options.disk.base_patience,
+    })?;
     refuse_disk_of_base(&options.disk.disk, &base)?;
     if base.size() > geometry.size() {
         return Err(Error::Refused(format!(
             "the base {} has {} bytes, more than the {} of the disk {}; a disk is at least as large as its base, so make \
              a new one of it with `pristine provision`",
-            path.display(),
+            location.display(),
             base.size(),
             geometry.size(),
             options.disk.disk.display()

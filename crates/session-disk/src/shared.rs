@@ -118,7 +118,7 @@ impl Shared {
     /// An engine for [`DISK`] and [`BASE`] with up to `depth` operations at work. What is read of the base
     /// is urgent, or can wait for those that are.
     pub(crate) fn new_engine(&self, depth: u32, urgency: Urgency) -> Result<Box<dyn Engine>, Error> {
-        let files = vec![Arc::clone(&self.disk), Arc::clone(self.base.file())];
+        let files = [&self.disk].into_iter().chain(self.base.file()).map(Arc::clone).collect();
         let engine = blockio::new_engine(self.engine, depth, files)?;
         let engine = self
             .base

@@ -1,19 +1,23 @@
 //! What state a disk is in, also while a server runs. Looks only, locks nothing, changes nothing.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
-use base_image::{BaseFormat, Root};
+use base_image::{BaseFormat, BaseLocation, Root};
 use blockio::{File, OpenOptions};
 use blocks::BLOCK_SIZE;
 use serde::Serialize;
 
 use crate::live::{Before, LivePage};
 use crate::manifest::Manifest;
-use crate::open::{check_size, file_number, judge, open_base};
+use crate::open::{check_size, describe, file_number, judge, open_base};
 use crate::process::ProcessId;
 use crate::recover::{Basis, Verdict};
 use crate::storage::Storage;
 use crate::{DiskOptions, Error, HoldReason};
+
+/// How long a base's server is waited for.
+const BASE_PATIENCE_MAX: Duration = Duration::from_secs(2);
 
 /// The state of a disk, one word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -55,8 +59,8 @@ pub struct Status {
     pub blocks: u64,
     /// Size of the disk in bytes.
     pub size: u64,
-    /// The base.
-    pub base: PathBuf,
+    /// The base: absolute path, or URI.
+    pub base: BaseLocation,
     /// The base's format.
     pub base_format: BaseFormat,
     /// The files that the base is backed by, the nearest first.
@@ -122,10 +126,18 @@ pub fn status(options: &DiskOptions) -> Result<Status, Error> {
         drain_failing: false,
         drain_error: None,
         drain_next_attempt_unix_ms: None,
-        base_trouble: open_base(&manifest).err().map(|error| error.to_string()),
+        base_trouble: None,
         distrust: None,
     };
     let live = LivePage::inspect(&paths.live_page(manifest.disk), manifest.disk, file_number(&options.disk)?);
+    let is_served = live.as_ref().and_then(|live| live.server()).is_some_and(|server| server.is_alive());
+    // A server that takes few connections may have none to spare; whoever serves the disk knows best.
+    if !(is_served && matches!(manifest.base.path, BaseLocation::Nbd(_))) {
+        status.base_trouble = match open_base(&manifest, options.base_patience.min(BASE_PATIENCE_MAX)) {
+            Ok(base) => base.trouble(),
+            Err(error) => Some(describe(&error)),
+        };
+    }
     if let Some(live) = &live
         && let Some(server) = live.server().filter(|server| server.is_alive())
     {

@@ -134,7 +134,7 @@ pub fn verify(
         }
     })?;
     let geometry = check_size(&disk, &manifest)?;
-    let base = open_base(&manifest)?;
+    let base = open_base(&manifest, options.base_patience)?;
     let identity = identity_of(&base, &manifest)?;
     let mut comparison = Comparison { blocks: geometry.blocks(), ..Comparison::default() };
     Comparer::new(&disk, &base, geometry).compare(geometry.all(), &mut comparison, stop, progress)?;
@@ -153,7 +153,7 @@ pub fn verify_base(
     progress: &mut dyn FnMut(u64),
 ) -> Result<Vec<BadChunk>, Error> {
     let manifest = Manifest::load(&options.paths())?;
-    let base = open_base(&manifest)?;
+    let base = open_base(&manifest, options.base_patience)?;
     if base.seal().is_none() {
         return Err(Error::Refused(format!(
             "base image {path} was not sealed when {disk} was provisioned; seal it with `pristine base seal {path}`, and \

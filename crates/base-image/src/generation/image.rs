@@ -112,7 +112,9 @@ fn copy(
     let cut = |size| {
         rustix::fs::ftruncate(file, size).map_err(|errno| io_error("resize", file.path(), errno.into()))
     };
-    if parent.format().is_raw() && rustix::fs::ioctl_ficlone(file, &**parent.file()).is_ok() {
+    if parent.format().is_raw()
+        && parent.file().is_some_and(|parent| rustix::fs::ioctl_ficlone(file, &**parent).is_ok())
+    {
         cut(size)?;
         return Ok(CopyWay::Reflinked);
     }

@@ -86,6 +86,11 @@ impl NewGeneration<'_> {
         let Some(seal) = self.parent.seal() else {
             return Err(refused(self.parent.path(), "it is not sealed; seal it with `pristine base seal`"));
         };
+        let Some(parent_file) = self.parent.file() else {
+            let what = "it is read over the network; a next generation is made where its image lies: keep the changes with \
+                        `pristine keep`, and commit them there with `qemu-img commit`";
+            return Err(refused(self.parent.path(), what));
+        };
         if self.size < self.parent.size() {
             return Err(refused(self.parent.path(), format!("it does not fit into {} bytes", self.size)));
         }
@@ -105,7 +110,7 @@ impl NewGeneration<'_> {
             progress(done as u64 * CHUNK_SIZE, total);
         }
         image.finish()?;
-        place.protect(self.parent.file())?;
+        place.protect(parent_file)?;
         let root = next.write(&manifest_path(place.temporary()), self.format)?;
         self.prove(&place, &next, stop)?;
         self.parent.check(&before)?;

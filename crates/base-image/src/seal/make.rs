@@ -17,26 +17,38 @@ use crate::image::{BaseImage, Content};
 /// How often progress is told.
 const TELL_EVERY: Duration = Duration::from_millis(100);
 
-/// Hashes all of a base and writes its manifest, in the place of one that may be there: the old one holds until the new one is
-/// durable. `progress` is told how many bytes are done. A base that has a seal is read past it.
+/// Hashes all of a base and writes its manifest beside it, as [`seal_to`] does.
 ///
 /// # Errors
-/// If the base can't be read, changes meanwhile, or lies on a block device; if the manifest can't be written; if
-/// `stop` is set ([`BaseError::Stopped`]).
+/// As [`seal_to`], and if it is no regular file, which has nothing beside it.
 pub fn seal(base: &BaseImage, stop: &AtomicBool, progress: &mut dyn FnMut(u64)) -> Result<Root, BaseError> {
-    if base.file().kind() != blockio::FileKind::Regular {
-        let what = "it is a block device, which has no place for a manifest beside it, and whose changes go unnoticed";
+    if base.file().is_none_or(|file| file.kind() != blockio::FileKind::Regular) {
+        let what = "it is no regular file, so it has no place for a manifest beside it; name one with --base-manifest";
         return Err(refused(base.path(), what));
     }
+    seal_to(base, &manifest_path(base.path()), stop, progress)
+}
+
+/// Hashes all of a base and writes its manifest to `path`, in the place of one that may be there: the old one holds until the
+/// new one is durable. `progress` is told how many bytes are done. A base that has a seal is read past it.
+///
+/// # Errors
+/// If the base can't be read, or changes meanwhile; if the manifest can't be written; if `stop` is set
+/// ([`BaseError::Stopped`]).
+pub fn seal_to(
+    base: &BaseImage,
+    path: &Path,
+    stop: &AtomicBool,
+    progress: &mut dyn FnMut(u64),
+) -> Result<Root, BaseError> {
     let before = base.identity()?;
-    let path = manifest_path(base.path());
-    let mut new = path.clone().into_os_string();
+    let mut new = path.to_owned().into_os_string();
     new.push(".new");
     let new = std::path::PathBuf::from(new);
     let result = write(base, &new, stop, progress).and_then(|root| {
         base.check(&before)?;
-        fs::rename(&new, &path).map_err(|source| io_error("replace", &path, source))?;
-        let dir = path.parent().unwrap_or(Path::new("/"));
+        fs::rename(&new, path).map_err(|source| io_error("replace", path, source))?;
+        let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let sync = || fs::File::open(dir)?.sync_all();
         sync().map_err(|source| io_error("sync directory", dir, source))?;
         Ok(root)

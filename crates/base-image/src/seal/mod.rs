@@ -20,7 +20,7 @@ use crate::format::BaseFormat;
 
 pub use self::format::CHUNK_SIZE;
 pub(crate) use self::format::GROUP_CHUNKS;
-pub use self::make::seal;
+pub use self::make::{seal, seal_to};
 pub(crate) use self::next::NextSeal;
 pub(crate) use self::verified::Verified;
 
@@ -94,8 +94,15 @@ impl Seal {
     /// # Errors
     /// If it can't be read, or is damaged.
     pub fn of(base: &Path) -> Result<Option<Self>, BaseError> {
-        let path = manifest_path(base);
-        match File::open(&path, OpenOptions::default()) {
+        Self::at(&manifest_path(base))
+    }
+
+    /// Opens the manifest at `path`, wherever its base is; `None` if there is none.
+    ///
+    /// # Errors
+    /// If it can't be read, or is damaged.
+    pub fn at(path: &Path) -> Result<Option<Self>, BaseError> {
+        match File::open(path, OpenOptions::default()) {
             Ok(file) => Self::read(file).map(Some),
             Err(error) if error.io_error().kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error.into()),

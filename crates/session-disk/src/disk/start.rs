@@ -52,7 +52,7 @@ impl SessionDisk {
                 disk.alignment().offset
             )));
         }
-        let base = open_base(&manifest)?;
+        let base = open_base(&manifest, options.base_patience)?;
         refuse_disk_of_base(&options.disk, &base)?;
         let (live, before) = LivePage::open(&paths, manifest.disk, number)?;
         let was_open = before.session_open;

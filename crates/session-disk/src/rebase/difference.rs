@@ -15,7 +15,7 @@ use std::fs;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
-use base_image::{BaseIdentity, BaseImage, CHUNK_SIZE, Delta, Root, Seal};
+use base_image::{BaseIdentity, BaseImage, BaseLocation, CHUNK_SIZE, Delta, Root, Seal};
 use blockio::File;
 use blocks::{BLOCK_SIZE, BlockSet, Extent, Geometry};
 
@@ -23,6 +23,7 @@ use super::path::{Link, cheapest};
 use crate::Error;
 use crate::manifest::BaseEntry;
 use crate::open::describe;
+use crate::open::find_seal;
 use crate::verify::{Comparer, Comparison};
 
 /// Blocks that have one hash.
@@ -73,6 +74,7 @@ impl fmt::Display for Way {
 pub(super) struct Question<'a> {
     pub(super) old: &'a BaseEntry,
     pub(super) new: &'a BaseImage,
+    pub(super) new_location: &'a BaseLocation,
     pub(super) new_identity: &'a BaseIdentity,
     pub(super) disk: &'a File,
     pub(super) geometry: Geometry,
@@ -132,7 +134,7 @@ impl Question<'_> {
             (None, None) => {
                 let has_witnesses = new.file.is_some() && new.backing.iter().all(|file| file.file.is_some());
                 has_witnesses
-                    && old.path == self.new.path()
+                    && old.path == *self.new_location
                     && old.format == self.new.format()
                     && old.identity == *new
             }
@@ -141,7 +143,7 @@ impl Question<'_> {
     }
 
     fn by_deltas(&self, old: Root, new: Root) -> Option<(BlockSet, usize)> {
-        let deltas = deltas_beside([&self.old.path, self.new.path()]);
+        let deltas = deltas_beside([&self.old.path, self.new_location]);
         let links = deltas
             .iter()
             .map(|delta| Link { ends: [delta.parent().root, delta.child().root], blocks: delta.blocks() });
@@ -154,7 +156,7 @@ impl Question<'_> {
     }
 
     fn by_manifests(&self, old: Root, new: &Seal) -> Result<Option<Delta>, Error> {
-        match Seal::of(&self.old.path) {
+        match find_seal(&self.old.path, self.old.seal.as_deref()) {
             // Of the disk's base, and not of what may be there now.
             Ok(Some(seal)) if seal.root() == old => Ok(Some(Delta::between(&seal, new)?)),
             Ok(_) => Ok(None),
@@ -185,10 +187,16 @@ fn insert_all(blocks: &BlockSet, extents: &[Extent]) {
     }
 }
 
-/// All deltas that lie beside two bases. Those that can't be read are told of, and are none.
-fn deltas_beside(bases: [&Path; 2]) -> Vec<Delta> {
-    let [one, other] = bases.map(|base| base.parent().unwrap_or(Path::new("/")));
-    let dirs = if one == other { vec![one] } else { vec![one, other] };
+/// All deltas that lie beside two bases, if they are files. Those that can't be read are told of, and are none.
+fn deltas_beside(bases: [&BaseLocation; 2]) -> Vec<Delta> {
+    let mut dirs: Vec<&Path> = bases
+        .into_iter()
+        .filter_map(|base| match base {
+            BaseLocation::File(path) => path.parent(),
+            BaseLocation::Nbd(_) => None,
+        })
+        .collect();
+    dirs.dedup();
     let mut deltas = Vec::new();
     for entry in dirs.iter().filter_map(|dir| fs::read_dir(dir).ok()).flatten().flatten() {
         let path = entry.path();

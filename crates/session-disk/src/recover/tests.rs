@@ -12,8 +12,9 @@ fn manifest(generation: u64, has_log: bool) -> Manifest {
         size: SIZE,
         file: None,
         base: BaseEntry {
-            path: "/images/golden.raw".into(),
+            path: std::path::Path::new("/images/golden.raw").into(),
             format: base_image::BaseFormat::Raw,
+            seal: None,
             identity: BaseIdentity::of_size(SIZE),
             root: None,
         },

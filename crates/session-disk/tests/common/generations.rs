@@ -81,5 +81,5 @@ pub(crate) fn differing(one: &Image, other: &Image) -> Vec<u64> {
 /// The one that a disk belongs to: exactly one.
 pub(crate) fn of_disk<'a>(generations: &'a [Generation], options: &DiskOptions) -> &'a Generation {
     let base = Manifest::load(&options.paths()).unwrap().base.path;
-    generations.iter().find(|generation| generation.path == base).unwrap()
+    generations.iter().find(|generation| generation.path == base.as_path()).unwrap()
 }

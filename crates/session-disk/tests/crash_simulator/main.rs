@@ -67,7 +67,7 @@ impl Ground {
     /// The generations that the disk of a world belongs to one of, and which one that is.
     fn bases_of(&self, options: &DiskOptions) -> (&[Generation], &Generation) {
         let base = Manifest::load(&options.paths()).unwrap().base.path;
-        let all = self.bases.iter().find(|all| all.iter().any(|one| one.path == base)).unwrap();
+        let all = self.bases.iter().find(|all| all.iter().any(|one| one.path == base.as_path())).unwrap();
         (all, generations::of_disk(all, options))
     }
 

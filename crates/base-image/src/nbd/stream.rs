@@ -1,0 +1,173 @@
+//! Bytes to and from a server, none of which is waited for past a deadline.
+
+use std::io::{self, Read, Write};
+use std::net::{TcpStream, ToSocketAddrs};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+use rustls::{ClientConnection, StreamOwned};
+
+use super::tls;
+use super::uri::{Server, Tls};
+
+/// How often a wait looks whether it is to end early.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+
+/// A connection with a deadline, perhaps with TLS.
+#[derive(Debug)]
+pub(super) enum Stream {
+    Plain(Timed),
+    Tls(Box<StreamOwned<ClientConnection, Timed>>),
+}
+
+/// A socket with a deadline.
+#[derive(Debug)]
+pub(super) struct Timed {
+    socket: Socket,
+    deadline: Instant,
+    /// Set: nothing is waited for any more.
+    hurry: Arc<AtomicBool>,
+}
+
+#[derive(Debug)]
+enum Socket {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+impl Stream {
+    /// Connects to `server`, until `deadline` at most. Once `hurry` is set, nothing is waited for any more.
+    pub(super) fn connect(server: &Server, deadline: Instant, hurry: &Arc<AtomicBool>) -> io::Result<Self> {
+        let socket = match server {
+            Server::Tcp(host, port) => Socket::Tcp(connect_tcp(host, *port, deadline)?),
+            Server::Unix(path) => Socket::Unix(connect_unix(path)?),
+        };
+        Ok(Self::Plain(Timed { socket, deadline, hurry: Arc::clone(hurry) }))
+    }
+
+    /// The same connection with TLS from now on, if the server is who it should be.
+    pub(super) fn encrypted(self, tls: &Tls) -> io::Result<Self> {
+        let Self::Plain(timed) = self else { return Ok(self) };
+        let mut stream = StreamOwned::new(tls::session(tls)?, timed);
+        // Before anything is said: who it is comes first.
+        while stream.conn.is_handshaking() {
+            stream.conn.complete_io(&mut stream.sock)?;
+        }
+        Ok(Self::Tls(Box::new(stream)))
+    }
+
+    /// From now on nothing is waited for past `deadline`.
+    pub(super) fn set_deadline(&mut self, deadline: Instant) {
+        match self {
+            Self::Plain(timed) => timed.deadline = deadline,
+            Self::Tls(stream) => stream.sock.deadline = deadline,
+        }
+    }
+}
+
+impl Read for Stream {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Plain(timed) => timed.read(buf),
+            Self::Tls(stream) => stream.read(buf),
+        }
+    }
+}
+
+impl Write for Stream {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        match self {
+            Self::Plain(timed) => timed.write(buf),
+            Self::Tls(stream) => stream.write(buf),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        match self {
+            Self::Plain(timed) => timed.flush(),
+            Self::Tls(stream) => stream.flush(),
+        }
+    }
+}
+
+impl Timed {
+    /// Does `io`, which is told how long it may wait, until it did not have to.
+    fn wait<T>(&mut self, mut io: impl FnMut(&mut Socket, Duration) -> io::Result<T>) -> io::Result<T> {
+        loop {
+            if self.hurry.load(Ordering::Acquire) {
+                return Err(no_answer());
+            }
+            // Each time anew: a server that sends a byte now and then is held to the deadline too.
+            let left = left(self.deadline)?.min(LOOK_EVERY);
+            match io(&mut self.socket, left) {
+                // A socket's own limit shows as an operation that would block.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                result => return result,
+            }
+        }
+    }
+}
+
+fn left(deadline: Instant) -> io::Result<Duration> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    if left.is_zero() { Err(no_answer()) } else { Ok(left) }
+}
+
+fn no_answer() -> io::Error {
+    io::Error::new(io::ErrorKind::TimedOut, "it does not answer")
+}
+
+fn connect_tcp(host: &str, port: u16, deadline: Instant) -> io::Result<TcpStream> {
+    let mut error = io::Error::new(io::ErrorKind::NotFound, "its name has no address");
+    for address in (host, port).to_socket_addrs()? {
+        match TcpStream::connect_timeout(&address, left(deadline)?) {
+            Ok(socket) => {
+                socket.set_nodelay(true)?;
+                return Ok(socket);
+            }
+            Err(failed) => error = failed,
+        }
+    }
+    Err(if error.kind() == io::ErrorKind::TimedOut { no_answer() } else { error })
+}
+
+/// Never waits: a server that takes no more connections has its socket's queue full.
+fn connect_unix(path: &Path) -> io::Result<UnixStream> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    match connect(&socket, &SocketAddrUnix::new(path)?) {
+        Err(rustix::io::Errno::AGAIN) => {
+            return Err(io::Error::new(io::ErrorKind::TimedOut, "it takes no more connections"));
+        }
+        result => result?,
+    }
+    let socket = UnixStream::from(socket);
+    socket.set_nonblocking(false)?;
+    Ok(socket)
+}
+
+impl Read for Timed {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        self.wait(|socket, left| match socket {
+            Socket::Tcp(socket) => socket.set_read_timeout(Some(left)).and_then(|()| socket.read(buf)),
+            Socket::Unix(socket) => socket.set_read_timeout(Some(left)).and_then(|()| socket.read(buf)),
+        })
+    }
+}
+
+impl Write for Timed {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        self.wait(|socket, left| match socket {
+            Socket::Tcp(socket) => socket.set_write_timeout(Some(left)).and_then(|()| socket.write(buf)),
+            Socket::Unix(socket) => socket.set_write_timeout(Some(left)).and_then(|()| socket.write(buf)),
+        })
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
