@@ -7,12 +7,14 @@
 pub mod bench;
 pub mod client;
 pub mod cloud;
+pub mod distribution;
 pub mod guest;
 pub mod images;
 pub mod initramfs;
 pub mod lab;
 pub mod medium;
 pub mod mounts;
+pub mod nbd;
 pub mod outer;
 pub mod peer;
 pub mod process;
