@@ -1,13 +1,16 @@
 //! `pristine rebase`: disks are moved to another generation of their base, and back.
 
+use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use pristine_tests::PATIENCE;
+use pristine_tests::guest::{Guest, Options};
 use pristine_tests::images;
-use pristine_tests::lab::Lab;
+use pristine_tests::lab::{Lab, Server};
 use pristine_tests::program::{Finished, pristine, run};
 use pristine_tests::random;
 use pristine_tests::remote::Remote;
@@ -144,6 +147,70 @@ fn disks_are_moved_to_the_next_generation_and_back() {
         );
         assert_is(lab, &one);
     }
+}
+
+/// Issue line 3, whole: a guest adds a file in a maintenance session, which becomes the next generation. Three other disks
+/// go there, by its delta, and back; a guest on one of them finds the file before anything was copied. Just the delta and
+/// what the disks' sessions have left is moved. The disk that it was made on goes there too.
+#[test]
+fn file_of_a_maintenance_session_reaches_other_disks_and_is_taken_back() {
+    let lab = Lab::new();
+    images::ext4(&lab.base(), SIZE, &[("first", b"old\n")]);
+    seal(&lab.base());
+    lab.provision(NONE);
+    let mut maintain = lab.pristine("maintain", &["--once", "--socket-path"]);
+    let mut server = Server::start(maintain.arg(lab.socket()));
+    let script = "mount -t ext4 /dev/vda /mnt; echo patched >/mnt/second; umount /mnt; sync";
+    Guest::boot(&lab.socket(), Options::default(), script).finish();
+    assert!(server.0.wait(PATIENCE).success(), "{}", server.0.output());
+    let (one, two) = (lab.base(), lab.path("golden-2.img"));
+    run(lab.pristine("promote", NONE).arg("--to").arg(&two)).ok();
+    let differing: BTreeSet<u64> = images::differing_blocks(&one, &two).into_iter().collect();
+
+    for number in 0..3 {
+        let other = Lab::new();
+        other.run("provision", &["--base".as_ref(), one.as_os_str()]).ok();
+        session(&other, number);
+        let left = other.log_extents(other.logs().last().unwrap());
+        let left: BTreeSet<u64> = left.into_iter().flat_map(|(first, count)| first..first + count).collect();
+        let moved = left.union(&differing).count();
+        let said = report(&other, &two, NONE);
+        assert_eq!((&said["found_by"], &said["deltas"]), (&"deltas".into(), &1.into()), "{said}");
+        assert_eq!(
+            (&said["differing_blocks"], &said["pending_before"], &said["pending_blocks"]),
+            (&differing.len().into(), &left.len().into(), &moved.into())
+        );
+        println!(
+            "disk {number}: {moved} blocks moved, {} of the delta and {} dirty, of {}: {:.2} %",
+            differing.len(),
+            left.len(),
+            said["blocks"],
+            100.0 * moved as f64 / said["blocks"].as_f64().unwrap()
+        );
+        if number == 0 {
+            let server = other.serve(NONE);
+            let script =
+                "mount -t ext4 -o ro /dev/vda /mnt; say files $(cat /mnt/first /mnt/second); umount /mnt";
+            let mut guest = Guest::boot(&other.socket(), Options::default(), script);
+            assert_eq!(guest.said("files"), "old patched");
+            guest.finish();
+            other.wait_pristine();
+            server.stop();
+        } else {
+            other.run("restore", NONE).ok();
+        }
+        assert_is(&other, &two);
+        let back = report(&other, &one, &["--now"]);
+        assert_eq!(
+            (&back["found_by"], &back["restored_blocks"]),
+            (&"deltas".into(), &differing.len().into()),
+            "{back}"
+        );
+        assert_is(&other, &one);
+    }
+    rebase(&lab, &two, NONE).refused(1, &["--discard-kept"]);
+    rebase(&lab, &two, &["--discard-kept", "--now"]).ok();
+    assert_is(&lab, &two);
 }
 
 /// What can't be moved is refused, and says what to do.

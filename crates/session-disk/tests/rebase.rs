@@ -16,8 +16,8 @@ use common::image::Expected;
 use common::schedule::{Schedule, When};
 use common::{end, fast_dir, write};
 use session_disk::{
-    Changes, DiskOptions, DiskState, Error, HoldReason, Manifest, ProcessId, ProvisionOptions, RebaseOptions,
-    Rebased, SessionDisk, Way, provision, rebase, status,
+    Basis, Changes, DiskOptions, DiskState, Distrust, Error, HoldReason, Manifest, ProcessId,
+    ProvisionOptions, RebaseOptions, Rebased, SessionDisk, Way, provision, rebase, status,
 };
 
 const DISK_SIZE: u64 = (1 << 20) + 512;
@@ -385,6 +385,38 @@ fn kept_changes_are_refused_until_they_are_given_up() {
     assert_eq!(rebased.pending_before, 3);
     assert!(!Manifest::load(&lab.options.paths()).unwrap().kept);
     lab.restore();
+}
+
+/// Invariants 2 and 6: a state of the old generation that is put back from a copy is found out, and speaks for nothing.
+#[test]
+fn state_from_before_a_rebase_that_is_put_back_is_not_believed() {
+    let lab = Lab::pristine(Known::Deltas);
+    lab.session(60..64);
+    let paths = lab.options.paths();
+    let copy = lab.dir.path().join("copy");
+    copy_dir(paths.state_dir(), &copy);
+    lab.to(&lab.bases[1].path).unwrap();
+    lab.restore();
+    std::fs::remove_dir_all(paths.state_dir()).unwrap();
+    copy_dir(&copy, paths.state_dir());
+    let disk = lab.open();
+    assert_eq!(*disk.basis(), Basis::Everything(Distrust::OlderState));
+    disk.stop().unwrap();
+    drop(disk);
+    assert_eq!(generations::of_disk(&lab.bases, &lab.options).path, lab.bases[0].path);
+    lab.assert_reads_its_base();
+    lab.restore();
+}
+
+fn copy_dir(from: &Path, to: &Path) {
+    std::fs::create_dir(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap().map(Result::unwrap) {
+        let to = to.join(entry.file_name());
+        match entry.file_type().unwrap().is_dir() {
+            true => copy_dir(&entry.path(), &to),
+            false => drop(std::fs::copy(entry.path(), to).unwrap()),
+        }
+    }
 }
 
 #[test]
