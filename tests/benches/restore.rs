@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! cargo bench -p pristine-tests --bench restore --features bench-restore -- \
-//!     [--part rate|first|guest]... [--size MIB] [--dirty MIB] [--rounds N] [--dir DIR]...
+//!     [--part rate|first|guest|ways|share]... [--size MIB] [--dirty MIB] [--rounds N] [--dir DIR]...
 //! ```
 //!
 //! - `rate`: the drain of a session's changes, from durable changes to a durable pristine state, against
@@ -13,7 +13,14 @@
 //! - `guest`: latency of a guest that reads 4 KiB at depth 1 while the last session's changes are drained,
 //!   and of the same guest afterwards.
 //!
+//! - `ways`: tight loops alone, also with `copy_file_range`, for runs of several lengths. Not unless it is named.
+//! - `share`: the drain where disk and base can share blocks (`--dir` on xfs or btrfs), with and without, and what the next
+//!   session's writes cost then. Not unless it is named.
+//!
 //! Prints medians as Markdown tables. See README.md.
+
+#[path = "restore/share.rs"]
+mod share;
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
@@ -90,6 +97,13 @@ fn main() {
         );
         println!("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |");
         options.dirs.iter().for_each(|dir| guests(dir, &sizes));
+    }
+    let named = |part: &str| parts.iter().any(|named| named == part);
+    if named("ways") {
+        share::ways(&options.dirs, &sizes);
+    }
+    if named("share") {
+        share::shares(&options.dirs, &sizes);
     }
 }
 

@@ -1,5 +1,7 @@
 //! A base image: what it holds, where, and whether it is still the same.
 
+mod medium;
+
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};

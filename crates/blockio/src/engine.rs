@@ -59,6 +59,18 @@ pub enum Op {
         /// Whether the range may be deallocated.
         may_unmap: bool,
     },
+    /// Has a range share the blocks of the same range of another file: see [`File::share_from`]. Done inside of
+    /// [`submit`](Engine::submit), which may wait for it.
+    Share {
+        /// The file that is changed.
+        file: FileIndex,
+        /// The other one.
+        from: FileIndex,
+        /// First byte.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+    },
 }
 
 impl Op {
@@ -69,7 +81,8 @@ impl Op {
             | Op::Write { file, .. }
             | Op::SyncData { file }
             | Op::Punch { file, .. }
-            | Op::Zero { file, .. } => *file,
+            | Op::Zero { file, .. }
+            | Op::Share { file, .. } => *file,
         }
     }
 
@@ -79,7 +92,8 @@ impl Op {
             Op::Read { offset, .. }
             | Op::Write { offset, .. }
             | Op::Punch { offset, .. }
-            | Op::Zero { offset, .. } => *offset,
+            | Op::Zero { offset, .. }
+            | Op::Share { offset, .. } => *offset,
             Op::SyncData { .. } => 0,
         }
     }
@@ -88,7 +102,7 @@ impl Op {
     pub fn len(&self) -> u64 {
         match self {
             Op::Read { buf, .. } | Op::Write { buf, .. } => buf.len() as u64,
-            Op::Punch { len, .. } | Op::Zero { len, .. } => *len,
+            Op::Punch { len, .. } | Op::Zero { len, .. } | Op::Share { len, .. } => *len,
             Op::SyncData { .. } => 0,
         }
     }

@@ -27,6 +27,8 @@ pub enum OpClass {
     Punch,
     /// [`Op::Zero`].
     Zero,
+    /// [`Op::Share`].
+    Share,
 }
 
 impl OpClass {
@@ -38,6 +40,7 @@ impl OpClass {
             Op::SyncData { .. } => OpClass::SyncData,
             Op::Punch { .. } => OpClass::Punch,
             Op::Zero { .. } => OpClass::Zero,
+            Op::Share { .. } => OpClass::Share,
         }
     }
 }

@@ -14,7 +14,7 @@ use rustix::{
     io::Errno,
 };
 
-use crate::{AlignedBuf, Error, ResidentMap, probe};
+use crate::{AlignedBuf, Error, ResidentMap, probe, share};
 
 /// No extended attribute is longer: `XATTR_SIZE_MAX`.
 const ATTRIBUTE_SIZE_MAX: usize = 65536;
@@ -433,6 +433,37 @@ impl File {
     pub fn punch_hole(&self, offset: u64, len: u64) -> Result<(), Error> {
         self.fallocate(probe::PUNCH, offset, len)
             .map_err(|errno| self.error("punch a hole into", errno).at(offset))
+    }
+
+    /// Has this file share a range with the same range of `from`: its blocks are those of `from` from then on, until
+    /// either is written to there. [`sync_all`](File::sync_all) makes it durable. Offset and length are to be multiples
+    /// of the [unit](File::allocation_unit), and the range is to lie inside of both files.
+    ///
+    /// # Errors
+    /// What the kernel says, as where the two are not on one file system that can do this. Then any part of the
+    /// range may be shared, and the rest is as it was.
+    pub fn share_from(&self, from: &File, offset: u64, len: u64) -> Result<(), Error> {
+        rustix::io::retry_on_intr(|| share::share(&from.fd, &self.fd, offset, len))
+            .map_err(|errno| self.error("share blocks with", errno).at(offset))
+    }
+
+    /// What the file system gives out at once, in bytes: its block size; `None` for a device or if that can't be told.
+    pub fn allocation_unit(&self) -> Option<u64> {
+        let stat = rustix::fs::fstatvfs(&self.fd).ok().filter(|_| self.kind == FileKind::Regular)?;
+        Some(stat.f_bsize).filter(|bytes| bytes.is_power_of_two())
+    }
+
+    /// The same file, read-only and past the page cache: what is on the medium.
+    ///
+    /// # Errors
+    /// What `open` says; unsupported where there is no direct I/O.
+    pub fn reopen_direct(&self) -> Result<File, Error> {
+        let options = OpenOptions { direct: true, ..OpenOptions::default() };
+        let fail = |errno: Errno| self.error("open for direct I/O", errno);
+        // By its descriptor: its path may be another file's by now.
+        let path = format!("/proc/self/fd/{}", self.fd.as_raw_fd());
+        let fd = rustix::fs::open(path, flags(options), Mode::empty()).map_err(fail)?;
+        Self::finish(fd, &self.path, self.kind, options)
     }
 
     /// Makes a range read as zeros; the file keeps its size. With `may_unmap` it may be

@@ -17,6 +17,7 @@ mod pace;
 mod probe;
 mod ranges;
 mod resident;
+mod share;
 mod sync;
 pub mod tape;
 mod transfer;

@@ -10,6 +10,7 @@ use std::{
 use crate::{
     Completion, Engine, File, FileIndex, IoVec, Op, Quick,
     now::{Waits, expect_read, perform_now},
+    share::share,
     transfer::{Call, Memory, Work},
 };
 
@@ -48,8 +49,7 @@ impl Engine for SyncEngine {
             self.work.begin(token, op, &self.files);
             let result = loop {
                 let call = self.work.call();
-                let file = self.files.get(usize::from(self.work.file().0));
-                let outcome = file.map_or(Ok(0), |file| perform(file, call));
+                let outcome = perform(&self.files, self.work.file(), call);
                 if let Some(result) = self.work.advance(outcome) {
                     break result;
                 }
@@ -75,13 +75,19 @@ impl Engine for SyncEngine {
     }
 }
 
-/// Makes a call, and waits for its outcome.
-pub(crate) fn perform(file: &File, call: Call) -> io::Result<usize> {
+/// Makes a call on one of `files`, and waits for its outcome.
+pub(crate) fn perform(files: &[Arc<File>], index: FileIndex, call: Call) -> io::Result<usize> {
+    let of = |index: FileIndex| files.get(usize::from(index.0));
+    let Some(file) = of(index) else { return Ok(0) };
     match call {
         Call::Nothing => Ok(0),
         Call::SyncData => Ok(rustix::fs::fdatasync(file).map(|()| 0)?),
         Call::Allocate { mode, offset, len } => {
             Ok(rustix::fs::fallocate(file, mode, offset, len).map(|()| 0)?)
+        }
+        Call::Share { from, offset, len } => {
+            let from = of(from).ok_or(io::ErrorKind::InvalidInput)?;
+            Ok(share(from, file, offset, len).map(|()| 0)?)
         }
         Call::Transfer { write, dsync, offset, memory } => {
             let one;

@@ -156,6 +156,8 @@ impl TapeEngine {
         match op {
             Op::Read { .. } => self.tape.begin(Io::Read { path, offset, len }),
             Op::SyncData { .. } => self.tape.begin(Io::Sync { path }),
+            // A tape is told of bytes, and here are none. Whoever shares blocks can copy them as well.
+            Op::Share { .. } => Err(rustix::io::Errno::OPNOTSUPP.into()),
             Op::Punch { .. } | Op::Zero { .. } => self.tape.begin(Io::Zero { path, offset, len }),
             Op::Write { buf: Buffer::Owned(buf), dsync, .. } => {
                 self.tape.begin(Io::Write { path, offset, bytes: buf, durable: *dsync })

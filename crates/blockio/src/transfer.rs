@@ -39,6 +39,12 @@ pub(crate) enum Call {
         offset: u64,
         len: u64,
     },
+    /// io_uring has no such operation: the engine makes the call itself.
+    Share {
+        from: FileIndex,
+        offset: u64,
+        len: u64,
+    },
 }
 
 /// Where a transfer goes to or comes from.
@@ -56,6 +62,7 @@ enum Kind {
     Write { dsync: bool },
     SyncData,
     Allocate(FallocateFlags),
+    Share { from: FileIndex },
 }
 
 /// One operation at work. Reusable, so that it needs no memory of its own in the steady state.
@@ -113,6 +120,7 @@ impl Work {
                 let mode = files.get(usize::from(file.0)).map_or(ZERO, |file| file.zero_mode(may_unmap));
                 (file, Kind::Allocate(mode), offset, len)
             }
+            Op::Share { file, from, offset, len } => (file, Kind::Share { from }, offset, len),
         };
         (self.token, self.file, self.offset, self.len) = (token, file, offset, len);
         (self.done, self.asked, self.stalls, self.align) = (0, 0, 0, 1);
@@ -155,6 +163,7 @@ impl Work {
             Kind::Nothing => return Call::Nothing,
             Kind::SyncData => return Call::SyncData,
             Kind::Allocate(mode) => return Call::Allocate { mode, offset: self.offset, len: self.len },
+            Kind::Share { from } => return Call::Share { from, offset: self.offset, len: self.len },
             Kind::Read => (false, false),
             Kind::Write { dsync } => (true, dsync),
         };
@@ -207,7 +216,7 @@ impl Work {
             Ok(count) => count as u64,
             Err(error) => return self.stall(error),
         };
-        if matches!(self.kind, Kind::SyncData | Kind::Allocate(_)) {
+        if matches!(self.kind, Kind::SyncData | Kind::Allocate(_) | Kind::Share { .. }) {
             return Some(Ok(()));
         }
         self.stalls = 0;
@@ -239,8 +248,9 @@ impl Work {
 
     /// Ends the operation; the work is idle again.
     pub(crate) fn complete(&mut self, result: io::Result<()>, files: &[Arc<File>]) -> Completion {
-        // What was deallocated is not read through a map any more: that could bring it back.
-        if let Kind::Allocate(_) = self.kind
+        // What was deallocated is not read through a map any more: that could bring it back. What was replaced is
+        // not in the page cache any more.
+        if let Kind::Allocate(_) | Kind::Share { .. } = self.kind
             && let Some(map) = files.get(usize::from(self.file.0)).and_then(|file| file.resident())
         {
             map.punched(self.offset, self.len);

@@ -53,6 +53,9 @@ pub(crate) struct UringEngine {
     at_work_max: usize,
     /// The most calls that are handed to the kernel at once, and completions that are handed out at once.
     batch: usize,
+    /// Whether what this thread waits for in the kernel has to wait until nothing is at work. To share blocks the kernel
+    /// waits for direct writes of the file, and some of ours may end only when this thread comes back from it.
+    waits_alone: bool,
     ready: Vec<Completion>,
     /// Why nothing can be submitted any more.
     broken: Option<Errno>,
@@ -70,7 +73,8 @@ impl UringEngine {
                 _ => Err(error),
             }
         })?;
-        let batch = if files.iter().any(|file| file.is_direct()) { DIRECT_BATCH } else { usize::MAX };
+        let is_direct = files.iter().any(|file| file.is_direct());
+        let batch = if is_direct { DIRECT_BATCH } else { usize::MAX };
         let descriptors: Vec<i32> = files.iter().map(|file| file.fd.as_raw_fd()).collect();
         let registered = !files.is_empty() && ring.submitter().register_files(&descriptors).is_ok();
         let at_work_max = ring.params().sq_entries().min(ring.params().cq_entries()) as usize;
@@ -86,6 +90,7 @@ impl UringEngine {
             at_work: 0,
             at_work_max,
             batch,
+            waits_alone: is_direct,
             ready: Vec::new(),
             broken: None,
             pace: Pace::default(),
@@ -116,12 +121,22 @@ impl UringEngine {
             let Some(work) = works.get_mut(slot as usize) else { continue };
             let index = work.file().0;
             let call = work.call();
-            if matches!(call, Call::Transfer { write: true, .. })
-                && let Some(file) = files.get(usize::from(index))
-                && file.writes_need_a_thread()
-                && pace.is_quick()
-            {
-                let outcome = pace.timed(|| perform(file, call));
+            let shares = matches!(call, Call::Share { .. });
+            if shares && self.waits_alone && self.at_work > 0 {
+                queue.push_front(slot);
+                self.released += 1;
+                break;
+            }
+            let in_place = shares
+                || matches!(call, Call::Transfer { write: true, .. })
+                    && files.get(usize::from(index)).is_some_and(|file| file.writes_need_a_thread())
+                    && pace.is_quick();
+            if in_place {
+                let outcome = if shares {
+                    perform(files, work.file(), call)
+                } else {
+                    pace.timed(|| perform(files, work.file(), call))
+                };
                 match work.advance(outcome) {
                     Some(result) => {
                         ready.push(work.complete(result, files));
@@ -340,7 +355,8 @@ impl fmt::Debug for UringEngine {
 
 fn entry_of(call: Call, fd: types::Fd, registered: bool) -> squeue::Entry {
     let entry = match call {
-        Call::Nothing => return opcode::Nop::new().build(),
+        // What is shared was shared by now.
+        Call::Nothing | Call::Share { .. } => return opcode::Nop::new().build(),
         Call::SyncData => opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build(),
         Call::Allocate { mode, offset, len } => {
             opcode::Fallocate::new(fd, len).offset(offset).mode(mode.bits() as i32).build()

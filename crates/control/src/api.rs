@@ -186,6 +186,26 @@ pub struct DrainStatus {
     pub error: Option<String>,
     /// When the next attempt begins, in milliseconds since 1970, if the last one failed.
     pub next_attempt_unix_ms: Option<u64>,
+    /// What was restored how, and how it is to be; null: from a server that does not tell.
+    #[serde(default)]
+    pub copies: Option<CopyStatus>,
+}
+
+/// How blocks are restored. Counts are since the server was started; what was restored and then written to counts too.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CopyStatus {
+    /// When: `eager` or `idle`.
+    pub when: String,
+    /// Bytes a second that are copied at most; null: no limit.
+    pub rate: Option<u64>,
+    /// Whether the disk shares blocks with its base: `untried`, `works` or `off`.
+    pub reflink: String,
+    /// Blocks that were shared with the base.
+    pub reflinked_blocks: u64,
+    /// Blocks that were written.
+    pub copied_blocks: u64,
+    /// Blocks that were made holes.
+    pub punched_blocks: u64,
 }
 
 /// Result of `status`.

@@ -15,8 +15,8 @@ mod reach;
 mod server;
 
 pub use api::{
-    Command, DrainStatus, ErrorKind, Hold, Refusal, Reply, Request, Session, SessionEnded, SessionHeld,
-    SessionReleased, Status, VERSION,
+    Command, CopyStatus, DrainStatus, ErrorKind, Hold, Refusal, Reply, Request, Session, SessionEnded,
+    SessionHeld, SessionReleased, Status, VERSION,
 };
 pub use client::{Client, ClientError};
 pub use line::REQUEST_BYTES_MAX;

@@ -52,7 +52,11 @@ impl Handler for Program {
             pending_blocks: 2,
             block_size: 4096,
             held: None,
-            drain: DrainStatus { error: Some("no \"base\"\n".into()), next_attempt_unix_ms: Some(3) },
+            drain: DrainStatus {
+                error: Some("no \"base\"\n".into()),
+                next_attempt_unix_ms: Some(3),
+                copies: None,
+            },
         })
     }
 

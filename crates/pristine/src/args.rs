@@ -12,6 +12,7 @@ use vhost_blk::{Cpus, Polling};
 
 use crate::affinity::QueueAffinity;
 use crate::base_list::BaseListArgs;
+use crate::copies::{DrainArgs, ReflinkArgs};
 use crate::keep::{self, KeepArgs};
 use crate::promote::{MAINTAIN_EXAMPLES, PROMOTE_EXAMPLES, PromoteArgs};
 use crate::rebase::RebaseArgs;
@@ -45,6 +46,7 @@ pub(crate) enum Command {
     #[command(after_help = "Examples:
   pristine provision --base golden.raw --disk vm1.raw
   pristine provision --base golden.raw --disk vm1.raw --lazy --size 40G
+  pristine provision --base golden.raw --disk vm1.raw --reflink never
   pristine provision --base golden.raw --disk /dev/vg0/vm1
   pristine provision --base golden.qcow2 --disk vm1.raw
   pristine provision --base debian-12.img --base-format qcow2 --disk vm1.raw
@@ -58,6 +60,7 @@ the format of the next.")]
     #[command(after_help = "Examples:
   pristine serve --disk vm1.raw --socket-path /run/vm1.sock --num-queues 2
   pristine serve --disk vm1.raw --socket-path /run/vm1.sock --direct --once
+  pristine serve --disk vm1.raw --socket-path /run/vm1.sock --drain idle --rate 50M
   pristine serve --disk vm1.raw --socket-path /run/vm1.sock --num-queues 2 --queue-affinity '0@[2],1@[3]'
 
 Also understood without the word serve, as QEMU's conventions for backend programs have it:
@@ -273,6 +276,8 @@ pub(crate) struct ProvisionArgs {
     /// Take over an existing file or disk: all of its contents are replaced by the base's
     #[arg(long)]
     pub(crate) adopt: bool,
+    #[command(flatten)]
+    pub(crate) reflink: ReflinkArgs,
 }
 
 #[derive(Debug, Args)]
@@ -282,6 +287,8 @@ pub(crate) struct RestoreArgs {
     /// Give up, and restore, the changes that sessions of `serve --reset-on never` have made
     #[arg(long)]
     pub(crate) discard_kept: bool,
+    #[command(flatten)]
+    pub(crate) reflink: ReflinkArgs,
 }
 
 /// When a session's changes are given up.
@@ -363,6 +370,10 @@ pub(crate) struct ServeArgs {
     /// restore --discard-kept` gives them up
     #[arg(long, value_enum, default_value_t = ResetOn::Exit)]
     pub(crate) reset_on: ResetOn,
+    #[command(flatten)]
+    pub(crate) drain: DrainArgs,
+    #[command(flatten)]
+    pub(crate) reflink: ReflinkArgs,
     /// Restore after the first session, then exit
     #[arg(long)]
     pub(crate) once: bool,
@@ -411,6 +422,8 @@ impl ServeArgs {
                 ResetOn::Never => Changes::Keep,
             },
             resume: true,
+            drain: self.drain.policy(),
+            reflink: self.reflink.allowed(),
             ..disk_options(disk, &self.dirs)
         }
     }
@@ -483,8 +496,14 @@ pub(crate) fn with_default_command(args: impl Iterator<Item = OsString>) -> Vec<
     args
 }
 
-/// A size in bytes, or with a suffix of powers of 1024.
+/// The size of a disk.
 fn parse_size(text: &str) -> Result<u64, String> {
+    let size = parse_bytes(text)?;
+    blocks::Geometry::new(size).map(blocks::Geometry::size).map_err(|error| error.to_string())
+}
+
+/// A number of bytes, or one with a suffix of powers of 1024.
+pub(crate) fn parse_bytes(text: &str) -> Result<u64, String> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let shift = match text.get(digits.len()..).unwrap_or_default().to_ascii_uppercase().as_str() {
         "" | "B" => 0,
@@ -495,8 +514,7 @@ fn parse_size(text: &str) -> Result<u64, String> {
         suffix => return Err(format!("unknown suffix {suffix}, expected K, M, G or T")),
     };
     let number: u64 = digits.parse().map_err(|_| "expected a number, such as 40G".to_string())?;
-    let size = number.checked_mul(1 << shift).ok_or("too large")?;
-    blocks::Geometry::new(size).map(blocks::Geometry::size).map_err(|error| error.to_string())
+    Ok(number.checked_mul(1 << shift).ok_or("too large")?)
 }
 
 fn parse_polling(text: &str) -> Result<Polling, String> {

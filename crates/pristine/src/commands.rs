@@ -11,6 +11,7 @@ use session_disk::{Basis, Changes, DiskOptions, DiskState, Error, ProvisionOptio
 
 use crate::args::{ProvisionArgs, ReportArgs, RestoreArgs, VerifyArgs};
 use crate::base;
+use crate::copies::{self, by_way};
 use crate::failure::Failure;
 use crate::progress::Progress;
 use crate::session;
@@ -41,7 +42,7 @@ pub(crate) fn provision(args: &ProvisionArgs) -> Result<ExitCode, Failure> {
         base_seal: args.format.base_manifest.clone(),
         base_format: args.format.base_format,
         backing_dirs: args.format.backing_dir.clone(),
-        disk: args.disk.options(),
+        disk: DiskOptions { reflink: args.reflink.allowed(), ..args.disk.options() },
         size: args.size,
         adopt: args.adopt,
     };
@@ -61,8 +62,9 @@ pub(crate) fn provision(args: &ProvisionArgs) -> Result<ExitCode, Failure> {
     let result =
         SessionDisk::open(&options.disk).map(|opened| (drain(&opened, "provisioning", &stop), opened));
     let error = match result {
-        Ok((Ok(_), _)) => {
-            say!("{disk}: {size}, pristine; copied {} in {}", amount(pending), seconds(started.elapsed()));
+        Ok((Ok(_), opened)) => {
+            let (filled, time) = (amount(pending), seconds(started.elapsed()));
+            say!("{disk}: {size}, pristine; filled {filled} in {time}: {}", by_way(opened.copied()));
             return Ok(ExitCode::SUCCESS);
         }
         Ok((Err(error), opened)) => {
@@ -85,7 +87,7 @@ pub(crate) fn restore(args: &RestoreArgs) -> Result<ExitCode, Failure> {
     let stop = Arc::new(AtomicBool::new(false));
     let _signals = StopOnSignal::start(Arc::clone(&stop), || ())?;
     let started = Instant::now();
-    let mut options = args.disk.options();
+    let mut options = DiskOptions { reflink: args.reflink.allowed(), ..args.disk.options() };
     if args.discard_kept {
         options.changes = Changes::GiveUp;
     }
@@ -103,10 +105,11 @@ pub(crate) fn restore(args: &RestoreArgs) -> Result<ExitCode, Failure> {
     let disk = SessionDisk::open(&options)?;
     let restored = drain(&disk, "restoring", &stop)?;
     say!(
-        "{}: pristine; restored {} in {}",
+        "{}: pristine; restored {} in {}: {}",
         options.disk.display(),
         amount(restored),
-        seconds(started.elapsed())
+        seconds(started.elapsed()),
+        by_way(disk.copied())
     );
     Ok(ExitCode::SUCCESS)
 }
@@ -204,6 +207,9 @@ fn print_status(options: &DiskOptions, status: &Status) {
     say!("pending  {}", amount(status.pending_blocks));
     if let Some(pid) = status.server_pid {
         say!("server   process {pid}");
+    }
+    if let Some(report) = &status.copies {
+        say!("drain    {}", copies::line(report));
     }
     if let Some(pid) = status.session_owner_pid {
         say!("session  of process {pid}");

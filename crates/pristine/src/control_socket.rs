@@ -12,6 +12,7 @@ use session_disk::{Error, HoldReason, SessionDisk};
 use vhost_blk::StopHandle;
 
 use crate::commands::amount;
+use crate::copies;
 use crate::failure::Failure;
 use crate::serve::{Reporter, Waited};
 
@@ -59,6 +60,7 @@ impl Handler for Operator {
                     u64::try_from(since.as_millis()).ok()
                 }),
                 error: trouble.map(|trouble| trouble.error),
+                copies: Some(copies::told(&self.disk)),
             },
         })
     }

@@ -19,6 +19,7 @@ mod base;
 mod base_list;
 mod commands;
 mod control_socket;
+mod copies;
 mod failure;
 mod keep;
 mod log_show;

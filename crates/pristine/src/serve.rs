@@ -11,7 +11,8 @@ use std::time::Duration;
 use control::ControlServer;
 use indicatif::BinaryBytes;
 use session_disk::{
-    Basis, DrainObserver, DrainTrouble, Drainer, ProcessId, SessionDisk, SessionStart, SessionSummary,
+    Basis, CopyCounts, DrainObserver, DrainTrouble, Drainer, ProcessId, SessionDisk, SessionStart,
+    SessionSummary,
 };
 use vhost_blk::{
     Cpus, DeviceConfig, EndReason, Exit, Observer, Server, ServerConfig, Socket, SocketPermissions,
@@ -21,6 +22,7 @@ use crate::affinity;
 use crate::args::{ResetOn, ServeArgs};
 use crate::commands::{amount, seconds};
 use crate::control_socket::Operator;
+use crate::copies::by_way;
 use crate::failure::Failure;
 use crate::notify;
 use crate::progress::Progress;
@@ -329,7 +331,7 @@ impl Observer for Reporter {
 struct DrainReporter;
 
 impl DrainObserver for DrainReporter {
-    fn restored(&self, blocks: u64, duration: Duration) {
-        say!("pristine: restored {} in {}", amount(blocks), seconds(duration));
+    fn restored(&self, blocks: u64, how: CopyCounts, duration: Duration) {
+        say!("pristine: restored {} in {}: {}", amount(blocks), seconds(duration), by_way(how));
     }
 }

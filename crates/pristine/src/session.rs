@@ -12,6 +12,7 @@ use session_disk::{
 
 use crate::args::{SessionArgs, SessionCommand};
 use crate::commands::{amount, seconds};
+use crate::copies;
 use crate::failure::Failure;
 
 const GOES_ON: &str = "`pristine restore` or the next `pristine serve` goes on";
@@ -160,6 +161,7 @@ pub(crate) fn ask_server(options: &DiskOptions, status: &mut Status) {
         Ok(Some(told)) => {
             status.drain_error = told.drain.error;
             status.drain_next_attempt_unix_ms = told.drain.next_attempt_unix_ms;
+            status.copies = told.drain.copies.map(copies::report);
         }
         Ok(None) => {}
         Err(failure) => log::info!("{}", failure.line()),

@@ -11,22 +11,28 @@ use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use blocks::{BlockSet, Geometry};
 use uuid::Uuid;
 use write_log::{LogError, LogHeader, LogId, LogWriter};
 
+use crate::counts::CopyCounts;
 use crate::drain::Drain;
 use crate::manifest::{EntryKind, Left, LogEntry, Manifest};
 use crate::open::{describe, disk_witness, prune_logs, remove_unnamed_logs, with_room};
+use crate::pace::{DrainPolicy, Guests};
 use crate::process::ProcessId;
 use crate::recover::Basis;
 use crate::shared::{QueueCounters, Shared};
+use crate::ways::Sharing;
 use crate::{DiskQueue, Error, Paths, witness};
 
 pub use hold::{Held, HoldReason, Released, left_open, set_hold_of_open_session};
 pub use keep::Changes;
+
+/// How long a drain that waits for guests takes at most to see that it is to stop.
+const STOP_LATENCY_MAX: Duration = Duration::from_millis(20);
 
 /// A session that is open.
 #[derive(Debug)]
@@ -145,11 +151,32 @@ impl SessionDisk {
         Ok(queue)
     }
 
-    /// Whether guests have requests under way; in doubt they have.
-    pub(crate) fn guests_are_busy(&self) -> bool {
-        self.lifecycle
-            .try_lock()
-            .map_or(true, |lifecycle| lifecycle.session.is_some() && lifecycle.in_flight() > 0)
+    /// What guests do; in doubt they are busy.
+    pub(crate) fn guests(&self) -> Guests {
+        let Ok(lifecycle) = self.lifecycle.try_lock() else { return Guests::Busy };
+        if lifecycle.session.is_none() {
+            return Guests::Absent;
+        }
+        let passes = |queue: Arc<QueueCounters>| queue.passes.load(Ordering::Relaxed);
+        match lifecycle.in_flight() {
+            0 => Guests::Quiet(lifecycle.live_queues().map(passes).fold(0, u64::wrapping_add)),
+            _ => Guests::Busy,
+        }
+    }
+
+    /// How many blocks were restored since the disk was opened, by the way they came.
+    pub fn copied(&self) -> CopyCounts {
+        self.shared.counters.get()
+    }
+
+    /// Whether the disk shares blocks with its base.
+    pub fn sharing(&self) -> Sharing {
+        self.shared.ways().sharing()
+    }
+
+    /// What the operator wants of drains.
+    pub fn drain_policy(&self) -> DrainPolicy {
+        self.shared.drain_policy
     }
 
     fn bytes_written(&self, lifecycle: &Lifecycle) -> u64 {
@@ -224,11 +251,15 @@ impl SessionDisk {
         while !self.shared.pending.is_empty() {
             self.refuse_if_held()?;
             let mut left = self.shared.pending.count();
-            let batch = drain.batch(stop, &|| false, &mut |copied| {
+            let batch = drain.batch(stop, &|| self.guests(), &mut |copied| {
                 left = left.saturating_sub(copied);
                 progress(left);
             })?;
             restored += batch.restored;
+            if let Some(time) = batch.wait {
+                // A session is open. Whoever wants to stop is not to wait for its guest.
+                std::thread::sleep(time.min(STOP_LATENCY_MAX));
+            }
             if batch.blocked && batch.restored == 0 {
                 drain.wait_for_a_release()?;
             }

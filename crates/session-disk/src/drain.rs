@@ -7,6 +7,13 @@
 //!
 //! What is durable at the end counts, and writing back takes longest. So the kernel is asked to begin with it
 //! while copying goes on, and a batch is as large as the [pace](crate::pace) allows.
+//!
+//! Where the file system can, blocks are shared instead of copied ([`ways`](crate::ways), [`pieces`]). To the crash order that is
+//! a write: the run is claimed, the kernel has replaced its extents when the call returns, and the batch's sync makes that
+//! durable. It is a change of metadata alone. `fdatasync` has to make it durable too, for without it what is read later
+//! would be wrong; such a batch gets an `fsync` all the same, which costs nothing more then.
+
+mod pieces;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -14,24 +21,28 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use base_image::{Content, Urgency};
-use blockio::{AlignedBuf, Buffer, Completion, Engine, Op};
-use blocks::{BLOCK_SIZE, BlockRange, Extent};
+use blockio::{AlignedBuf, Buffer, Engine};
+use blocks::{BLOCK_SIZE, Extent};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
+use self::pieces::{Piece, Run};
 use crate::Error;
 use crate::claims::{DrainClaim, Room, Waker};
-use crate::pace::{Pace, Speed};
-use crate::shared::{BASE, DISK, Shared};
+use crate::pace::{Guests, Pace, Pause, Speed};
+use crate::shared::Shared;
 
 /// Longest run that is claimed at once, in blocks: 256 KiB.
 const RUN_BLOCKS_MAX: u64 = 64;
+/// The same while blocks may be shared: 2 MiB.
+const SHARED_RUN_BLOCKS_MAX: u64 = 512;
 /// Runs that are being copied at once.
 const IN_FLIGHT_RUNS_MAX: usize = 64;
 /// Blocks that are copied before the kernel is asked to write them back: 8 MiB.
 const WRITE_BACK_BLOCKS: u64 = 2048;
+/// How long at once it sleeps where it has to look whether it is to stop.
+const SLEEP_MAX: Duration = Duration::from_millis(20);
 /// Bytes of memory that are kept for the next runs.
 const SPARE_BYTES_MAX: usize = 2 << 20;
 
@@ -40,24 +51,6 @@ const BLOCKED_WAIT_MAX: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
 /// Runs that fail in a batch before it is given up: the storage is gone.
 const FAILED_RUNS_MAX: usize = 256;
 
-/// A run that is being copied.
-#[derive(Debug)]
-struct Run {
-    extent: Extent,
-    /// Operations that are not finished.
-    parts: u32,
-    failed: bool,
-}
-
-/// A piece of a run that is being copied; its number is the token of its operation.
-#[derive(Debug, Clone, Copy)]
-struct Piece {
-    run: usize,
-    offset: u64,
-    /// The base's content is in the buffer, the disk's turn is next.
-    reading: bool,
-}
-
 /// How a batch ended.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Batch {
@@ -65,6 +58,8 @@ pub(crate) struct Batch {
     pub(crate) restored: u64,
     /// Whether all pending blocks that are left are claimed by others.
     pub(crate) blocked: bool,
+    /// How long nothing is to be restored, for guests are at work.
+    pub(crate) wait: Option<Duration>,
 }
 
 /// Memory of runs that are done, by its length, for those to come.
@@ -120,6 +115,8 @@ pub(crate) struct Drain {
     error: Option<Error>,
     failed_runs: usize,
     copied_blocks: u64,
+    /// Whether blocks were shared since the last sync.
+    has_shared: bool,
 }
 
 impl Drain {
@@ -134,9 +131,11 @@ impl Drain {
     }
 
     fn with_claims(shared: Arc<Shared>) -> Result<Self, Error> {
-        let engine = shared.new_engine(IN_FLIGHT_RUNS_MAX as u32, Urgency::Background)?;
+        let engine = shared.new_drain_engine(IN_FLIGHT_RUNS_MAX as u32)?;
         let waker =
             Waker::new().map_err(|error| Error::state("make a wake-up for", shared.disk.path(), error))?;
+        let pace = Pace::new(shared.drain_policy);
+        shared.ways().ask_again();
         Ok(Self {
             shared,
             engine,
@@ -148,13 +147,14 @@ impl Drain {
             spare: Spare::default(),
             copied_runs: Vec::new(),
             cursor: 0,
-            pace: Pace::default(),
+            pace,
             began: Instant::now(),
             in_flight_bytes: 0,
             in_flight_runs: 0,
             error: None,
             failed_runs: 0,
             copied_blocks: 0,
+            has_shared: false,
         })
     }
 
@@ -170,16 +170,16 @@ impl Drain {
     }
 
     /// Copies pending blocks, from where the last batch has come to, syncs, and takes them out of P. Returns when
-    /// there are no more up to the end of the disk, the batch is full, or `stop` is set (then nothing is synced
-    /// or cleared). `busy` says whether guests have requests under way. `copied` is told how many
-    /// blocks were copied, again and again.
+    /// there are no more up to the end of the disk, the batch is full, guests are to be left alone, or `stop` is set (then
+    /// nothing is synced or cleared). `guests` says what they do. `copied` is told how many blocks were copied, again and
+    /// again.
     ///
     /// # Errors
     /// The first of those that kept runs from being copied; all others are restored nevertheless.
     pub(crate) fn batch(
         &mut self,
         stop: &AtomicBool,
-        busy: &dyn Fn() -> bool,
+        guests: &dyn Fn() -> Guests,
         copied: &mut dyn FnMut(u64),
     ) -> Result<Batch, Error> {
         self.shared.check_base()?;
@@ -195,8 +195,8 @@ impl Drain {
         let (mut claimed, mut completions) = (Vec::new(), Vec::new());
         let mut stint_began = self.began.elapsed();
         loop {
-            let speed = self.pace.speed(busy(), self.began.elapsed());
-            let may_claim = !speed.by_stints || self.in_flight_runs == 0;
+            let (speed, pause) = self.pace.turn(guests(), self.began.elapsed());
+            let may_claim = pause.is_none() && (!speed.by_stints || self.in_flight_runs == 0);
             while may_claim
                 && !exhausted
                 && self.failed_runs < FAILED_RUNS_MAX
@@ -216,6 +216,15 @@ impl Drain {
                 batch.blocked = end == DrainClaim::Blocked && first == 0;
             }
             if self.in_flight_runs == 0 {
+                let is_over = exhausted || started >= speed.batch_blocks || stop.load(Ordering::Acquire);
+                match pause {
+                    Some(Pause::Rate(time)) if !is_over => {
+                        std::thread::sleep(time.min(SLEEP_MAX));
+                        continue;
+                    }
+                    Some(Pause::Guests(time)) => batch.wait = Some(time),
+                    _ => {}
+                }
                 break;
             }
             self.engine.submit();
@@ -245,7 +254,11 @@ impl Drain {
         }
         if started > 0 {
             let began = self.began.elapsed();
-            self.shared.sync_disk()?;
+            if std::mem::take(&mut self.has_shared) {
+                self.shared.sync_disk_and_times()?;
+            } else {
+                self.shared.sync_disk()?;
+            }
             self.shared.check_base()?;
             let good = || !self.shared.is_poisoned();
             batch.restored = self.shared.claims.settle(&self.shared.pending, good);
@@ -260,8 +273,11 @@ impl Drain {
         let bytes = speed.in_flight_bytes.checked_sub(self.in_flight_bytes).filter(|left| *left > 0)?;
         let runs = IN_FLIGHT_RUNS_MAX.checked_sub(self.in_flight_runs).filter(|left| *left > 0)?;
         let blocks = speed.batch_blocks.checked_sub(started).filter(|left| *left > 0)?;
-        let run_blocks = RUN_BLOCKS_MAX.min(speed.in_flight_bytes / BLOCK_SIZE);
-        Some(Room { runs, blocks: blocks.min(bytes.div_ceil(BLOCK_SIZE)), run_blocks })
+        let allowed = Some(self.pace.allowance() / BLOCK_SIZE).filter(|left| *left > 0)?;
+        let shares = self.shared.ways().may_share();
+        let run_blocks = if shares { SHARED_RUN_BLOCKS_MAX } else { RUN_BLOCKS_MAX };
+        let run_blocks = run_blocks.min(speed.in_flight_bytes / BLOCK_SIZE).min(allowed);
+        Some(Room { runs, blocks: blocks.min(bytes.div_ceil(BLOCK_SIZE)).min(allowed), run_blocks })
     }
 
     /// Rests after what was begun at `began`, if guests work. Nothing may be claimed. Returns when that was over.
@@ -287,141 +303,6 @@ impl Drain {
             self.shared.disk.start_write_back(bytes.offset(), bytes.len());
         }
     }
-
-    /// Begins to copy a claimed run.
-    fn start(&mut self, extent: Extent) {
-        let run = Run { extent, parts: 1, failed: false };
-        let index = match self.free_runs.pop() {
-            Some(index) => index,
-            None => {
-                self.runs.push(None);
-                self.runs.len() - 1
-            }
-        };
-        if let Some(place) = self.runs.get_mut(index) {
-            *place = Some(run);
-        }
-        self.in_flight_runs += 1;
-        if let Some(bytes) = self.shared.geometry.bytes_of(extent) {
-            self.in_flight_bytes += bytes.len();
-            if let Err(error) = self.push_pieces(index, bytes) {
-                self.fail(index, error);
-            }
-        }
-        self.part_done(index);
-    }
-
-    /// Cuts a run into what the base has as data and what it has as holes.
-    fn push_pieces(&mut self, run: usize, bytes: BlockRange) -> Result<(), Error> {
-        let mut offset = bytes.offset();
-        while offset < bytes.end() {
-            let len = match self.shared.base.content_at(offset, bytes.end() - offset)? {
-                Content::Hole(len) => {
-                    self.push_zeroes(run, offset, len)?;
-                    len
-                }
-                Content::Data(len) => {
-                    let inside = self.shared.base.bytes_inside(offset, len);
-                    if inside == len {
-                        let buf = Buffer::Owned(self.spare.take(len as usize));
-                        self.push(run, true, Op::Read { file: BASE, offset, buf });
-                    } else {
-                        // The run in which the base ends: its tail is zero.
-                        let mut buf = AlignedBuf::new_zeroed(len as usize);
-                        self.shared.base.read_at(&mut buf, offset)?;
-                        self.push(run, false, write(offset, Buffer::Owned(buf)));
-                    }
-                    len
-                }
-            };
-            offset += len;
-        }
-        Ok(())
-    }
-
-    /// A hole where the disk can have one, zeroes elsewhere.
-    fn push_zeroes(&mut self, run: usize, offset: u64, len: u64) -> Result<(), Error> {
-        let disk = &self.shared.disk;
-        let op = if disk.supports_punch() {
-            Op::Punch { file: DISK, offset, len }
-        } else if disk.supports_zero() {
-            Op::Zero { file: DISK, offset, len, may_unmap: true }
-        } else {
-            write(offset, Buffer::Owned(AlignedBuf::new_zeroed(len as usize)))
-        };
-        self.push(run, false, op);
-        Ok(())
-    }
-
-    fn push(&mut self, run: usize, reading: bool, op: Op) {
-        let piece = Some(Piece { run, offset: op.offset(), reading });
-        let index = match self.free_pieces.pop() {
-            Some(index) => index,
-            None => {
-                self.pieces.push(None);
-                self.pieces.len() - 1
-            }
-        };
-        if let Some(place) = self.pieces.get_mut(index) {
-            *place = piece;
-        }
-        if let Some(Some(run)) = self.runs.get_mut(run) {
-            run.parts += 1;
-        }
-        self.engine.push(index as u64, op);
-    }
-
-    fn complete(&mut self, completion: Completion) {
-        let index = completion.token as usize;
-        let Some(piece) = self.pieces.get_mut(index).and_then(Option::take) else { return };
-        self.free_pieces.push(index);
-        match completion.result {
-            Err(error) => {
-                let file = if piece.reading { self.shared.base.path() } else { shared_path(&self.shared) };
-                let operation = if piece.reading { "read" } else { "write" };
-                let error = Error::state(operation, file, error);
-                self.fail(piece.run, error);
-            }
-            Ok(()) if piece.reading => match completion.buf {
-                Some(buf) => self.push(piece.run, false, write(piece.offset, buf)),
-                None => self.fail(piece.run, Error::WrongState("an engine kept the buffer of a read")),
-            },
-            Ok(()) => self.spare.put(completion.buf),
-        }
-        self.part_done(piece.run);
-    }
-
-    fn fail(&mut self, run: usize, error: Error) {
-        self.error.get_or_insert(error);
-        if let Some(Some(run)) = self.runs.get_mut(run) {
-            self.failed_runs += usize::from(!run.failed);
-            run.failed = true;
-        }
-    }
-
-    /// The last part of a run lets it be released; its P bits stay until the batch is synced.
-    fn part_done(&mut self, index: usize) {
-        let Some(place) = self.runs.get_mut(index) else { return };
-        let Some(run) = place else { return };
-        run.parts -= 1;
-        if run.parts > 0 {
-            return;
-        }
-        self.in_flight_runs -= 1;
-        self.in_flight_bytes -= self.shared.geometry.bytes_of(run.extent).map_or(0, BlockRange::len);
-        if run.failed {
-            self.shared.claims.release(&[run.extent]);
-        } else {
-            self.copied_runs.push(run.extent);
-            self.copied_blocks += run.extent.count();
-        }
-        *place = None;
-        self.free_runs.push(index);
-    }
-}
-
-fn write(offset: u64, buf: Buffer) -> Op {
-    Op::Write { file: DISK, offset, buf, dsync: false }
 }
 
 fn shared_path(shared: &Shared) -> &Path {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use crate::drain::Drain;
 use crate::open::describe;
-use crate::{Error, SessionDisk};
+use crate::{CopyCounts, Error, SessionDisk};
 
 /// How long the drain waits before it begins: who was waiting for the last session's end begins his own first.
 const GRACE: Duration = Duration::from_millis(20);
@@ -24,8 +24,9 @@ const OLD_LOGS_MAX: usize = 8;
 
 /// Told when a disk has become pristine, or at least everything that was pending is restored.
 pub trait DrainObserver: Send + Sync {
-    /// `blocks` were restored since the drain had something to do, in `duration`.
-    fn restored(&self, blocks: u64, duration: Duration);
+    /// `blocks` were restored since the drain had something to do, in `duration`; `how` counts those that were restored and
+    /// taken by a guest as well.
+    fn restored(&self, blocks: u64, how: CopyCounts, duration: Duration);
 }
 
 /// The background drain of a disk; stops when dropped.
@@ -167,7 +168,7 @@ fn run(disk: &SessionDisk, control: &Control, observer: &dyn DrainObserver) {
 
 fn drain_all(disk: &SessionDisk, control: &Control, observer: &dyn DrainObserver) -> Result<(), Error> {
     let started = Instant::now();
-    let (mut restored, mut since_checkpoint) = (0, 0);
+    let (mut restored, mut since_checkpoint, copied_before) = (0, 0, disk.copied());
     let shared = disk.shared();
     if shared.claims.drain_rests() {
         return shared.sync_disk();
@@ -188,21 +189,25 @@ fn drain_all(disk: &SessionDisk, control: &Control, observer: &dyn DrainObserver
                 // What is kept is to survive a power cut.
                 return shared.sync_disk();
             }
-            let batch = drain.batch(&control.stop, &|| disk.guests_are_busy(), &mut |_| ())?;
+            let batch = drain.batch(&control.stop, &|| disk.guests(), &mut |_| ())?;
             restored += batch.restored;
             since_checkpoint += batch.restored;
-            if since_checkpoint >= CHECKPOINT_BLOCKS {
+            // A drain that is to be slow, or to wait, may see many sessions.
+            if since_checkpoint >= CHECKPOINT_BLOCKS || disk.old_logs() > OLD_LOGS_MAX {
                 since_checkpoint = 0;
                 disk.checkpoint()?;
             }
-            if batch.blocked && batch.restored == 0 {
+            if let Some(time) = batch.wait {
+                // A session's end may come before.
+                control.wait(Some(time));
+            } else if batch.blocked && batch.restored == 0 {
                 drain.wait_for_a_release()?;
             }
         }
     }
     if disk.has_old_logs() {
         disk.checkpoint()?;
-        observer.restored(restored, started.elapsed());
+        observer.restored(restored, disk.copied() - copied_before, started.elapsed());
     }
     Ok(())
 }

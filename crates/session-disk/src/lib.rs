@@ -21,6 +21,7 @@
 
 mod changes;
 mod claims;
+mod counts;
 mod disk;
 mod drain;
 mod drainer;
@@ -46,8 +47,10 @@ mod shared;
 mod status;
 mod storage;
 mod verify;
+mod ways;
 mod witness;
 
+pub use counts::CopyCounts;
 pub use disk::{Changes, Held, HoldReason, Released, SessionDisk, left_open, set_hold_of_open_session};
 pub use drainer::{DrainObserver, DrainTrouble, Drainer};
 pub use error::Error;
@@ -55,6 +58,7 @@ pub use intents::REGION_SIZE;
 pub use manifest::{BaseEntry, DiskFile, EntryKind, Left, LogEntry, MANIFEST_VERSION, Manifest};
 pub use options::{DiskOptions, SessionStart, SessionSummary};
 pub use overlay::{Kept, Portion, base_of, keep};
+pub use pace::{DrainPolicy, DrainWhen};
 pub use paths::Paths;
 pub use process::ProcessId;
 pub use promote::{PromoteOptions, PromoteStep, Promoted, promote};
@@ -64,5 +68,6 @@ pub use rebase::{RebaseOptions, Rebased, Way, rebase};
 pub use recover::{Basis, Distrust};
 pub use request::{Done, Request};
 pub use shared::FlushPolicy;
-pub use status::{DiskState, Status, server_of, status};
+pub use status::{CopyReport, DiskState, Status, server_of, status};
 pub use verify::{Comparison, verify, verify_base};
+pub use ways::Sharing;

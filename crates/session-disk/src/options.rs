@@ -10,6 +10,7 @@ use blockio::tape::Tape;
 
 use crate::Paths;
 use crate::disk::Changes;
+use crate::pace::DrainPolicy;
 use crate::shared::FlushPolicy;
 
 /// How a disk is opened.
@@ -37,6 +38,10 @@ pub struct DiskOptions {
     /// Take up a session that a server before has left open, if its log is exact: its VM may come
     /// back. Without this, such a session has ended.
     pub resume: bool,
+    /// What the operator wants of drains, in the background or not.
+    pub drain: DrainPolicy,
+    /// Share blocks with the base where disk and base lie on one file system that can, instead of copying them.
+    pub reflink: bool,
     /// For tests: every I/O of queues and drain meets this plan.
     pub faults: Option<Arc<FaultPlan>>,
     /// For tests: every I/O on the disk and its state passes this tape.
@@ -61,6 +66,8 @@ impl DiskOptions {
             keep_logs: 8,
             changes: Changes::Reset,
             resume: false,
+            drain: DrainPolicy::default(),
+            reflink: true,
             faults: None,
             tape: None,
             #[cfg(feature = "bench-without-log")]

@@ -140,7 +140,11 @@ fn make(options: &ProvisionOptions, made: &mut Made) -> Result<(u64, u64), Error
     let pending = BlockSet::new(geometry.blocks());
     if fresh {
         data_blocks(&base, geometry, &pending)?;
-        check_room(path, pending.count() * BLOCK_SIZE)?;
+        // With a tape nothing is shared.
+        let shares = options.disk.reflink && options.disk.tape.is_none() && can_share(&base, &disk, &pending);
+        if !shares {
+            check_room(path, pending.count() * BLOCK_SIZE)?;
+        }
     } else {
         pending.insert(geometry.all());
     }
@@ -315,6 +319,15 @@ fn data_blocks(base: &BaseImage, geometry: Geometry, set: &BlockSet) -> Result<(
         };
     }
     Ok(())
+}
+
+/// Whether a disk that was just made can share blocks with the base: tried with the first that the base has. The disk has
+/// it then, and gets it once more like all others.
+fn can_share(base: &BaseImage, disk: &File, pending: &BlockSet) -> bool {
+    let (Some((file, end)), Some(unit)) = (base.shareable(), disk.allocation_unit()) else { return false };
+    let Some(first) = pending.next_run(0, 1) else { return false };
+    let offset = first.first() * BLOCK_SIZE / unit * unit;
+    offset + unit <= end && disk.share_from(file, offset, unit).is_ok()
 }
 
 /// Refuses early what would only fail after minutes of copying.

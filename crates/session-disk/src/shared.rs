@@ -12,14 +12,20 @@ use write_log::LogWriter;
 
 use crate::Error;
 use crate::claims::Claims;
+use crate::counts::Counters;
 use crate::intents::Intents;
 use crate::live::{LiveMark, LivePage};
+use crate::open::describe;
+use crate::pace::DrainPolicy;
 use crate::storage::Storage;
+use crate::ways::Ways;
 
 /// The session disk, in every engine of a disk.
 pub(crate) const DISK: FileIndex = FileIndex(0);
 /// The base.
 pub(crate) const BASE: FileIndex = FileIndex(1);
+/// A sealed base as it lies on its medium; in engines for a drain that may share its blocks.
+pub(crate) const MEDIUM: FileIndex = FileIndex(2);
 
 /// What a guest's FLUSH does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -48,6 +54,11 @@ pub(crate) struct Shared {
     faults: Option<Arc<FaultPlan>>,
     pub(crate) storage: Storage,
     pub(crate) flush: FlushPolicy,
+    /// What the operator wants of drains.
+    pub(crate) drain_policy: DrainPolicy,
+    /// How the base's data comes to the disk, and how much came how.
+    ways: Mutex<Ways>,
+    pub(crate) counters: Counters,
     /// P: blocks that may not hold the base's content and are not this session's.
     pub(crate) pending: BlockSet,
     /// L: blocks that are committed in this session's log. Added to only after the append returned.
@@ -72,6 +83,8 @@ pub(crate) struct Shared {
 #[derive(Debug, Default)]
 pub(crate) struct QueueCounters {
     pub(crate) in_flight: AtomicUsize,
+    /// Passes that were begun: whoever looks twice knows whether there was anything between.
+    pub(crate) passes: AtomicU64,
     pub(crate) bytes_written: AtomicU64,
 }
 
@@ -85,6 +98,9 @@ pub(crate) struct Parts {
     pub(crate) faults: Option<Arc<FaultPlan>>,
     pub(crate) storage: Storage,
     pub(crate) flush: FlushPolicy,
+    pub(crate) drain_policy: DrainPolicy,
+    /// Whether blocks may be shared with the base.
+    pub(crate) reflink: bool,
     pub(crate) pending: BlockSet,
     pub(crate) intents: Intents,
     pub(crate) live: LivePage,
@@ -92,6 +108,7 @@ pub(crate) struct Parts {
 
 impl Shared {
     pub(crate) fn new(parts: Parts) -> Self {
+        let ways = if parts.reflink { ways_of(&parts.disk, &parts.base) } else { Ways::copy_only() };
         Self {
             geometry: parts.geometry,
             disk: parts.disk,
@@ -102,6 +119,9 @@ impl Shared {
             faults: parts.faults,
             storage: parts.storage,
             flush: parts.flush,
+            drain_policy: parts.drain_policy,
+            ways: Mutex::new(ways),
+            counters: Counters::default(),
             owned: BlockSet::new(parts.pending.bound()),
             claims: Claims::new(parts.pending.bound()),
             pending: parts.pending,
@@ -118,12 +138,42 @@ impl Shared {
     /// An engine for [`DISK`] and [`BASE`] with up to `depth` operations at work. What is read of the base
     /// is urgent, or can wait for those that are.
     pub(crate) fn new_engine(&self, depth: u32, urgency: Urgency) -> Result<Box<dyn Engine>, Error> {
+        let engine = self.file_engine(depth, urgency)?;
+        self.observed(engine)
+    }
+
+    /// An engine for a drain: in the background, and with [`MEDIUM`] where that is needed to share blocks; where it is not
+    /// to be had, none are shared.
+    pub(crate) fn new_drain_engine(&self, depth: u32) -> Result<Box<dyn Engine>, Error> {
+        let mut engine = self.file_engine(depth, Urgency::Background)?;
+        if self.base.seal().is_some() && self.ways().may_share() {
+            engine = match self.base.medium_engine(engine, MEDIUM, Urgency::Background) {
+                Ok(engine) => engine,
+                Err(error) => {
+                    log::info!("{}: blocks are not shared: {}", self.disk.path().display(), describe(&error));
+                    *self.ways() = Ways::copy_only();
+                    self.file_engine(depth, Urgency::Background)?
+                }
+            };
+        }
+        self.observed(engine)
+    }
+
+    /// How the base's data comes to the disk.
+    pub(crate) fn ways(&self) -> MutexGuard<'_, Ways> {
+        self.ways.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    fn file_engine(&self, depth: u32, urgency: Urgency) -> Result<Box<dyn Engine>, Error> {
         let files = [&self.disk].into_iter().chain(self.base.file()).map(Arc::clone).collect();
         let engine = blockio::new_engine(self.engine, depth, files)?;
-        let engine = self
-            .base
+        self.base
             .engine(engine, BASE, urgency)
-            .map_err(|error| Error::state("make readers for", self.base.path(), error))?;
+            .map_err(|error| Error::state("make readers for", self.base.path(), error))
+    }
+
+    /// Under the tape and the plan, if there are such.
+    fn observed(&self, engine: Box<dyn Engine>) -> Result<Box<dyn Engine>, Error> {
         let engine = self.storage.engine(engine, &[self.disk.path(), self.base.path()]);
         match &self.faults {
             None => Ok(engine),
@@ -203,5 +253,13 @@ impl Shared {
     /// Whether the base may be read for guests.
     pub(crate) fn base_is_good(&self) -> bool {
         !self.base_changed.load(Ordering::Acquire)
+    }
+}
+
+/// How the data of `base` may come to `disk`, before anything was tried.
+fn ways_of(disk: &File, base: &BaseImage) -> Ways {
+    match (disk.allocation_unit(), base.shareable()) {
+        (Some(unit), Some((_, end))) => Ways::share(unit, end),
+        _ => Ways::copy_only(),
     }
 }

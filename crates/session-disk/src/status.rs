@@ -14,7 +14,7 @@ use crate::open::{check_size, describe, file_number, judge, open_base};
 use crate::process::ProcessId;
 use crate::recover::{Basis, Verdict};
 use crate::storage::Storage;
-use crate::{DiskOptions, Error, HoldReason};
+use crate::{CopyCounts, DiskOptions, Error, HoldReason};
 
 /// How long a base's server is waited for.
 const BASE_PATIENCE_MAX: Duration = Duration::from_secs(2);
@@ -82,10 +82,26 @@ pub struct Status {
     pub drain_error: Option<String>,
     /// When it tries again, in milliseconds since 1970. As before.
     pub drain_next_attempt_unix_ms: Option<u64>,
+    /// How the server restores blocks. As before.
+    pub copies: Option<CopyReport>,
     /// What is wrong with the base, if something is: then nothing can be served or restored.
     pub base_trouble: Option<String>,
     /// Why all blocks are pending, if the state could not be trusted.
     pub distrust: Option<String>,
+}
+
+/// How blocks are restored.
+#[derive(Clone, Debug, Serialize)]
+pub struct CopyReport {
+    /// When: `eager` or `idle`.
+    pub when: String,
+    /// Bytes a second that are copied at most, if there is a limit.
+    pub rate: Option<u64>,
+    /// Whether the disk shares blocks with its base: `untried`, `works` or `off`.
+    pub reflink: String,
+    /// How many were restored since the server was started.
+    #[serde(flatten)]
+    pub counts: CopyCounts,
 }
 
 /// The process that has taken the disk over, to serve or to restore it.
@@ -126,6 +142,7 @@ pub fn status(options: &DiskOptions) -> Result<Status, Error> {
         drain_failing: false,
         drain_error: None,
         drain_next_attempt_unix_ms: None,
+        copies: None,
         base_trouble: None,
         distrust: None,
     };

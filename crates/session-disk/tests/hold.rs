@@ -13,8 +13,8 @@ use blockio::fault::{Fault, FaultPlan, OpClass};
 use blockio::tape::{Io, Tape};
 use common::{Bench, write};
 use session_disk::{
-    DiskOptions, DiskState, DrainObserver, Drainer, Error, HoldReason, Manifest, ProcessId, ProvisionOptions,
-    SessionDisk, left_open, provision, status,
+    CopyCounts, DiskOptions, DiskState, DrainObserver, Drainer, Error, HoldReason, Manifest, ProcessId,
+    ProvisionOptions, SessionDisk, left_open, provision, status,
 };
 
 const MIB: usize = 1 << 20;
@@ -62,7 +62,7 @@ struct Watch {
 }
 
 impl DrainObserver for Watch {
-    fn restored(&self, blocks: u64, _duration: Duration) {
+    fn restored(&self, blocks: u64, _how: CopyCounts, _duration: Duration) {
         self.restored.fetch_add(blocks, Ordering::SeqCst);
     }
 }

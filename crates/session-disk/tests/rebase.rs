@@ -247,7 +247,10 @@ fn same_base_at_another_place_costs_nothing() {
     let rebased = lab.to(&copy).unwrap();
     assert_eq!((rebased.way, rebased.pending_blocks), (Way::Same, 0));
     assert_eq!(status(&lab.options).unwrap().state, DiskState::Pristine);
-    assert_eq!(Manifest::load(&lab.options.paths()).unwrap().base.path.as_path(), copy.canonicalize().unwrap());
+    assert_eq!(
+        Manifest::load(&lab.options.paths()).unwrap().base.path.as_path(),
+        copy.canonicalize().unwrap()
+    );
 
     let lab = Lab::pristine(Known::Nothing);
     assert_eq!(lab.to(&lab.bases[0].path).unwrap().way, Way::Same);

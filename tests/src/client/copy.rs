@@ -14,6 +14,8 @@ pub enum Way {
     IoUring(u32),
     /// `pread` and `pwrite`, one after the other.
     Plain,
+    /// `copy_file_range`, one after the other.
+    CopyRange,
 }
 
 /// Copies `parts` (offset and length in bytes) of `from` to the same places of `to`, and makes them
@@ -25,6 +27,17 @@ pub fn copy(from: &File, to: &File, parts: &[(u64, u64)], way: Way) -> io::Resul
     let longest = parts.iter().map(|(_, len)| *len).max().unwrap_or(0) as usize;
     match way {
         Way::IoUring(depth) => ring(from, to, parts, depth, longest)?,
+        Way::CopyRange => {
+            for &(offset, len) in parts {
+                let (mut at, mut to_at, end) = (offset, offset, offset + len);
+                while at < end {
+                    let left = (end - at) as usize;
+                    if rustix::fs::copy_file_range(from, Some(&mut at), to, Some(&mut to_at), left)? == 0 {
+                        return Err(io::ErrorKind::UnexpectedEof.into());
+                    }
+                }
+            }
+        }
         Way::Plain => {
             let mut buf = vec![0; longest];
             for &(offset, len) in parts {

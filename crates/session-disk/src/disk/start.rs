@@ -99,6 +99,8 @@ impl SessionDisk {
                 FlushPolicy::Auto if options.changes == Changes::Keep => FlushPolicy::Always,
                 flush => flush,
             },
+            drain_policy: options.drain,
+            reflink: options.reflink,
             pending,
             intents: Intents::open(&storage, &paths.intents(), geometry)?,
             live,

@@ -168,6 +168,9 @@ impl DiskQueue {
             self.in_pass = true;
             // Counted before looking whether a session is open: a session end closes, then counts.
             self.counters.in_flight.store(self.in_flight(), Ordering::SeqCst);
+            // Nobody else adds.
+            let passes = self.counters.passes.load(Ordering::Relaxed);
+            self.counters.passes.store(passes.wrapping_add(1), Ordering::Relaxed);
         }
         self.shared.open.load(Ordering::SeqCst) && !self.shared.is_poisoned()
     }

@@ -14,7 +14,8 @@ use std::time::Duration;
 use blockio::GuestBuf;
 use blockio::fault::FaultPlan;
 use session_disk::{
-    DiskOptions, DiskQueue, Done, DrainObserver, Drainer, Error, HoldReason, Manifest, Request, SessionDisk,
+    CopyCounts, DiskOptions, DiskQueue, Done, DrainObserver, Drainer, Error, HoldReason, Manifest, Request,
+    SessionDisk,
 };
 
 use super::crash::recorder::Recorder;
@@ -29,7 +30,7 @@ use super::steps::{QUEUES, Trouble, What, Windows, place};
 struct Quiet;
 
 impl DrainObserver for Quiet {
-    fn restored(&self, _blocks: u64, _duration: Duration) {}
+    fn restored(&self, _blocks: u64, _how: CopyCounts, _duration: Duration) {}
 }
 
 /// What the guest of an open session knew when, in places of the tape.
