@@ -56,6 +56,29 @@ pub fn ext4_of(path: &Path, size: u64, tree: &Path) {
     run(mke2fs.args(["-q", "-t", "ext4", "-E", "root_owner=0:0", "-d"]).arg(tree).arg(path)).ok();
 }
 
+/// An image of `size` bytes, a hole, with a GPT of partitions: name, first byte and the one after the last (whole MiB), and
+/// the label of the ext4 file system that it has; without one it is an EFI system partition.
+pub fn gpt(path: &Path, size: u64, partitions: &[(&str, u64, u64, Option<&str>)]) {
+    File::create(path).unwrap().set_len(size).unwrap();
+    let table = path.with_extension("sfdisk");
+    let lines = partitions.iter().map(|(name, begin, end, label)| {
+        let kind = if label.is_some() { "L" } else { "U" };
+        format!("start={}MiB, size={}MiB, type={kind}, name=\"{name}\"\n", begin >> 20, (end - begin) >> 20)
+    });
+    fs::write(&table, format!("label: gpt\n{}", lines.collect::<String>())).unwrap();
+    let mut sfdisk = Command::new("sh");
+    sfdisk.env("PATH", path_with_sbin()).args(["-c", "sfdisk -q \"$1\" <\"$2\"", "sh"]);
+    run(sfdisk.arg(path).arg(&table)).ok();
+    fs::remove_file(table).unwrap();
+    for (_, begin, end, label) in partitions {
+        let Some(label) = label else { continue };
+        let mut mke2fs = Command::new("mke2fs");
+        mke2fs.env("PATH", path_with_sbin()).args(["-q", "-F", "-t", "ext4", "-L", label]);
+        mke2fs.args(["-E", &format!("offset={begin},root_owner=0:0")]).arg(path);
+        run(mke2fs.arg(format!("{}k", (end - begin) >> 10))).ok();
+    }
+}
+
 /// A file in the ext4 file system that a raw image is, as `debugfs` reads it.
 pub fn ext4_file(image: &Path, name: &str) -> String {
     let mut debugfs = Command::new("debugfs");

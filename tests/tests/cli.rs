@@ -365,7 +365,7 @@ fn verify_of_a_disk_that_was_written_from_outside_exits_with_1() {
 /// Each command explains itself, with an example.
 #[test]
 fn help_of_each_command_has_an_example() {
-    let words = ["provision", "serve", "restore", "verify", "status", "keep", "log show"];
+    let words = ["provision", "serve", "restore", "verify", "status", "keep", "log show", "log top"];
     for command in words {
         let args: Vec<OsString> = command.split(' ').chain(["--help"]).map(Into::into).collect();
         let help = run(&mut pristine(args)).ok().stdout;

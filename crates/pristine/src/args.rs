@@ -14,6 +14,7 @@ use crate::affinity::QueueAffinity;
 use crate::base_list::BaseListArgs;
 use crate::copies::{DrainArgs, ReflinkArgs};
 use crate::keep::{self, KeepArgs};
+use crate::logs::LogArgs;
 use crate::promote::{MAINTAIN_EXAMPLES, PROMOTE_EXAMPLES, PromoteArgs};
 use crate::rebase::RebaseArgs;
 
@@ -456,31 +457,6 @@ pub(crate) enum SessionCommand {
     #[command(after_help = "Example:
   pristine session release --disk vm1.raw")]
     Release(DiskArgs),
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct LogArgs {
-    #[command(subcommand)]
-    pub(crate) command: LogCommand,
-}
-
-#[derive(Debug, Subcommand)]
-pub(crate) enum LogCommand {
-    /// Show which blocks a write log holds
-    #[command(after_help = "Examples:
-  pristine log show vm1.raw.pristine/sessions/*.wlog
-  pristine log show vm1.raw.pristine/sessions/00000002-*.wlog --json")]
-    Show(LogShowArgs),
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct LogShowArgs {
-    /// Write logs
-    #[arg(value_name = "LOG", required = true)]
-    pub(crate) logs: Vec<PathBuf>,
-    /// One JSON object per log
-    #[arg(long)]
-    pub(crate) json: bool,
 }
 
 /// The arguments with the word `serve` where QEMU's conventions leave it out.

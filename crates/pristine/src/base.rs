@@ -6,10 +6,11 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
+use base_image::layout::Layout;
 use base_image::{BadChunk, BaseError, BaseImage, BaseLocation, CHUNK_SIZE, Seal, Trust, manifest_path};
 use indicatif::BinaryBytes;
 
-use crate::args::{BaseArgs, BaseCommand, BaseImageArgs};
+use crate::args::{BaseArgs, BaseCommand, BaseImageArgs, FormatArgs};
 use crate::base_list;
 use crate::commands::seconds;
 use crate::failure::Failure;
@@ -36,11 +37,11 @@ fn resolved(base: &BaseLocation) -> Result<BaseLocation, Failure> {
 }
 
 /// Opens a base as it is named; `seal`: what it was sealed as counts.
-fn open(args: &BaseImageArgs, base: &BaseLocation, seal: Option<&Seal>) -> Result<BaseImage, Failure> {
-    let format = args.format.base_format;
+fn open(args: &FormatArgs, base: &BaseLocation, seal: Option<&Seal>) -> Result<BaseImage, Failure> {
+    let format = args.base_format;
     let opened = match base {
         BaseLocation::File(path) => {
-            let trust = Trust::Directories(&args.format.backing_dir);
+            let trust = Trust::Directories(&args.backing_dir);
             BaseImage::open(path, format.or(seal.map(Seal::format)), trust)
         }
         BaseLocation::Nbd(uri) => BaseImage::connect(uri, format, None, PATIENCE),
@@ -49,14 +50,25 @@ fn open(args: &BaseImageArgs, base: &BaseLocation, seal: Option<&Seal>) -> Resul
 }
 
 /// Where a base's seal is, or is to be.
-fn seal_path(args: &BaseImageArgs, base: &BaseLocation) -> Result<PathBuf, Failure> {
-    match (&args.format.base_manifest, base) {
+fn seal_path(args: &FormatArgs, base: &BaseLocation) -> Result<PathBuf, Failure> {
+    match (&args.base_manifest, base) {
         (Some(path), _) => Ok(path.clone()),
         (None, BaseLocation::File(path)) => Ok(manifest_path(path)),
         (None, BaseLocation::Nbd(uri)) => Err(Failure::usage(format!(
             "{uri} has no directory for its manifest; name a file of this host with --base-manifest"
         ))),
     }
+}
+
+/// What lies where on a base.
+pub(crate) fn layout(base: &BaseLocation, args: &FormatArgs) -> Result<Layout, Failure> {
+    let location = resolved(base)?;
+    let seal = match seal_path(args, &location) {
+        Ok(path) => Seal::at(&path).map_err(|error| failure(&error))?,
+        // It counts for the format only, and an export has none.
+        Err(_) => None,
+    };
+    open(args, &location, seal.as_ref())?.layout().map_err(|error| failure(&error))
 }
 
 fn failure(error: &BaseError) -> Failure {
@@ -72,8 +84,8 @@ fn seal(args: &BaseImageArgs) -> Result<ExitCode, Failure> {
     let started = Instant::now();
     let location = resolved(&args.base)?;
     let named = args.format.base_manifest.is_some();
-    let path = seal_path(args, &location)?;
-    let base = open(args, &location, None)?;
+    let path = seal_path(&args.format, &location)?;
+    let base = open(&args.format, &location, None)?;
     let mut progress = Progress::new("sealing", base.size());
     let mut tell = |done| progress.set(done);
     let root = match named {
@@ -107,11 +119,11 @@ fn report(base: &BaseImage, root: Option<&str>) -> Result<serde_json::Value, Fai
 fn info(args: &BaseImageArgs) -> Result<ExitCode, Failure> {
     let location = resolved(&args.base)?;
     // A base of a server that no seal is named of has none.
-    let seal = match seal_path(args, &location) {
+    let seal = match seal_path(&args.format, &location) {
         Ok(path) => Seal::at(&path).map_err(|error| failure(&error))?,
         Err(_) => None,
     };
-    let base = open(args, &location, seal.as_ref())?;
+    let base = open(&args.format, &location, seal.as_ref())?;
     let root = seal.as_ref().map(|seal| seal.root().to_string());
     if args.json {
         say!("{}", report(&base, root.as_deref())?);
@@ -132,13 +144,13 @@ fn verify(args: &BaseImageArgs) -> Result<ExitCode, Failure> {
     let stop = Arc::new(AtomicBool::new(false));
     let _signals = StopOnSignal::start(Arc::clone(&stop), || ())?;
     let location = resolved(&args.base)?;
-    let manifest = seal_path(args, &location)?;
+    let manifest = seal_path(&args.format, &location)?;
     let seal = Seal::at(&manifest).map_err(|error| failure(&error))?.ok_or_else(|| {
         let base = location.display();
         Failure::new(format!("base image {base} is not sealed: {} does not exist", manifest.display()))
             .with_hint(format!("seal it with `pristine base seal {base}`"))
     })?;
-    let base = open(args, &location, Some(&seal))?.sealed(seal).map_err(|error| failure(&error))?;
+    let base = open(&args.format, &location, Some(&seal))?.sealed(seal).map_err(|error| failure(&error))?;
     let mut progress = Progress::new("verifying", base.size());
     let bad = base.bad_chunks(&stop, &mut |done| progress.set(done)).map_err(|error| failure(&error))?;
     progress.finish();

@@ -22,7 +22,7 @@ mod control_socket;
 mod copies;
 mod failure;
 mod keep;
-mod log_show;
+mod logs;
 mod notify;
 mod progress;
 mod promote;
@@ -53,7 +53,7 @@ fn main() -> ExitCode {
         Command::Base(args) => base::run(args),
         Command::Session(args) => session::run(args),
         Command::Keep(args) => keep::keep(args),
-        Command::Log(args) => log_show::run(args),
+        Command::Log(args) => logs::run(args),
     };
     match result {
         Ok(code) => code,

@@ -1,15 +1,14 @@
-//! `pristine log show`.
+//! `pristine log show`: what a log holds, as a table or as JSON.
 
-use std::io::{self, BufWriter, Write};
+use std::io::{self, Write};
 use std::path::Path;
-use std::process::ExitCode;
 
-use blocks::{BLOCK_SIZE, BlockSet};
+use blocks::BLOCK_SIZE;
 use indicatif::BinaryBytes;
 use serde::Serialize;
 use write_log::{LogContents, LogKind};
 
-use crate::args::{LogArgs, LogCommand};
+use super::{LogShowArgs, blocks, print, read};
 use crate::failure::Failure;
 
 #[derive(Serialize)]
@@ -27,36 +26,29 @@ struct LogReport<'a> {
     extents: Vec<[u64; 2]>,
 }
 
-pub(crate) fn run(args: &LogArgs) -> Result<ExitCode, Failure> {
-    let LogCommand::Show(args) = &args.command;
-    let mut out = BufWriter::new(io::stdout().lock());
-    for path in &args.logs {
-        let contents = write_log::read(path).map_err(|error| Failure::of(&error))?;
-        let result = if args.json {
-            show_json(&mut out, path, &contents)
-        } else {
-            show_table(&mut out, path, &contents)
-        };
-        match result.and_then(|()| out.flush()) {
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => break,
-            result => result.map_err(|error| Failure::new(format!("cannot write the report: {error}")))?,
+pub(super) fn run(args: &LogShowArgs) -> Result<(), Failure> {
+    for path in args.source.logs(false)? {
+        let contents = read(&path)?;
+        let goes_on = print(|out| match args.json {
+            true => show_json(out, &path, &contents),
+            false => show_table(out, &path, &contents),
+        })?;
+        if !goes_on {
+            break;
         }
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(())
 }
 
-fn kind(contents: &LogContents) -> &'static str {
+/// What kind of log it is.
+pub(super) fn kind(contents: &LogContents) -> &'static str {
     match contents.header.kind {
         LogKind::Session => "session",
         LogKind::Pending => "pending",
     }
 }
 
-fn blocks(contents: &LogContents) -> BlockSet {
-    contents.sealed_blocks().unwrap_or_else(|| contents.readable_blocks())
-}
-
-fn show_json(out: &mut impl Write, path: &Path, contents: &LogContents) -> io::Result<()> {
+fn show_json(out: &mut dyn Write, path: &Path, contents: &LogContents) -> io::Result<()> {
     let (header, blocks) = (&contents.header, blocks(contents));
     let report = LogReport {
         path,
@@ -75,7 +67,7 @@ fn show_json(out: &mut impl Write, path: &Path, contents: &LogContents) -> io::R
     writeln!(out)
 }
 
-fn show_table(out: &mut impl Write, path: &Path, contents: &LogContents) -> io::Result<()> {
+fn show_table(out: &mut dyn Write, path: &Path, contents: &LogContents) -> io::Result<()> {
     let (header, blocks) = (&contents.header, blocks(contents));
     let disk_blocks = header.geometry.blocks();
     writeln!(out, "log      {}", path.display())?;
