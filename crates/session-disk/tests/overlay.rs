@@ -346,3 +346,110 @@ fn keep_during_which_the_disk_is_released_keeps_nothing() {
     assert!(matches!(kept, Err(Error::Refused(why)) if why.contains("was released")));
     assert!(!to.exists());
 }
+
+/// Random numbers from a seed.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, end: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % end
+    }
+
+    fn writes(&mut self) -> Vec<(u64, usize, u8)> {
+        let count = self.below(12);
+        let write = |random: &mut Self| {
+            let (sector, sectors) = (random.below(END - 200), 1 + random.below(200));
+            (sector, sectors as usize * 512, random.below(256) as u8)
+        };
+        (0..count).map(|_| write(self)).collect()
+    }
+}
+
+/// A disk's life: what its last session saw, as long as all of it is there.
+struct Life {
+    bench: Bench,
+    disk: Option<Arc<SessionDisk>>,
+    seen: Option<Vec<u8>>,
+    kept: usize,
+}
+
+impl Life {
+    fn disk(&mut self) -> Arc<SessionDisk> {
+        Arc::clone(self.disk.get_or_insert_with(|| self.bench.open()))
+    }
+
+    fn step(&mut self, random: &mut Random) {
+        match random.below(12) {
+            // Its end, or that of its server and its VM.
+            0..=4 => {
+                let disk = self.disk();
+                if disk.held().is_some() {
+                    return;
+                }
+                let (vm, writes, killed) = (Vm::start(), random.writes(), random.below(3) == 0);
+                let seen = session(&self.bench, &disk, vm.id(), &writes);
+                self.seen = (!writes.is_empty()).then_some(seen);
+                if random.below(3) == 0 {
+                    // What earlier sessions left, while this one is open.
+                    disk.drain(&AtomicBool::new(false), &mut |_| ()).unwrap();
+                }
+                if random.below(4) == 0 {
+                    disk.hold(HoldReason::ByOperator).unwrap();
+                }
+                if killed {
+                    self.disk = None;
+                } else {
+                    disk.end_session().unwrap();
+                }
+            }
+            5 => {
+                let disk = self.disk();
+                let _ = disk.release();
+                disk.drain(&AtomicBool::new(false), &mut |_| ()).unwrap();
+                self.seen = None;
+            }
+            6 => self.disk().stop().map(|_| self.disk = None).unwrap(),
+            7 => self.disk = None,
+            8 => {
+                self.disk = None;
+                let _ = fs::remove_dir_all(self.bench.dir.path().join("run"));
+            }
+            9 | 10 => drop(self.disk().hold(HoldReason::ByOperator)),
+            _ => drop(self.disk().release()),
+        }
+    }
+
+    /// Keeps the session, if that is possible: then it is what it saw.
+    fn look(&mut self, doing: &str) {
+        let Ok((kept, to)) = try_keep(&self.bench, Portion::LastSession) else { return };
+        let dir = [self.bench.dir.path().to_owned()];
+        let trust = base_image::Trust::Directories(&dir);
+        let image = base_image::BaseImage::open(&to, Some(base_image::BaseFormat::Qcow2), trust).unwrap();
+        let mut content = vec![0; image.size() as usize];
+        image.read_at(&mut content, 0).unwrap();
+        let seen = self
+            .seen
+            .as_ref()
+            .unwrap_or_else(|| panic!("{doing}: {kept:?}, and nothing is left of a session"));
+        assert!(&content == seen, "{doing}: {kept:?} is not what the session saw");
+        self.kept += 1;
+        fs::remove_file(to).unwrap();
+    }
+}
+
+/// Invariant 2 for who looks afterwards: whatever became of a disk, what is kept as the last session is just what that saw.
+#[test]
+fn kept_session_of_any_life_is_what_the_last_session_saw() {
+    let mut kept = 0;
+    for seed in 0..30 {
+        let (mut random, bench) = (Random(seed), bench());
+        let mut life = Life { bench, disk: None, seen: None, kept: 0 };
+        for step in 0..14 {
+            life.step(&mut random);
+            life.look(&format!("seed {seed}, step {step}"));
+        }
+        kept += life.kept;
+    }
+    assert!(kept > 60, "only {kept} sessions could be kept");
+}
