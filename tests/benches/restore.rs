@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! cargo bench -p pristine-tests --bench restore --features bench-restore -- \
-//!     [--part rate|first|guest|ways|share]... [--size MIB] [--dirty MIB] [--rounds N] [--dir DIR]...
+//!     [--part rate|first|guest|ways|share]... [--size MIB] [--dirty MIB] [--runs BLOCKS,...] [--rounds N] [--dir DIR]...
 //! ```
 //!
 //! - `rate`: the drain of a session's changes, from durable changes to a durable pristine state, against
@@ -64,11 +64,12 @@ fn main() {
         return first_read(socket.as_ref(), block.parse().unwrap());
     }
     let defaults = Options { size: 4 << 30, seconds: 0.0, rounds: 3, dirs: Vec::new() };
-    let (mut parts, mut dirty) = (Vec::new(), 1 << 30);
+    let (mut parts, mut dirty, mut runs) = (Vec::new(), 1 << 30, vec![1, 16, 64, 256]);
     let options = defaults.parsed(words, |word, values| {
         match word {
             "--part" => parts.push(values.value()),
             "--dirty" => dirty = values.parsed::<u64>() << 20,
+            "--runs" => runs = values.list(),
             _ => return false,
         }
         true
@@ -100,10 +101,10 @@ fn main() {
     }
     let named = |part: &str| parts.iter().any(|named| named == part);
     if named("ways") {
-        share::ways(&options.dirs, &sizes);
+        share::ways(&options.dirs, &sizes, &runs);
     }
     if named("share") {
-        share::shares(&options.dirs, &sizes);
+        share::shares(&options.dirs, &sizes, &runs);
     }
 }
 

@@ -32,11 +32,15 @@ use crate::Error;
 use crate::claims::{DrainClaim, Room, Waker};
 use crate::pace::{Guests, Pace, Pause, Speed};
 use crate::shared::Shared;
+use crate::ways::Sharing;
 
 /// Longest run that is claimed at once, in blocks: 256 KiB.
 const RUN_BLOCKS_MAX: u64 = 64;
 /// The same while blocks may be shared: 2 MiB.
 const SHARED_RUN_BLOCKS_MAX: u64 = 512;
+/// So many times as much is under way once that is known to work, if nobody waits: before blocks are shared, what is dirty there has to be written
+/// back, and that of many runs at once.
+const SHARED_IN_FLIGHT: u64 = 8;
 /// Runs that are being copied at once.
 const IN_FLIGHT_RUNS_MAX: usize = 64;
 /// Blocks that are copied before the kernel is asked to write them back: 8 MiB.
@@ -270,12 +274,14 @@ impl Drain {
 
     /// What may be claimed besides what is being copied, in a batch that has `started` so many blocks.
     fn room(&self, speed: Speed, started: u64) -> Option<Room> {
-        let bytes = speed.in_flight_bytes.checked_sub(self.in_flight_bytes).filter(|left| *left > 0)?;
+        let sharing = self.shared.ways().sharing();
+        let more = if sharing == Sharing::Works && !speed.by_stints { SHARED_IN_FLIGHT } else { 1 };
+        let bytes = speed.in_flight_bytes * more;
+        let bytes = bytes.checked_sub(self.in_flight_bytes).filter(|left| *left > 0)?;
         let runs = IN_FLIGHT_RUNS_MAX.checked_sub(self.in_flight_runs).filter(|left| *left > 0)?;
         let blocks = speed.batch_blocks.checked_sub(started).filter(|left| *left > 0)?;
         let allowed = Some(self.pace.allowance() / BLOCK_SIZE).filter(|left| *left > 0)?;
-        let shares = self.shared.ways().may_share();
-        let run_blocks = if shares { SHARED_RUN_BLOCKS_MAX } else { RUN_BLOCKS_MAX };
+        let run_blocks = if sharing == Sharing::Off { RUN_BLOCKS_MAX } else { SHARED_RUN_BLOCKS_MAX };
         let run_blocks = run_blocks.min(speed.in_flight_bytes / BLOCK_SIZE).min(allowed);
         Some(Room { runs, blocks: blocks.min(bytes.div_ceil(BLOCK_SIZE)).min(allowed), run_blocks })
     }

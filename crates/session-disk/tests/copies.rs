@@ -11,13 +11,15 @@ use std::time::{Duration, Instant};
 
 use blockio::EngineKind;
 use blockio::fault::{Fault, FaultPlan, OpClass};
-use common::{Bench, end, read, write};
+use common::{Bench, end, read, write, write_sparse};
 use rustix::io::Errno;
 use session_disk::{
-    CopyCounts, DiskOptions, DrainObserver, DrainPolicy, DrainWhen, Drainer, SessionDisk, Sharing,
+    CopyCounts, DiskOptions, DrainObserver, DrainPolicy, DrainWhen, Drainer, ProvisionOptions, SessionDisk,
+    Sharing, provision,
 };
 
 const MIB: usize = 1 << 20;
+const SIZE: usize = 64 * MIB;
 const PATIENCE: Duration = Duration::from_secs(60);
 
 struct Quiet;
@@ -42,8 +44,16 @@ fn wait_until(mut condition: impl FnMut() -> bool) {
 /// A lazily made disk, half of it data, all of whose attempts to share meet `fault`.
 fn refused(errno: Errno) -> (Bench, Arc<FaultPlan>) {
     let plan = FaultPlan::new();
-    let mut bench = Bench::new(32 * MIB, None, true, EngineKind::IoUring);
-    bench.options = DiskOptions { faults: Some(plan.clone()), ..bench.options };
+    let dir = tempfile::tempdir().unwrap();
+    let base: Vec<u8> =
+        (0..SIZE).map(|at| if (at / MIB).is_multiple_of(2) { (at / 4096) as u8 | 1 } else { 0 }).collect();
+    write_sparse(&dir.path().join("base.raw"), &base);
+    let options = DiskOptions {
+        runtime_dir: Some(dir.path().join("run")),
+        ..DiskOptions::new(dir.path().join("disk.raw"))
+    };
+    provision(&ProvisionOptions::new(dir.path().join("base.raw"), options.clone())).unwrap();
+    let bench = Bench { dir, base, options: DiskOptions { faults: Some(plan.clone()), ..options } };
     plan.on_every(OpClass::Share, Fault::Fail(errno.raw_os_error()));
     (bench, plan)
 }
@@ -57,7 +67,7 @@ fn disk_that_cannot_share_blocks_is_copied_and_asks_once() {
         assert_eq!(disk.sharing(), Sharing::Untried);
         bench.assert_restores_exactly(&disk);
         assert_eq!((plan.seen(OpClass::Share), disk.sharing()), (1, Sharing::Off));
-        let data = (16 * MIB / 4096) as u64;
+        let data = (SIZE / 2 / 4096) as u64;
         let counts = CopyCounts { reflinked_blocks: 0, copied_blocks: data, punched_blocks: 0 };
         assert_eq!(disk.copied(), counts);
 

@@ -1,7 +1,7 @@
 //! Ways to copy, and what sharing blocks with the base makes of a restore: parts `ways` and `share`.
 
 use std::fs::{File, OpenOptions};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use pristine_tests::bench::machine::kind_of;
@@ -14,9 +14,6 @@ use session_disk::{DiskOptions, ProvisionOptions, SessionDisk};
 
 use super::{BLOCK, Cost, DEPTH, Sizes, cost_of, scribble, session};
 
-/// Lengths of runs, in blocks.
-const RUNS: [u64; 4] = [1, 16, 64, 1024];
-
 /// So many bytes of the disk, in runs of this many blocks, in random order.
 fn parts(sizes: &Sizes, run: u64, seed: u64) -> Vec<(u64, u64)> {
     let len = run * BLOCK;
@@ -28,17 +25,17 @@ fn seconds(costs: &[Cost]) -> String {
     format!("{:.3} ({:.2})", of(|cost| cost.elapsed), of(|cost| cost.cpu))
 }
 
-/// Tight loops that copy the same parts of the same files, which are in the page cache, and sync once.
-pub(super) fn ways(dirs: &[std::path::PathBuf], sizes: &Sizes) {
-    println!("| directory | runs | io_uring, s (CPU s) | pread, pwrite | copy_file_range |");
-    println!("| --- | --- | --- | --- | --- |");
+/// Tight loops that copy the same parts of the same files, and sync once. The disk is in the page cache; the base is, or not.
+pub(super) fn ways(dirs: &[PathBuf], sizes: &Sizes, runs: &[u64]) {
+    println!("| directory | runs | the base is | io_uring, s (CPU s) | pread, pwrite | copy_file_range |");
+    println!("| --- | --- | --- | --- | --- | --- |");
     for dir in dirs {
         let lab = Lab::in_dir(dir);
         images::dense(&lab.base(), sizes.size, 1);
         std::fs::copy(lab.base(), lab.disk()).unwrap();
         let base = File::open(lab.base()).unwrap();
         let file = OpenOptions::new().read(true).write(true).open(lab.disk()).unwrap();
-        for run in RUNS {
+        for (run, cached) in runs.iter().flat_map(|run| [(*run, true), (*run, false)]) {
             let mut costs: [Vec<Cost>; 3] = Default::default();
             for round in 0..sizes.rounds {
                 let mut parts = parts(sizes, run, round as u64 + 1);
@@ -47,12 +44,16 @@ pub(super) fn ways(dirs: &[std::path::PathBuf], sizes: &Sizes) {
                     let who = (turn + round) % 3;
                     scribble(&file, &parts);
                     file.sync_all().unwrap();
+                    if !cached {
+                        rustix::fs::fadvise(&base, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+                    }
                     let way = [Way::IoUring(DEPTH as u32), Way::Plain, Way::CopyRange][who];
                     costs[who].push(cost_of(|| copy(&base, &file, &parts, way).unwrap()));
                 }
             }
             let cells = costs.each_ref().map(|costs| seconds(costs)).join(" | ");
-            println!("| {} | {} KiB | {cells} |", kind_of(dir), run * BLOCK >> 10);
+            let there = if cached { "cached" } else { "not" };
+            println!("| {} | {} KiB | {there} | {cells} |", kind_of(dir), run * BLOCK >> 10);
         }
         images::assert_equal(&lab.disk(), &lab.base());
     }
@@ -61,18 +62,18 @@ pub(super) fn ways(dirs: &[std::path::PathBuf], sizes: &Sizes) {
 
 /// The same session's changes, restored by sharing and by copying, in turn; its data is on the medium, or still to be written. And
 /// what the next session's first writes to the same blocks cost then, synced.
-pub(super) fn shares(dirs: &[std::path::PathBuf], sizes: &Sizes) {
+pub(super) fn shares(dirs: &[PathBuf], sizes: &Sizes, runs: &[u64]) {
     println!(
         "| directory | dirty | before | drain that shares, s (CPU s) | that copies | ratio | then write again, shared | copied |"
     );
     println!("| --- | --- | --- | --- | --- | --- | --- | --- |");
     for dir in dirs {
-        shares_in(dir, sizes);
+        shares_in(dir, sizes, runs);
     }
     println!();
 }
 
-fn shares_in(dir: &Path, sizes: &Sizes) {
+fn shares_in(dir: &Path, sizes: &Sizes, runs: &[u64]) {
     let lab = Lab::in_dir(dir);
     images::dense(&lab.base(), sizes.size, 1);
     let options = DiskOptions { runtime_dir: Some(lab.runtime().to_owned()), ..DiskOptions::new(lab.disk()) };
@@ -90,7 +91,6 @@ fn shares_in(dir: &Path, sizes: &Sizes) {
         let cost = cost_of(|| {
             disk.drain(&AtomicBool::new(false), &mut |_| ()).unwrap();
         });
-        println!("<!-- {:?} -->", disk.copied());
         disk.stop().unwrap();
         cost
     };
@@ -105,7 +105,7 @@ fn shares_in(dir: &Path, sizes: &Sizes) {
         disk.stop().unwrap();
         cost
     };
-    for run in RUNS {
+    for &run in runs {
         for synced in [true, false] {
             let (mut drains, mut writes): ([Vec<Cost>; 2], [Vec<Cost>; 2]) = Default::default();
             for round in 0..sizes.rounds {

@@ -108,6 +108,10 @@ impl Drain {
         let (mut at, end) = (offset, offset + len);
         while at < end {
             let (way, len) = self.shared.ways().next(at, end - at);
+            if way == Way::Share {
+                // The kernel writes it back before it drops it. So it does that for all that was claimed at once.
+                self.shared.disk.start_write_back(at, len);
+            }
             match way {
                 Way::Copy => self.push_copies(run, at, len),
                 Way::Share if self.shared.base.seal().is_none() => self.push_share(run, at, len),
