@@ -7,17 +7,17 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use blockio::File;
-use imago::{DenyImplicitOpenGate, FormatAccess, FormatCreateBuilder, FormatDriverBuilder};
 
 use super::place::Place;
-use super::{NewGeneration, go_on, io_error, refused};
+use super::{NewGeneration, go_on, io_error};
 use crate::error::BaseError;
 use crate::format::BaseFormat;
 use crate::image::{BaseImage, Content};
+use crate::qcow2::{CLUSTER_SIZE, Overlay};
 use crate::seal::CHUNK_SIZE;
 
-type Storage = imago::file::File;
-type Driver = imago::qcow2::Qcow2<Storage>;
+/// So a chunk is a cluster, and none is ever written in part.
+const _: () = assert!(CHUNK_SIZE == CLUSTER_SIZE);
 
 /// Bytes that are copied at once.
 const PIECE: u64 = 1 << 20;
@@ -38,7 +38,7 @@ pub enum CopyWay {
 /// An image that is being made.
 pub(super) enum NewImage<'a> {
     Raw(&'a File),
-    Qcow2 { access: Box<FormatAccess<Storage>>, path: &'a Path },
+    Qcow2 { overlay: Overlay, path: &'a Path },
 }
 
 impl<'a> NewImage<'a> {
@@ -55,8 +55,8 @@ impl<'a> NewImage<'a> {
                 Ok((Self::Raw(place.file()), way))
             }
             BaseFormat::Qcow2 => {
-                let access = Box::new(overlay(place, new)?);
-                Ok((Self::Qcow2 { access, path: place.temporary() }, CopyWay::Overlay))
+                let overlay = overlay(place, new)?;
+                Ok((Self::Qcow2 { overlay, path: place.temporary() }, CopyWay::Overlay))
             }
         }
     }
@@ -65,7 +65,7 @@ impl<'a> NewImage<'a> {
     pub(super) fn write_chunk(
         &mut self,
         offset: u64,
-        chunk: &Vec<u8>,
+        chunk: &[u8],
         parts: &[Range<usize>],
     ) -> Result<(), BaseError> {
         let is_zero = |bytes: &[u8]| bytes.iter().all(|byte| *byte == 0);
@@ -82,10 +82,10 @@ impl<'a> NewImage<'a> {
                 }
                 Ok(())
             }
-            Self::Qcow2 { access, path } => {
+            Self::Qcow2 { overlay, path } => {
                 let written = match is_zero(chunk) {
-                    true => access.write_zeroes(offset, chunk.len() as u64),
-                    false => access.write(chunk, offset),
+                    true => overlay.zero(offset, chunk.len() as u64),
+                    false => overlay.write(chunk, offset),
                 };
                 written.map_err(|error| io_error("write", path, error))
             }
@@ -96,7 +96,7 @@ impl<'a> NewImage<'a> {
     pub(super) fn finish(self) -> Result<(), BaseError> {
         match self {
             Self::Raw(_) => Ok(()),
-            Self::Qcow2 { access, path } => access.flush().map_err(|error| io_error("write", path, error)),
+            Self::Qcow2 { overlay, path } => overlay.finish().map_err(|error| io_error("write", path, error)),
         }
     }
 }
@@ -138,27 +138,15 @@ fn copy(
     Ok(CopyWay::Copied(copied))
 }
 
-/// Makes the empty file of `place` a qcow2 image on the parent that holds nothing yet. Its clusters are chunks, so that none is ever
-/// written in part.
-fn overlay(place: &Place, new: &NewGeneration<'_>) -> Result<FormatAccess<Storage>, BaseError> {
+/// Makes the empty file of `place` a qcow2 image on the parent that holds nothing yet.
+fn overlay(place: &Place, new: &NewGeneration<'_>) -> Result<Overlay, BaseError> {
     let name = place.name_from_here(new.parent.path());
-    let Some(name) = name.to_str() else {
-        return Err(refused(new.parent.path(), "its name is not UTF-8, which a qcow2 image can't name"));
-    };
     // A colon would make a protocol of what is before it.
-    let name =
-        if name.contains(':') && !name.starts_with('/') { format!("./{name}") } else { name.to_owned() };
-    let make = || -> io::Result<FormatAccess<Storage>> {
+    let has_colon = name.as_os_str().as_encoded_bytes().contains(&b':');
+    let name = if has_colon && name.is_relative() { Path::new(".").join(name) } else { name };
+    let make = || -> io::Result<Overlay> {
         let duplicate = place.file().as_fd().try_clone_to_owned()?;
-        let storage = Storage::try_from(std::fs::File::from(duplicate))?;
-        let builder = Driver::create_builder(storage)
-            .size(new.size)
-            .cluster_size(CHUNK_SIZE as usize)
-            .backing(name.clone(), new.parent.format().name().to_owned());
-        let driver = builder.create_open(DenyImplicitOpenGate::default(), |image| {
-            Ok(Driver::builder(image).backing(None).write(true))
-        })?;
-        Ok(FormatAccess::new(driver))
+        Overlay::create(duplicate.into(), new.size, &name, new.parent.format())
     };
     make().map_err(|error| io_error("make", place.temporary(), error))
 }
