@@ -7,7 +7,8 @@ use std::process::Command;
 
 use pristine_tests::guest::{Guest, Options};
 use pristine_tests::images::{self, qemu_img};
-use pristine_tests::lab::Lab;
+use pristine_tests::lab::{Lab, Server};
+use pristine_tests::mounts::Mounts;
 use pristine_tests::program::{Finished, pristine, run};
 use pristine_tests::remote::Remote;
 use serde_json::Value;
@@ -33,7 +34,11 @@ fn promote(lab: &Lab, to: &Path, more: &[&str]) -> Finished {
 /// Serves the disk for one session whose changes are kept, in which `commands` are given.
 fn maintain(lab: &Lab, commands: &[&str]) {
     let mut command = lab.pristine("maintain", &["--once", "--socket-path"]);
-    let mut server = pristine_tests::lab::Server::start(command.arg(lab.socket()));
+    maintain_with(lab, command.arg(lab.socket()), commands);
+}
+
+fn maintain_with(lab: &Lab, serve: &Command, commands: &[&str]) {
+    let mut server = Server::start(serve);
     let mut client = Remote::connected(&lab.socket(), 1);
     commands.iter().for_each(|command| {
         client.ask(command);
@@ -271,7 +276,7 @@ fn promote_that_is_refused_changes_nothing() {
     fs::remove_file(part(&new, ".manifest")).unwrap();
 
     let server = lab.pristine("maintain", &["--socket-path".as_ref(), lab.socket().as_os_str()]);
-    let server = pristine_tests::lab::Server::start(&server);
+    let server = Server::start(&server);
     promote(&lab, &new, NONE).refused(1, &["in use"]);
     server.stop();
     let socket = lab.socket();
@@ -480,6 +485,35 @@ fn promote_names_nothing_that_is_not_synced_and_the_image_last() {
     }
 }
 
+/// On a file system whose files can share blocks the next generation takes room for what was changed only.
+#[test]
+fn promoted_base_on_xfs_shares_the_room_of_the_old_one() {
+    let (lab, Some(mounts)) = (Lab::new(), Mounts::new()) else { return };
+    let dir = lab.path("xfs");
+    if !mounts.xfs(&dir, &lab.path("xfs.img"), 512 << 20) {
+        return;
+    }
+    let (base, new) = (dir.join("base.img"), dir.join("golden-2.img"));
+    images::dense(&mounts.outside(&base), 64 << 20, 65);
+    let inside = |command: &mut Command| run(&mut mounts.inside(command));
+    inside(pristine(["base", "seal"]).arg(&base)).ok();
+    inside(lab.pristine("provision", &["--base"]).arg(&base)).ok();
+    let mut serve = lab.pristine("maintain", &["--once", "--socket-path"]);
+    maintain_with(&lab, &mounts.inside(serve.arg(lab.socket())), &["write 1048576 1048576 1"]);
+    let free = || {
+        inside(Command::new("sync").arg("-f").arg(&dir)).ok();
+        mounts.free(&dir)
+    };
+    let before = free();
+    let made = json(inside(lab.pristine("promote", &["--json", "--to"]).arg(&new)));
+    assert_eq!((&made["way"], &made["changed_blocks"]), (&"reflink".into(), &256.into()), "{made}");
+    let took = before - free();
+    assert!(took < 4 << 20, "{took} bytes for 1 MiB of changes");
+    images::assert_equal(&mounts.outside(&new), &lab.disk());
+    inside(pristine(["base", "verify"]).arg(&new)).ok();
+    println!("64 MiB, 1 MiB changed: the next generation takes {took} bytes");
+}
+
 /// Issue line 3: a guest adds a file in a maintenance session; a guest on a disk of the next generation has it.
 #[test]
 fn file_that_a_guest_adds_is_in_the_next_generation() {
@@ -487,7 +521,7 @@ fn file_that_a_guest_adds_is_in_the_next_generation() {
     images::ext4(&lab.base(), 64 << 20, &[("first", b"old\n")]);
     lab.provision(NONE);
     let mut server = lab.pristine("maintain", &["--once", "--socket-path"]);
-    let mut server = pristine_tests::lab::Server::start(server.arg(lab.socket()));
+    let mut server = Server::start(server.arg(lab.socket()));
     let script = "
         mount -t ext4 /dev/vda /mnt
         echo patched >/mnt/second
