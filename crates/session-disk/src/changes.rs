@@ -6,10 +6,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use base_image::BaseImage;
 use blockio::{File, ImageAccess, OpenOptions};
 use blocks::{BLOCK_SIZE, BlockSet, Extent, Geometry};
+use write_log::LogId;
 
+use crate::last_session::{self, Traces};
 use crate::live::{Before, LivePage};
-use crate::manifest::{EntryKind, Left, Manifest};
-use crate::open::{check_size, file_number, judge, lock_state_dir, open_base};
+use crate::manifest::Manifest;
+use crate::open::{check_size, describe, file_number, judge, lock_state_dir, open_base};
+use crate::overlay::logs_of;
 use crate::process::ProcessId;
 use crate::recover::{Basis, Verdict};
 use crate::storage::Storage;
@@ -64,9 +67,9 @@ impl ChangedDisk {
             LivePage::inspect(&paths.live_page(manifest.disk), manifest.disk, file_number(&options.disk)?);
         refuse_open_session(options, live.as_ref())?;
         let base = open_base(&manifest, options.base_patience)?;
-        let before = Before::of(live.as_ref()).session_over();
-        let verdict = judge(&storage, &paths, &manifest, geometry, &file, before)?;
-        let taken = taken(options, &paths, &storage, &manifest, verdict)?;
+        let live = Before::of(live.as_ref());
+        let verdict = judge(&storage, &paths, &manifest, geometry, &file, live.session_over())?;
+        let taken = taken(options, &paths, &storage, &manifest, geometry, live, verdict)?;
         Ok(Self { file, geometry, base, taken, _state_lock: state_lock })
     }
 
@@ -154,6 +157,8 @@ fn taken(
     paths: &Paths,
     storage: &Storage,
     manifest: &Manifest,
+    geometry: Geometry,
+    live: Before,
     verdict: Verdict,
 ) -> Result<BlockSet, Error> {
     let disk = options.disk.display();
@@ -174,16 +179,16 @@ fn taken(
         )));
     }
     // What was pending before it is not the session's.
-    let unknown = |why: &str| {
+    let unknown = |why: &dyn std::fmt::Display| {
         Error::Refused(format!(
             "{disk}: what its last session has changed can't be told from what was still to be restored before it: {why}"
         ))
     };
-    if verdict.basis != Basis::ExactLogs || manifest.left == Some(Left::Open) {
-        return Err(unknown("its log is not exact"));
-    }
-    let last = manifest.logs.last().filter(|entry| entry.kind == EntryKind::Session);
-    let last = last.ok_or_else(|| unknown("it was not held before the session's end"))?;
-    let contents = storage.read_log(&paths.sessions().join(last.id().file_name()))?;
-    contents.sealed_blocks().ok_or_else(|| unknown("its log was not closed"))
+    let there = logs_of(&paths.sessions())?;
+    let read = |id: LogId| {
+        let log = storage.read_log(&paths.sessions().join(id.file_name()));
+        log.map_err(|error| describe(&error))
+    };
+    let traces = Traces { manifest, geometry, live, there: &there, read: &read };
+    Ok(last_session::find(&traces).map_err(|why| unknown(&why))?.blocks)
 }

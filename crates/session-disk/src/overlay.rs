@@ -257,7 +257,7 @@ fn lock(disk: &File, server: impl Fn() -> Option<ProcessId>) -> Result<bool, Err
 }
 
 /// The logs in a directory.
-fn logs_of(dir: &Path) -> Result<Vec<LogId>, Error> {
+pub(crate) fn logs_of(dir: &Path) -> Result<Vec<LogId>, Error> {
     let entries = std::fs::read_dir(dir).map_err(|error| Error::state("read", dir, error))?;
     Ok(entries.flatten().filter_map(|entry| LogId::parse(entry.file_name().to_str()?)).collect())
 }
