@@ -1,6 +1,7 @@
 //! `pristine log show --map` and `log top`: where sessions wrote, with the names of what lies there.
 
 use std::fs;
+use std::path::PathBuf;
 use std::process::Command;
 
 use pristine_tests::guest::{Guest, Options};
@@ -20,10 +21,10 @@ fn log(lab: &Lab, what: &str, more: &[&str]) -> Command {
     command
 }
 
-/// Runs a guest's session, and waits until the disk is pristine again.
-fn session(lab: &Lab, script: &str) {
-    Guest::boot(&lab.socket(), Options::default(), script).finish();
-    lab.wait_pristine();
+/// The log of the first session, which comes after that of the provision.
+fn session_log(lab: &Lab) -> PathBuf {
+    let is_it = |log: &PathBuf| log.file_name().unwrap().to_str().unwrap().starts_with("00000002-");
+    lab.logs().into_iter().find(is_it).unwrap()
 }
 
 /// What a real guest does to a disk with partitions and file systems is shown where it did it: for people, as SVG, and counted
@@ -39,7 +40,7 @@ fn map_of_a_guests_sessions_names_the_partitions_that_it_wrote_to() {
     images::gpt(&lab.base(), 1024 * MIB, &partitions);
     lab.provision(&[]);
     let server = lab.serve(NONE);
-    let work = "
+    let script = "
         mount /dev/vda2 /mnt
         mkdir -p /mnt/var/log /mnt/var/cache /mnt/usr
         dd if=/dev/zero of=/mnt/var/cache/update bs=1M count=48 2>/dev/null
@@ -49,14 +50,13 @@ fn map_of_a_guests_sessions_names_the_partitions_that_it_wrote_to() {
         rm /mnt/var/cache/update
         for i in $(seq 20); do echo line $i >>/mnt/var/log/messages; sync; done
         umount /mnt
-    ";
-    let at_home = "
         mount /dev/vda3 /mnt
         dd if=/dev/zero of=/mnt/film bs=1M count=12 2>/dev/null
         echo notes >/mnt/notes
         umount /mnt
     ";
-    session(&lab, &format!("{work}{at_home}"));
+    Guest::boot(&lab.socket(), Options::default(), script).finish();
+    lab.wait_pristine();
 
     let text = run(&mut log(&lab, "show", &["--map"])).ok().stdout;
     assert!(text.contains("session 2 of disk.img") && text.contains("1.00 GiB, GPT, 3 partitions"), "{text}");
@@ -80,22 +80,28 @@ fn map_of_a_guests_sessions_names_the_partitions_that_it_wrote_to() {
         fs::copy(&svg, path).unwrap();
     }
     // The disk need not be there, nor the base: then there are no names.
-    let newest = lab.logs().pop().unwrap();
+    let newest = session_log(&lab);
     let named = run(pristine(["log", "show", "--map", "--base"]).arg(lab.base()).arg(&newest)).ok().stdout;
     assert_eq!(named, text.replace(" of disk.img", ""));
     let nameless = run(pristine(["log", "show", "--map"]).arg(&newest)).ok().stdout;
     assert!(nameless.contains("the disk") && !nameless.contains("system"), "{nameless}");
 
-    session(&lab, at_home);
+    // A second session, at one place of the first one's and at one where that was not.
+    let (home, _) =
+        lab.log_extents(&newest).into_iter().find(|(first, _)| first * 4096 >= 705 * MIB).unwrap();
+    let mut client = Remote::connected(&lab.socket(), 1);
+    client.ask(&format!("write {} 4096 1", home * 4096));
+    client.ask(&format!("write {} 8192 1", 2 * MIB));
+    client.leave();
+    lab.wait_pristine();
     let top = run(&mut log(&lab, "top", &["--json"])).ok().stdout;
     let top: Value = serde_json::from_str(&top).unwrap();
     assert_eq!((&top["logs"], &top["block_size"]), (&json!(2), &json!(4096)));
     let extents = top["extents"].as_array().unwrap();
-    let home = json!(["3: home"]);
-    // What both did is in the one place where both were; the most comes first.
-    let both: Vec<_> = extents.iter().filter(|extent| extent["logs"] == 2).collect();
-    assert!(!both.is_empty() && both.iter().all(|extent| extent["partitions"] == home), "{both:?}");
-    assert!(extents.iter().any(|extent| extent["logs"] == 1 && extent["partitions"] == json!(["2: system"])));
+    let extent = |first, count, logs, name| json!({ "first": first, "count": count, "logs": logs, "partitions": [name] });
+    // What is in most logs comes first.
+    assert_eq!(extents[0], extent(home, 1, 2, "3: home"));
+    assert!(extents.contains(&extent(2 * MIB / 4096, 2, 1, "1: esp")), "{extents:?}");
     let order = extents.iter().map(|extent| (extent["logs"].as_u64(), extent["count"].as_u64()));
     assert!(order.is_sorted_by(|a, b| a >= b));
     server.stop();
@@ -120,7 +126,7 @@ fn top_counts_in_how_many_logs_each_extent_is() {
         lab.wait_pristine();
         server.stop();
         let log = dir.path(&format!("{}.wlog", logs.len()));
-        fs::copy(lab.logs().pop().unwrap(), &log).unwrap();
+        fs::copy(session_log(&lab), &log).unwrap();
         logs.push(log);
     }
     let said = run(pristine(["log", "top", "--json"]).args(&logs)).ok().stdout;

@@ -63,17 +63,8 @@ pub(crate) fn keep(args: &KeepArgs) -> Result<ExitCode, Failure> {
         Some(number) => Portion::Session(number),
         None => Portion::LastSession,
     };
-    // Comparing comes before copying, and has another size.
-    let mut bar: Option<(u64, Progress)> = None;
-    let mut progress = |done, total| {
-        let what = if bar.is_none() && args.whole_disk { "comparing" } else { "keeping" };
-        if bar.as_ref().is_none_or(|(of, _)| *of != total) {
-            bar = Some((total, Progress::new(what, total)));
-        }
-        if let Some((_, bar)) = &mut bar {
-            bar.set(done);
-        }
-    };
+    let mut bar = None;
+    let mut progress = |done, total| bar.get_or_insert_with(|| Progress::new("keeping", total)).set(done);
     let kept = session_disk::keep(&options, portion, &args.to, &stop, &mut progress);
     drop(bar);
     let kept = kept.map_err(|error| match error {

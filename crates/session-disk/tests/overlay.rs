@@ -7,8 +7,8 @@ mod common;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use blockio::EngineKind;
 use common::{Bench, write};
@@ -18,6 +18,13 @@ use session_disk::{
 };
 
 const MIB: usize = 1 << 20;
+
+/// Held by a test that starts processes and then takes a disk over again: a child of another thread has, until it runs a
+/// program of its own, the descriptors that the disk is locked by.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// A guest's process. It ends with the test.
 struct Vm(Child);
@@ -122,6 +129,7 @@ fn assert_refused(bench: &Bench, portion: Portion, words: &str) {
 /// the image. After a stop, after openings that make one log of all, held and not held, beside the server that holds it.
 #[test]
 fn kept_session_is_what_it_saw_and_nothing_of_earlier_ones() {
+    let _alone = alone();
     let bench = bench();
     let disk = bench.open();
     session(&bench, &disk, None, FIRST);
@@ -161,6 +169,7 @@ fn kept_session_is_what_it_saw_and_nothing_of_earlier_ones() {
 /// The same when server and VM were killed in the session, before a server has looked at what they left, and after.
 #[test]
 fn kept_session_that_was_killed_is_what_it_saw() {
+    let _alone = alone();
     for hold in [false, true] {
         let (bench, vm) = (bench(), Vm::start());
         let disk = bench.open();
@@ -188,6 +197,7 @@ fn kept_session_that_was_killed_is_what_it_saw() {
 /// earlier one wrote.
 #[test]
 fn session_that_a_power_cut_has_ended_is_not_kept_as_one() {
+    let _alone = alone();
     for hold in [false, true] {
         let bench = bench();
         let disk = bench.open();
@@ -212,6 +222,7 @@ fn session_that_a_power_cut_has_ended_is_not_kept_as_one() {
 /// What can't be trusted is not taken for a session; all in which the disk differs can be kept all the same.
 #[test]
 fn session_whose_log_is_damaged_or_gone_is_not_kept_as_one() {
+    let _alone = alone();
     for damage in ["gone", "damaged", "another disk's", "written from outside"] {
         let bench = bench();
         let disk = bench.open();
@@ -265,6 +276,7 @@ fn session_whose_log_is_damaged_or_gone_is_not_kept_as_one() {
 /// Part of what a session wrote is of use to nobody: once restoring may have begun it is not kept as a session.
 #[test]
 fn session_of_which_some_was_restored_is_not_kept() {
+    let _alone = alone();
     let bench = bench();
     let disk = bench.open();
     let seen = session(&bench, &disk, None, SECOND);
@@ -282,6 +294,7 @@ fn session_of_which_some_was_restored_is_not_kept() {
 /// Of a disk whose changes are kept all of them are content, those of all sessions.
 #[test]
 fn kept_changes_of_several_sessions_are_kept_together() {
+    let _alone = alone();
     let bench = bench();
     let options = DiskOptions { changes: Changes::Keep, ..bench.options.clone() };
     let disk = SessionDisk::open(&options).unwrap();
@@ -303,6 +316,7 @@ fn kept_changes_of_several_sessions_are_kept_together() {
 /// Nothing is overwritten, and an image that was not finished is not there.
 #[test]
 fn keep_that_is_stopped_or_finds_a_file_leaves_all_as_it_was() {
+    let _alone = alone();
     let bench = bench();
     let disk = bench.open();
     session(&bench, &disk, None, SECOND);
@@ -330,6 +344,7 @@ fn keep_that_is_stopped_or_finds_a_file_leaves_all_as_it_was() {
 /// A hold that ends meanwhile: what is restored must not be taken for what the session wrote.
 #[test]
 fn keep_during_which_the_disk_is_released_keeps_nothing() {
+    let _alone = alone();
     let bench = bench();
     let disk = bench.open();
     session(&bench, &disk, None, SECOND);
@@ -441,8 +456,9 @@ impl Life {
 /// Invariant 2 for who looks afterwards: whatever became of a disk, what is kept as the last session is just what that saw.
 #[test]
 fn kept_session_of_any_life_is_what_the_last_session_saw() {
+    let _alone = alone();
     let mut kept = 0;
-    for seed in 0..30 {
+    for seed in 0..10 {
         let (mut random, bench) = (Random(seed), bench());
         let mut life = Life { bench, disk: None, seen: None, kept: 0 };
         for step in 0..14 {
@@ -451,5 +467,5 @@ fn kept_session_of_any_life_is_what_the_last_session_saw() {
         }
         kept += life.kept;
     }
-    assert!(kept > 60, "only {kept} sessions could be kept");
+    assert!(kept > 20, "only {kept} sessions could be kept");
 }
