@@ -25,8 +25,9 @@ Examples:
   qemu-img info --backing-chain alice-monday.qcow2
   guestfish --ro -a alice-monday.qcow2 -i
 
-The image holds what differs from the base and names the base as its backing file, by its path: it is of use as long as the
-base stays there, unchanged. Open it read-only, or work on another overlay of it: `qemu-img create -f qcow2 -F qcow2 -b
+The image holds what differs from the base, in pieces of 64 KiB (so that small writes all over the disk take more room in it
+than they wrote), and names the base as its backing file, by its path: it is of use as long as the base stays there,
+unchanged. Open it read-only, or work on another overlay of it: `qemu-img create -f qcow2 -F qcow2 -b
 alice-monday.qcow2 work.qcow2`.
 
 What can be kept is what the last session wrote, until the first block of it may be restored: while the disk is held
