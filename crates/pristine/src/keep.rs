@@ -18,22 +18,22 @@ use crate::signals::StopOnSignal;
 
 pub(crate) const EXAMPLES: &str = "\
 Examples:
-  pristine session hold --disk vm1.raw                       # before the session ends, or soon after
-  pristine session end --disk vm1.raw                        # or the guest shuts down
-  pristine keep --disk vm1.raw --to alice-monday.qcow2
-  pristine session release --disk vm1.raw                    # now the disk is restored
-  qemu-img info --backing-chain alice-monday.qcow2
-  guestfish --ro -a alice-monday.qcow2 -i
+  pristine session hold --disk vm1.raw     # before the session ends, or soon after
+  pristine session end --disk vm1.raw      # or the guest shuts down
+  pristine keep --disk vm1.raw --to monday.qcow2
+  pristine session release --disk vm1.raw  # now the disk is restored
+  qemu-img info --backing-chain monday.qcow2
+  guestfish --ro -a monday.qcow2 -i
+  qemu-img create -f qcow2 -F qcow2 -b monday.qcow2 work.qcow2
 
-The image holds what differs from the base, in pieces of 64 KiB (so that small writes all over the disk take more room in it
-than they wrote), and names the base as its backing file, by its path: it is of use as long as the base stays there,
-unchanged. Open it read-only, or work on another overlay of it: `qemu-img create -f qcow2 -F qcow2 -b
-alice-monday.qcow2 work.qcow2`.
+The image holds what differs from the base, in pieces of 64 KiB (so that small writes all over the disk take more room in it \
+than they wrote), and names the base as its backing file, by its path: it is of use as long as the base stays there, \
+unchanged. Open it read-only, or work on another overlay of it.
 
-What can be kept is what the last session wrote, until the first block of it may be restored: while the disk is held
-(`pristine status`), also beside the server that holds it; or, when no server runs, as long as nothing was restored. What
-earlier sessions left on the disk is not in the image: the last one never saw it. Of a disk of `serve --reset-on never` it is
-what all sessions have changed.";
+What can be kept is what the last session wrote, until the first block of it may be restored: while the disk is held \
+(`pristine status`), also beside the server that holds it; or, when no server runs, as long as nothing was restored. What \
+earlier sessions left on the disk is not in the image: the last one never saw it. Of a disk of `serve --reset-on never` it \
+is what all sessions have changed.";
 
 #[derive(Debug, Args)]
 pub(crate) struct KeepArgs {

@@ -44,7 +44,7 @@ A picture of several logs is of all of their blocks together.")]
   pristine log top --disk vm1.raw --count 50
   pristine log top vm*.raw.pristine/sessions/*.wlog --json
 
-Each log is a session; those of many disks of one base can be counted together. Which file lies at an offset is told, for ext4,
+Each log is a session; those of many disks of one base can be counted together. Which file lies at an offset is told, for ext4, \
 by `debugfs -R 'icheck BLOCK'` and `ncheck`.")]
     Top(LogTopArgs),
 }
