@@ -255,6 +255,26 @@ fn held_session_on_a_disk_that_is_not_filled_is_promoted_with_its_own_writes_onl
     lab.assert_pristine_bytes();
 }
 
+/// Invariant 7: a session that may go on is not promoted; when its VM is gone it has ended, however its server did.
+#[test]
+fn kept_session_of_a_killed_server_is_promoted_when_its_vm_is_gone() {
+    let lab = Lab::new();
+    images::dense(&lab.base(), SIZE, 66);
+    base("seal", &lab.base()).ok();
+    lab.provision(NONE);
+    let server = lab.pristine("maintain", &["--socket-path".as_ref(), lab.socket().as_os_str()]);
+    let server = Server::start(&server);
+    let mut client = Remote::connected(&lab.socket(), 1);
+    client.ask("write 1048576 8192 5");
+    server.kill();
+    let new = lab.path("golden-2.img");
+    promote(&lab, &new, NONE).refused(1, &["session is open", "pristine session end"]);
+    client.kill();
+    promote(&lab, &new, NONE).ok();
+    assert_whole(&lab, &new);
+    assert_eq!(extents(&part(&new, ".delta")), [(256, 2)]);
+}
+
 /// Nothing that exists is replaced, and nothing is promoted of which it is not clear what it is; then nothing is left behind.
 #[test]
 fn promote_that_is_refused_changes_nothing() {
@@ -411,15 +431,18 @@ fn at_every_step(name: &str) {
     }
     assert!(steps.len() > 15 && whole >= 1, "{steps:?}, {whole} of them after the last name was given");
 
-    for step in steps.iter().copied() {
-        let finished = promote_with(&lab, &new, "error=ENOSPC", step);
-        let left = others(&lab);
-        match finished.code {
-            // What is printed at the end, and what promote can do without.
-            Some(0) => assert!(take(&lab, &new, &root), "{step:?} failed"),
-            Some(1) if new.exists() => assert!(take(&lab, &new, &root), "{step:?} failed"),
-            Some(1) => assert_eq!(left, [""; 0], "{step:?} failed: {finished:#?}"),
-            _ => panic!("{step:?} failed: {finished:#?}"),
+    // A full file system, and the operator's wish to stop.
+    for what in ["error=ENOSPC", "signal=TERM"] {
+        for step in steps.iter().copied() {
+            let finished = promote_with(&lab, &new, what, step);
+            let left = others(&lab);
+            match finished.code {
+                // What is printed at the end, and what promote can do without; or it was done.
+                Some(0) => assert!(take(&lab, &new, &root), "{what} at {step:?}"),
+                Some(1) if new.exists() => assert!(take(&lab, &new, &root), "{what} at {step:?}"),
+                Some(1) => assert_eq!(left, [""; 0], "{what} at {step:?}: {finished:#?}"),
+                _ => panic!("{what} at {step:?}: {finished:#?}"),
+            }
         }
     }
     assert_eq!((images::sha256(&lab.disk()), images::sha256(&lab.base()), lab.status()), before);

@@ -127,8 +127,7 @@ impl Command {
             },
             Self::Log(_) | Self::Base(_) => return None,
         };
-        let state = dirs.state_dir.as_ref().map(|dir| format!(" --state-dir {}", dir.display()));
-        Some(format!("--disk {}{}", disk.display(), state.unwrap_or_default()))
+        Some(disk_arguments(disk, dirs))
     }
 }
 
@@ -157,6 +156,12 @@ pub(crate) struct DirArgs {
     /// How long a read of an NBD base waits for its server, before it is an I/O error
     #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u16).range(1..=3600))]
     pub(crate) base_timeout: u16,
+}
+
+/// How a disk is named, to be said again in a message.
+pub(crate) fn disk_arguments(disk: &std::path::Path, dirs: &DirArgs) -> String {
+    let state = dirs.state_dir.as_ref().map(|dir| format!(" --state-dir {}", dir.display()));
+    format!("--disk {}{}", disk.display(), state.unwrap_or_default())
 }
 
 impl DiskArgs {

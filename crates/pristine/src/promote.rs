@@ -11,7 +11,7 @@ use clap::Args;
 use indicatif::BinaryBytes;
 use session_disk::{Error, PromoteOptions, PromoteStep, Promoted};
 
-use crate::args::{DiskArgs, ResetOn, ServeArgs};
+use crate::args::{DiskArgs, ResetOn, ServeArgs, disk_arguments};
 use crate::commands::{amount, seconds};
 use crate::failure::Failure;
 use crate::progress::Progress;
@@ -22,21 +22,25 @@ pub(crate) const MAINTAIN_EXAMPLES: &str = "Example, from one generation of a ba
   pristine provision --base golden-1.raw --disk build.raw
   pristine maintain --disk build.raw --socket-path /run/build.sock --once     (boot a VM, patch it, shut it down)
   pristine promote --disk build.raw --to golden-2.raw
+  pristine rebase --disk build.raw --base golden-2.raw --discard-kept     (its changes are the new base's)
   pristine rebase --disk vm1.raw --base golden-2.raw
 
-It is `pristine serve --reset-on never` by another name: what a VM writes stays for the next one, a flush of its makes it durable,
-and nothing is restored until `pristine restore --discard-kept`. With --once the server ends with the first session.";
+It is `pristine serve --reset-on never` by another name: what a VM writes stays for the next one, a flush of its makes it \
+durable, and nothing is restored until `pristine restore --discard-kept`. With --once the server ends with the first session.";
 
 pub(crate) const PROMOTE_EXAMPLES: &str = "Examples:
   pristine promote --disk build.raw --to golden-2.raw
   pristine promote --disk build.raw --to golden-2.qcow2
 
-The disk is one that `pristine maintain` has served, or that is held after a session (`pristine session hold`), and that nobody
-serves now. A raw image is a copy of the old base, which shares its room where the file system can (xfs, btrfs), with what was
-changed written over it; a qcow2 image lies on the old base and holds only that. Its seal (NEWBASE.manifest) and its delta
-(NEWBASE.delta), by which disks are rebased, are written beside it. All of it is made under other names first: NEWBASE is there
-when it is whole, read-only, or not at all; nothing that exists is replaced. The old base stays as it is, for the disks that use it. It is
-sealed on the way, if it was not: BASE.manifest. The disk stays as it is as well, with its changes, on the old base.";
+The disk is one that `pristine maintain` has served, or that is held after a session (`pristine session hold`), and that \
+nobody serves now. It stays as it is, with its changes, on the old base.
+
+A raw image is a copy of the old base, which shares its room where the file system can (xfs, btrfs), with what was changed \
+written over it; a qcow2 image lies on the old base and holds only that. Its seal (NEWBASE.manifest) and its delta \
+(NEWBASE.delta), by which disks are rebased, are written beside it. All of it is made under other names first: NEWBASE is there \
+when it is whole, read-only, or not at all; nothing that exists is replaced.
+
+The old base stays as it is, for the disks that use it. If it was not sealed, it is on the way (BASE.manifest).";
 
 #[derive(Debug, Args)]
 pub(crate) struct PromoteArgs {
@@ -146,10 +150,10 @@ fn tell(made: &Promoted, took: &str, disk: &DiskArgs) {
     say!("parent   {} {}", made.parent_root, made.parent.display());
     let (changed, taken) = (amount(made.blocks), made.blocks_taken);
     say!("delta    {changed} in {} extents, of {taken} blocks that sessions wrote", made.extents);
-    let name = disk.disk.display();
+    let (name, new) = (disk_arguments(&disk.disk, &disk.dirs), made.path.display());
+    say!("{} is as it was, with its changes on the old base:", disk.disk.display());
     say!(
-        "{name} is as it was, on the old base. To have it on the new one: `pristine rebase --disk {name} --base {}`;",
-        made.path.display()
+        "  pristine rebase {name} --base {new} --discard-kept     has it on the new one, to go on from there"
     );
-    say!("to give its changes up: `pristine restore --discard-kept --disk {name}`");
+    say!("  pristine restore {name} --discard-kept     has it on the old one, without them");
 }

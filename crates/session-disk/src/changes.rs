@@ -12,7 +12,7 @@ use crate::last_session::{self, Traces};
 use crate::live::{Before, LivePage};
 use crate::manifest::Manifest;
 use crate::open::{check_size, describe, file_number, judge, lock_state_dir, open_base};
-use crate::overlay::logs_of;
+use crate::overlay::{lock, logs_of};
 use crate::process::ProcessId;
 use crate::recover::{Basis, Verdict};
 use crate::storage::Storage;
@@ -53,18 +53,20 @@ impl ChangedDisk {
         let (paths, storage) = (options.paths(), Storage::new(options.tape.clone()));
         let read = OpenOptions { write: false, direct: false, exclusive: false };
         let file = File::open(&options.disk, read)?;
-        file.lock_exclusive().and_then(|()| file.lock_image(ImageAccess::ReadOnly)).map_err(|error| {
-            if error.is_in_use() {
-                Error::InUse { path: options.disk.clone(), by: ": it is being served or restored".into() }
-            } else {
-                error.into()
-            }
+        let in_use = |by: &str| Error::InUse { path: options.disk.clone(), by: format!(": it is {by}") };
+        let (disk, number) = (Manifest::load_from(&storage, &paths)?.disk, file_number(&options.disk)?);
+        let look = |disk| LivePage::inspect(&paths.live_page(disk), disk, number);
+        if !lock(&file, || look(disk).and_then(|live| live.server()))? {
+            return Err(in_use("being served or restored"));
+        }
+        file.lock_image(ImageAccess::ReadOnly).map_err(|error| match error.is_in_use() {
+            true => in_use("written by another program (QEMU, qemu-img)"),
+            false => error.into(),
         })?;
         let state_lock = lock_state_dir(&paths)?;
         let manifest = Manifest::load_from(&storage, &paths)?;
         let geometry = check_size(&file, &manifest)?;
-        let live =
-            LivePage::inspect(&paths.live_page(manifest.disk), manifest.disk, file_number(&options.disk)?);
+        let live = look(manifest.disk);
         refuse_open_session(options, live.as_ref())?;
         let base = open_base(&manifest, options.base_patience)?;
         let live = Before::of(live.as_ref());

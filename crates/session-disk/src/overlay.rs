@@ -239,7 +239,7 @@ impl<'a> Disk<'a> {
 }
 
 /// Locks a disk. `false`: the process that serves it lives, and has it locked.
-fn lock(disk: &File, server: impl Fn() -> Option<ProcessId>) -> Result<bool, Error> {
+pub(crate) fn lock(disk: &File, server: impl Fn() -> Option<ProcessId>) -> Result<bool, Error> {
     let started = Instant::now();
     loop {
         let Err(error) = disk.lock_exclusive() else { return Ok(true) };
