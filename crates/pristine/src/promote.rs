@@ -149,7 +149,8 @@ fn tell(made: &Promoted, took: &str, disk: &DiskArgs) {
     say!("root     {}", made.generation.root);
     say!("parent   {} {}", made.parent_root, made.parent.display());
     let (changed, taken) = (amount(made.blocks), made.blocks_taken);
-    say!("delta    {changed} in {} extents, of {taken} blocks that sessions wrote", made.extents);
+    let runs = if made.extents == 1 { "one extent".into() } else { format!("{} extents", made.extents) };
+    say!("delta    {changed} in {runs}, of {taken} blocks that sessions wrote");
     let (name, new) = (disk_arguments(&disk.disk, &disk.dirs), made.path.display());
     say!("{} is as it was, with its changes on the old base:", disk.disk.display());
     say!(
