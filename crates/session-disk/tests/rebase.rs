@@ -253,7 +253,16 @@ fn same_base_at_another_place_costs_nothing() {
     );
 
     let lab = Lab::pristine(Known::Nothing);
+    // After a session that has written nothing, whose log is still there.
+    let disk = lab.open();
+    disk.begin_session(None).unwrap();
+    disk.end_session().unwrap();
+    disk.stop().unwrap();
+    drop(disk);
+    assert_eq!(status(&lab.options).unwrap().logs, 1);
     assert_eq!(lab.to(&lab.bases[0].path).unwrap().way, Way::Same);
+    let now = status(&lab.options).unwrap();
+    assert_eq!((now.state, now.logs, now.pending_blocks), (DiskState::Pristine, 0, 0));
     // Of a copy that is not sealed nothing is known.
     std::fs::copy(&lab.bases[0].path, lab.dir.path().join("copy.raw")).unwrap();
     let rebased = lab.to(&lab.dir.path().join("copy.raw")).unwrap();
