@@ -1,6 +1,7 @@
 //! Session disks of bases that NBD servers export: served, restored and verified while the servers come and go.
 
 use std::fs;
+use std::process::Command;
 
 use pristine_tests::PATIENCE;
 use pristine_tests::distribution;
@@ -261,6 +262,64 @@ fn export_over_tls_is_read_and_no_other_server_is_believed() {
     let uri = nbd.uri().replacen("nbd", "nbds", 1);
     let finished = provision(&lab, &format!("{uri}?tls-hostname=golden.example"), NONE);
     assert!(finished.code == Some(1) && finished.stderr.contains("TLS not configured"), "{finished:#?}");
+}
+
+/// A disk moves from an image of this host to an export, and back: step 11, with its bases at two places.
+#[test]
+fn disk_moves_to_an_export_and_back() {
+    for sealed in [false, true] {
+        let (lab, mut nbd) = served(Kind::QemuNbd, 0);
+        let (new, manifest) = (lab.path("new.img"), lab.path("new.manifest"));
+        images::sparse(&new, SIZE, 61, &[DATA[0], DATA[1], (30 << 20, 1 << 20)]);
+        nbd.start_again(&new);
+        let (uri, manifest) = (nbd.uri(), manifest.to_str().unwrap());
+        let named = if sealed {
+            run(pristine(["base", "seal"]).arg(lab.base())).ok();
+            run(&mut pristine(["base", "seal", &uri, "--base-manifest", manifest])).ok();
+            vec!["--base-manifest", manifest]
+        } else {
+            Vec::new()
+        };
+        lab.provision(NONE);
+        let moved = lab.run("rebase", &[vec!["--base", &uri, "--json"], named].concat()).ok();
+        let report: Value = serde_json::from_str(&moved.stdout).unwrap();
+        assert_eq!(report["base"], uri.as_str(), "{report}");
+        assert_eq!(report["pending_blocks"], 256, "{report}");
+        let status = lab.status();
+        assert_eq!((&status["base"], status["base_root"].is_string()), (&uri.as_str().into(), sealed));
+        lab.run("restore", NONE).ok();
+        images::assert_equal(&lab.disk(), &new);
+        lab.run("verify", NONE).ok();
+
+        let base = lab.base();
+        lab.run("rebase", &["--base", base.to_str().unwrap(), "--now"]).ok();
+        lab.assert_pristine();
+    }
+}
+
+/// What a session wrote is kept as an overlay on the export, which QEMU opens by the same URI.
+#[test]
+fn session_on_an_export_is_kept_as_an_overlay_on_it() {
+    for kind in KINDS {
+        let (lab, nbd) = served(kind, 0);
+        provision(&lab, &nbd.uri(), NONE).ok();
+        let server = lab.serve(NONE);
+        let mut client = Remote::connected(&lab.socket(), 1);
+        run(&mut lab.session("hold")).ok();
+        client.ask("scatter 300 5");
+        client.leave();
+        wait_until("the disk is held", || lab.state_word() == "held");
+        let kept = lab.path("kept.qcow2");
+        lab.run("keep", &["--to", kept.to_str().unwrap()]).ok();
+        let mut compare = Command::new("qemu-img");
+        compare.args(["compare", "-U", "-f", "qcow2", "-F", "raw"]).arg(&kept).arg(lab.disk());
+        let said = run(&mut compare).ok().stdout;
+        assert!(said.contains("identical"), "{said}");
+        run(&mut lab.session("release")).ok();
+        lab.wait_pristine();
+        server.stop();
+        lab.assert_pristine();
+    }
 }
 
 /// All at once, too: what is copied at provision time, exact and with the export's holes.
