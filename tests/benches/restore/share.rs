@@ -53,7 +53,7 @@ pub(super) fn ways(dirs: &[PathBuf], sizes: &Sizes, runs: &[u64]) {
             }
             let cells = costs.each_ref().map(|costs| seconds(costs)).join(" | ");
             let there = if cached { "cached" } else { "not" };
-            println!("| {} | {} KiB | {there} | {cells} |", kind_of(dir), run * BLOCK >> 10);
+            println!("| {} | {} KiB | {there} | {cells} |", kind_of(dir), (run * BLOCK) >> 10);
         }
         images::assert_equal(&lab.disk(), &lab.base());
     }
@@ -124,7 +124,7 @@ fn shares_in(dir: &Path, sizes: &Sizes, runs: &[u64]) {
                 "| {} | {} MiB in {} KiB | {} | {} | {} | {:.2} | {} | {} |",
                 kind_of(dir),
                 sizes.dirty >> 20,
-                run * BLOCK >> 10,
+                (run * BLOCK) >> 10,
                 if synced { "on the medium" } else { "in memory" },
                 seconds(&drains[0]),
                 seconds(&drains[1]),
