@@ -81,7 +81,7 @@ impl NbdServer {
         // The kernel gives away a port that was just free last of all.
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let mut server = Self { kind, dir, port, rate, certificates, process: None };
-        server.start_again(image);
+        server.run(image);
         server
     }
 
@@ -104,9 +104,21 @@ impl NbdServer {
         }
     }
 
-    /// Starts it again, at the same place and perhaps with another image.
+    /// Stops it (SIGSTOP): connections stay, and nothing is answered.
+    pub fn freeze(&self) {
+        if let Some(process) = &self.process {
+            process.freeze();
+        }
+    }
+
+    /// Starts it again, at the same place, perhaps with another image, and as fast as it can.
     pub fn start_again(&mut self, image: &Path) {
         self.kill();
+        self.rate = 0;
+        self.run(image);
+    }
+
+    fn run(&mut self, image: &Path) {
         let command = match self.kind {
             Kind::QemuNbd => self.qemu_nbd(image),
             Kind::Nbdkit => self.nbdkit(image),

@@ -144,6 +144,27 @@ fn server_that_stays_away_fails_reads_of_pending_blocks_and_nothing_else() {
     }
 }
 
+/// Who stops a server does not wait for another one that is away or silent, however long reads may wait.
+#[test]
+fn server_that_waits_for_the_bases_server_stops_at_once() {
+    for is_frozen in [false, true] {
+        let (lab, mut nbd) = served(Kind::QemuNbd, RATE);
+        provision(&lab, &nbd.uri(), &["--lazy"]).ok();
+        let server = lab.serve(&["--base-timeout", "3600"]);
+        wait_until("the drain has begun", || images::allocated(&lab.disk()) > 0);
+        if is_frozen {
+            nbd.freeze();
+        } else {
+            nbd.kill();
+            wait_until("the server is missed", || server.0.output().contains("connection lost"));
+        }
+        server.stop();
+        nbd.start_again(&lab.base());
+        lab.run("restore", NONE).ok();
+        lab.assert_pristine();
+    }
+}
+
 /// Invariant 5: an export of another size is not the base. Nothing of it is read, and the right one goes on.
 #[test]
 fn export_of_another_size_is_refused_until_the_right_one_is_back() {

@@ -125,6 +125,33 @@ fn answers_that_are_wrong_are_errors_and_never_content() {
     assert_eq!(server.connections(), before);
 }
 
+/// Invariant 2: whichever bit of all that is not content is wrong, what is read is right or an error, and what comes
+/// afterwards is not mistaken for something else.
+#[test]
+fn any_bit_that_is_wrong_makes_an_error_or_no_difference() {
+    let expected = content();
+    let server = Server::start(Manners { block_sizes: (512, 1 << 25), ..Manners::new(expected.clone()) });
+    let (mut right, mut wrong) = (0, 0);
+    for bit in (0..2400).step_by(7) {
+        server.set(|manners| manners.flipped = Some(bit));
+        let size = Some(SIZE as u64);
+        let Ok(base) = BaseImage::connect(&server.uri(), None, size, Duration::from_millis(30)) else {
+            continue;
+        };
+        for offset in [30_000, 60_000, 90_000] {
+            let mut buf = [0xee; 8192];
+            match base.read_at(&mut buf, offset as u64) {
+                Ok(()) => {
+                    assert!(buf == expected[offset..offset + 8192], "bit {bit}");
+                    right += 1;
+                }
+                Err(_) => wrong += 1,
+            }
+        }
+    }
+    assert!(right > 0 && wrong > 0, "{right} right, {wrong} wrong");
+}
+
 /// A connection that breaks in the middle of an answer is replaced, unseen.
 #[test]
 fn read_whose_connection_breaks_is_done_again() {

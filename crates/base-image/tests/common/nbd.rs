@@ -57,6 +57,8 @@ pub(crate) struct Manners {
     pub(crate) answer: Answer,
     /// Connections are taken and closed at once.
     pub(crate) is_away: bool,
+    /// A bit that is wrong: its number among those of a connection that are not content.
+    pub(crate) flipped: Option<usize>,
 }
 
 impl Manners {
@@ -71,6 +73,7 @@ impl Manners {
             once: None,
             answer: Answer::Right,
             is_away: false,
+            flipped: None,
         }
     }
 }
@@ -108,6 +111,7 @@ impl Server {
                     stream: stream.unwrap(),
                     manners: Arc::clone(&of_thread),
                     seen: Arc::clone(&seen_by),
+                    said: 0,
                 };
                 if !of_thread.lock().unwrap().is_away {
                     thread::spawn(move || {
@@ -151,6 +155,8 @@ struct Session {
     stream: UnixStream,
     manners: Arc<Mutex<Manners>>,
     seen: Arc<Mutex<Seen>>,
+    /// Bytes that are not content.
+    said: usize,
 }
 
 impl Session {
@@ -165,7 +171,16 @@ impl Session {
     }
 
     fn say(&mut self, parts: &[&[u8]]) -> io::Result<()> {
-        self.stream.write_all(&parts.concat())
+        let mut bytes = parts.concat();
+        let flipped = self.manners.lock().unwrap().flipped;
+        let place = flipped.and_then(|bit| Some((bit.checked_sub(self.said * 8)?, bit % 8)));
+        if let Some((at, bit)) = place
+            && let Some(byte) = bytes.get_mut(at / 8)
+        {
+            *byte ^= 1 << bit;
+        }
+        self.said += bytes.len();
+        self.stream.write_all(&bytes)
     }
 
     fn reply(&mut self, option: u32, kind: u32, data: &[u8]) -> io::Result<()> {
@@ -252,7 +267,10 @@ impl Session {
             let hole = [offset.to_be_bytes().as_slice(), &(bytes.len() as u32).to_be_bytes()].concat();
             return self.chunk(is_last, 2, cookie, &hole);
         }
-        self.chunk(is_last, 1, cookie, &[offset.to_be_bytes().as_slice(), bytes].concat())
+        let len = (bytes.len() as u32 + 8).to_be_bytes();
+        let head = [0x66, 0x8e, 0x33, 0xef, 0, is_last.into(), 0, 1];
+        self.say(&[&head, &cookie, &len, &offset.to_be_bytes()])?;
+        self.stream.write_all(bytes)
     }
 
     fn simple(&mut self, error: u32, cookie: [u8; 8], bytes: &[u8]) -> io::Result<()> {
