@@ -81,11 +81,12 @@ impl Nbd {
         let connection = Connection::open(&uri, now + CONNECT_MAX.min(patience), &hurry);
         let size = match (connection, size) {
             (Ok(connection), size) => {
-                let size = size.unwrap_or(connection.terms().size);
-                check_size(&connection, size)?;
-                if !connection.terms().read_only {
+                // Said once, when a base is chosen.
+                if size.is_none() && !connection.terms().read_only {
                     log::warn!("{uri}: the export is not read-only, so others may be able to write to it");
                 }
+                let size = size.unwrap_or(connection.terms().size);
+                check_size(&connection, size)?;
                 if connection.terms().allocation.is_none() {
                     log::info!("{uri}: the server tells no holes, all of it is copied");
                 }
