@@ -32,3 +32,4 @@ pub use lock::ImageAccess;
 pub use mapping::{SharedMemory, SharedPage};
 pub use ranges::DataRanges;
 pub use resident::ResidentMap;
+pub use share::sharing_is_safe;

@@ -16,8 +16,9 @@ const RATE_MIN: u64 = 64 << 10;
 /// How the base's data comes to the disk.
 #[derive(Debug, Args)]
 pub(crate) struct ReflinkArgs {
-    /// Whether the disk shares blocks with the base where both lie on one file system that can (xfs, btrfs). Fast, and
-    /// takes no room; but the first write to a shared block finds it a new one, which takes room then, and time
+    /// Whether the disk shares blocks with the base where both lie on one file system that can (xfs, btrfs; Linux 6.6 or
+    /// newer). Fast, and takes no room; but the first write to a shared block finds it a new one, which takes room then,
+    /// and time
     #[arg(long, value_enum, default_value_t = Reflink::Auto)]
     reflink: Reflink,
 }
@@ -25,7 +26,7 @@ pub(crate) struct ReflinkArgs {
 /// Whether blocks are shared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Reflink {
-    /// Runs of 64 KiB and more, where that works; all else is copied
+    /// Runs of 256 KiB and more, where that works; all else is copied
     Auto,
     /// All blocks are copied
     Never,

@@ -327,7 +327,7 @@ fn can_share(base: &BaseImage, disk: &File, pending: &BlockSet) -> bool {
     let (Some((file, end)), Some(unit)) = (base.shareable(), disk.allocation_unit()) else { return false };
     let Some(first) = pending.next_run(0, 1) else { return false };
     let offset = first.first() * BLOCK_SIZE / unit * unit;
-    offset + unit <= end && disk.share_from(file, offset, unit).is_ok()
+    blockio::sharing_is_safe() && offset + unit <= end && disk.share_from(file, offset, unit).is_ok()
 }
 
 /// Refuses early what would only fail after minutes of copying.

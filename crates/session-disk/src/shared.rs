@@ -259,6 +259,10 @@ impl Shared {
 /// How the data of `base` may come to `disk`, before anything was tried.
 fn ways_of(disk: &File, base: &BaseImage) -> Ways {
     match (disk.allocation_unit(), base.shareable()) {
+        (Some(_), Some(_)) if !blockio::sharing_is_safe() => {
+            log::info!("{}: shares no blocks with its base: Linux before 6.6", disk.path().display());
+            Ways::copy_only()
+        }
         (Some(unit), Some((_, end))) => Ways::share(unit, end),
         _ => Ways::copy_only(),
     }
