@@ -7,11 +7,12 @@
 
 //!
 //! # Kernels
-//! On xfs of Linux 6.1 a guest's writes have come to lie in the blocks of the file that was shared from: the power-cut test
-//! (`tests/power_cut`, seed 3) found blocks of the base overwritten with what a session had written to a disk that
-//! shared them. From 5.18 on xfs has pages of many blocks in its cache, and up to 6.5 it wrote back all of their blocks
-//! when one was dirty, those that are shared too, which may change meanwhile. Since 6.6 it knows which are dirty. So that is
-//! what is asked for; on 6.18 the same writes, a hundred times over, left the other file as it was.
+//! On xfs of Linux 6.1 what is written to a file can come to lie in the blocks of the one that it shares them with. The
+//! power-cut test (`tests/power_cut`, xfs, seed 3) found it: blocks of a base had what a session wrote. It takes no more than
+//! two threads that write 4 KiB here and there to a clone that was read before, and a third that has it written back: in 6.1.0-48
+//! (Debian 12) blocks of the original had changed after 9 rounds of 3000 writes; in 6.18 none in hundreds. The likely
+//! reason: xfs has pages of many blocks in its cache since 5.18, and up to 6.5 wrote back all of a page's blocks when one was
+//! dirty, also those that are shared and change meanwhile; 6.6 keeps a note of each. So that is what is asked for.
 
 use std::os::fd::{AsFd, AsRawFd};
 
