@@ -319,6 +319,10 @@ impl SessionDisk {
         self.shared.live.set_session_open(false);
         self.forget_intents(&lifecycle)?;
         self.shared.live.set_server(None);
+        if left.is_some() {
+            // What the session wrote was not synced: the page says that the host has not gone down since.
+            return Ok(None);
+        }
         // All that it said is in sealed logs now. Somebody may have removed it already.
         let live_page = self.paths.live_page(lifecycle.manifest.disk);
         match fs::remove_file(&live_page) {

@@ -58,7 +58,8 @@ pub struct Manifest {
     #[serde(default)]
     pub kept: bool,
     /// How a server that stopped in order left the last session, if nothing of it was restored.
-    /// `None` while a server runs, so that a kill leaves it `None`.
+    /// `None` while a server runs, so that a kill leaves it `None`. It says nothing once the host has gone down: without a
+    /// live page of this boot.
     #[serde(default)]
     pub left: Option<Left>,
 }

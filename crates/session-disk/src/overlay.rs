@@ -182,7 +182,8 @@ impl<'a> Disk<'a> {
         if let Basis::Everything(why) = &verdict.basis {
             return Err(unsure(self.options, why));
         }
-        let untouched = self.manifest.held.is_some() || self.manifest.left.is_some() || live.session_open;
+        let left = self.manifest.left.is_some() && live.same_boot;
+        let untouched = self.manifest.held.is_some() || left || live.session_open;
         if !untouched {
             return Err(nothing(
                 self.options,

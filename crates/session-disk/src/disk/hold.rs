@@ -7,7 +7,8 @@
 //! Without an open session a disk can be held as long as nothing of the last one was restored, for a
 //! part of a session is of use to nobody. Whether the drain has begun is known to `Claims` while a
 //! server runs; to the manifest (`left`) after it stopped; and after a kill the live page says whether
-//! the session was open. After a power cut nobody knows, so it has begun.
+//! the session was open. After a power cut nobody knows, so it has begun: what a server says that stopped in
+//! order counts as long as its live page is there, for it has synced nothing of what the session wrote.
 //!
 //! A session whose VM lives and whose log can't be trusted any more is held too: it can't go on, for
 //! nobody knows what it owns, and what it has written may be dear to somebody. That hold ends with the

@@ -79,6 +79,7 @@ impl SessionDisk {
         };
         manifest.file = disk_witness(&disk)?.as_ref().and_then(DiskFile::of);
         let left = manifest.left.take();
+        let is_untouched = left.is_some() && before.same_boot || was_open;
         let hold_before = manifest.held.clone();
         manifest.held = manifest.held.filter(|reason| !reason.is_over());
         if let (true, true, Basis::Everything(why)) = (options.resume, was_open, &verdict.basis) {
@@ -107,7 +108,7 @@ impl SessionDisk {
         }));
         // An open session that goes on is held from its end on.
         let rests = held && verdict.session.is_none();
-        shared.claims.set_drain(rests, !(held || left.is_some() || was_open));
+        shared.claims.set_drain(rests, !(held || is_untouched));
         let session = verdict.session.map(|session| take_up(&shared, &paths, session)).transpose()?;
         let resumed = session.is_some();
         let lifecycle = Lifecycle { manifest, session, kept, queues: Vec::new() };

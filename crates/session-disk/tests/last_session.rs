@@ -1,0 +1,127 @@
+//! What is taken for the last session's content is that, or nothing: whatever a power cut, or storage that fails, has made of
+//! what it wrote. A block that it owned may else hold what an earlier session wrote, and be kept or promoted with it.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+
+mod common;
+
+use std::collections::HashMap;
+use std::fs;
+use std::io;
+use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
+
+use base_image::{BaseFormat, BaseImage, Trust};
+use blockio::EngineKind;
+use blockio::tape::{Io, Tape};
+use common::{Bench, write};
+use session_disk::{Error, HoldReason, Portion, SessionDisk, keep};
+
+const MIB: usize = 1 << 20;
+
+/// A host's storage: what of its files has reached the medium for sure.
+#[derive(Debug, Default)]
+struct Host {
+    medium: Mutex<HashMap<PathBuf, Vec<u8>>>,
+}
+
+impl Tape for Host {
+    fn begin(&self, io: Io<'_>) -> io::Result<u64> {
+        let Io::Sync { path } = io else { return Ok(0) };
+        let is_disk = path.extension().is_some_and(|extension| extension == "raw");
+        if is_disk || path.extension().is_some_and(|extension| extension == "wlog") {
+            self.medium.lock().unwrap().insert(path.to_owned(), fs::read(path).unwrap());
+        }
+        Ok(0)
+    }
+
+    fn end(&self, _number: u64, _done: bool) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+struct Lab {
+    bench: Bench,
+    host: Arc<Host>,
+    /// What the second session saw.
+    seen: Vec<u8>,
+}
+
+impl Lab {
+    /// A disk with what a first session has left, which has reached the medium, and a second session that has written over it.
+    fn in_second_session() -> (Self, Arc<SessionDisk>) {
+        let mut bench = Bench::new(4 * MIB, None, false, EngineKind::Sync);
+        let host = Arc::new(Host::default());
+        bench.options.tape = Some(host.clone());
+        let disk = bench.open();
+        let mut seen = bench.base.clone();
+        for byte in [0xa1, 0xb1] {
+            disk.begin_session(None).unwrap();
+            let mut queue = disk.queue(16).unwrap();
+            for block in (0..300).step_by(3) {
+                write(&disk, &mut queue, block * 8, &[byte; 4096]);
+                seen[block as usize * 4096..][..4096].fill(byte);
+            }
+            if byte == 0xa1 {
+                drop(queue);
+                disk.end_session().unwrap();
+                let path = bench.options.disk.clone();
+                host.medium.lock().unwrap().insert(path, bench.disk_content());
+            }
+        }
+        (Self { bench, host, seen }, disk)
+    }
+
+    /// What was not synced is lost: of the disk, and of logs too, unless they were written back by chance.
+    fn cut_power(&self, logs_were_written_back: bool) {
+        for (path, bytes) in &*self.host.medium.lock().unwrap() {
+            if path.exists() && (*path == self.bench.options.disk || !logs_were_written_back) {
+                fs::write(path, bytes).unwrap();
+            }
+        }
+        let _ = fs::remove_dir_all(self.bench.dir.path().join("run"));
+    }
+
+    /// Whether the last session can be kept: then it is what that saw.
+    #[track_caller]
+    fn is_kept(&self) -> bool {
+        let to = self.bench.dir.path().join("kept.qcow2");
+        match keep(&self.bench.options, Portion::LastSession, &to, &AtomicBool::new(false), &mut |_, _| ()) {
+            Ok(_) => {}
+            Err(Error::Refused(_)) => return false,
+            Err(error) => panic!("{error}"),
+        }
+        let dir = [self.bench.dir.path().to_owned()];
+        let image = BaseImage::open(&to, Some(BaseFormat::Qcow2), Trust::Directories(&dir)).unwrap();
+        let mut content = vec![0; image.size() as usize];
+        image.read_at(&mut content, 0).unwrap();
+        fs::remove_file(to).unwrap();
+        for (block, (kept, seen)) in content.chunks(4096).zip(self.seen.chunks(4096)).enumerate() {
+            assert!(kept == seen, "block {block} has {:#x} and not what the session saw", kept[0]);
+        }
+        true
+    }
+}
+
+fn hold(disk: &SessionDisk) -> Result<session_disk::Held, Error> {
+    disk.hold(HoldReason::ByOperator)
+}
+
+/// Invariant 2: a server that stops in order syncs no data, so what it says of its last session holds until the host goes down.
+#[test]
+fn session_left_by_a_stop_before_a_power_cut_is_not_kept_or_held() {
+    for ended in [true, false] {
+        let (lab, disk) = Lab::in_second_session();
+        if ended {
+            disk.end_session().unwrap();
+        }
+        disk.stop().unwrap();
+        drop(disk);
+        assert!(lab.is_kept(), "the host still runs");
+        lab.cut_power(true);
+        assert!(!lab.is_kept());
+        let disk = lab.bench.open();
+        assert!(hold(&disk).is_err());
+        lab.bench.assert_restores_exactly(&disk);
+    }
+}
