@@ -59,7 +59,7 @@ pub(crate) struct LiveMark {
 /// What a server before left in the page.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Before {
-    /// Whether the page is of this boot and this disk.
+    /// Whether the page is of this boot and this disk, and write-back has not failed.
     pub(crate) same_boot: bool,
     /// The mark that counts; only if it is.
     pub(crate) mark: Option<LiveMark>,
@@ -68,12 +68,14 @@ pub(crate) struct Before {
 }
 
 impl Before {
-    /// What the page at hand says, if it is of this boot and this disk.
+    /// What the page at hand says, if it is of this boot and this disk. Where write-back has failed, what was written may
+    /// be lost as in a power cut, so that is what it counts as.
     pub(crate) fn of(live: Option<&LivePage>) -> Self {
+        let live = live.filter(|live| !live.is_poisoned());
         Self {
             same_boot: live.is_some(),
             mark: live.and_then(LivePage::mark),
-            session_open: live.is_some_and(|live| live.session_is_open() && !live.is_poisoned()),
+            session_open: live.is_some_and(LivePage::session_is_open),
         }
     }
 

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::path::PathBuf;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use base_image::{BaseFormat, BaseImage, Trust};
@@ -23,12 +23,16 @@ const MIB: usize = 1 << 20;
 #[derive(Debug, Default)]
 struct Host {
     medium: Mutex<HashMap<PathBuf, Vec<u8>>>,
+    disk_fails: AtomicBool,
 }
 
 impl Tape for Host {
     fn begin(&self, io: Io<'_>) -> io::Result<u64> {
         let Io::Sync { path } = io else { return Ok(0) };
         let is_disk = path.extension().is_some_and(|extension| extension == "raw");
+        if is_disk && self.disk_fails.load(Ordering::SeqCst) {
+            return Err(io::Error::other("the medium is gone"));
+        }
         if is_disk || path.extension().is_some_and(|extension| extension == "wlog") {
             self.medium.lock().unwrap().insert(path.to_owned(), fs::read(path).unwrap());
         }
@@ -122,6 +126,42 @@ fn session_left_by_a_stop_before_a_power_cut_is_not_kept_or_held() {
         assert!(!lab.is_kept());
         let disk = lab.bench.open();
         assert!(hold(&disk).is_err());
+        lab.bench.assert_restores_exactly(&disk);
+    }
+}
+
+/// Invariant 2: write-back failed before the session's end, and the next server has forgotten it.
+#[test]
+fn held_session_whose_storage_failed_is_never_kept() {
+    for ended in [true, false] {
+        let (lab, disk) = Lab::in_second_session();
+        hold(&disk).unwrap();
+        lab.host.disk_fails.store(true, Ordering::SeqCst);
+        if ended {
+            // Syncs, which fails.
+            disk.end_session().unwrap();
+        } else {
+            let mut queue = disk.queue(16).unwrap();
+            let flushed = common::run(&mut queue, session_disk::Request::Flush);
+            drop(queue);
+            if flushed.is_ok() {
+                disk.end_session().unwrap();
+            }
+        }
+        drop(disk);
+        lab.host.disk_fails.store(false, Ordering::SeqCst);
+        // The pages that could not be written are dropped.
+        let medium = lab.host.medium.lock().unwrap()[&lab.bench.options.disk].clone();
+        fs::write(&lab.bench.options.disk, medium).unwrap();
+        assert!(!lab.is_kept());
+        let disk = lab.bench.open();
+        assert!(!lab.is_kept());
+        disk.stop().unwrap();
+        drop(disk);
+        assert!(!lab.is_kept());
+        let disk = lab.bench.open();
+        assert!(!lab.is_kept());
+        disk.release().unwrap();
         lab.bench.assert_restores_exactly(&disk);
     }
 }
