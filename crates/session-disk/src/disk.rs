@@ -335,13 +335,14 @@ impl SessionDisk {
 
     /// Makes the logs durable that speak for the disk and are no longer written.
     fn sync_logs(&self, manifest: &Manifest) -> Result<(), Error> {
-        for entry in &manifest.logs {
-            let path = self.paths.sessions().join(entry.id().file_name());
-            // One that is missing or damaged speaks for everything as it is.
-            let Ok(mut log) = self.shared.storage.open_log(&path) else { continue };
-            log.sync_data().map_err(|error| Error::state("sync", &path, error))?;
-        }
-        Ok(())
+        manifest.logs.iter().try_for_each(|entry| self.sync_log(entry.id()))
+    }
+
+    fn sync_log(&self, id: LogId) -> Result<(), Error> {
+        let path = self.paths.sessions().join(id.file_name());
+        // One that is missing or damaged speaks for everything as it is.
+        let Ok(mut log) = self.shared.storage.open_log(&path) else { return Ok(()) };
+        log.sync_data().map_err(|error| Error::state("sync", &path, error))
     }
 
     /// Clears the intents if the disk is pristine and synced, which is what no log means. While a

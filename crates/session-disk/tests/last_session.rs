@@ -165,3 +165,30 @@ fn held_session_whose_storage_failed_is_never_kept() {
         lab.bench.assert_restores_exactly(&disk);
     }
 }
+
+/// Invariant 2, and what a hold promises: a session whose server and VM were killed, held before or after, is there after a power
+/// cut, all of it.
+#[test]
+fn killed_session_that_is_held_outlasts_the_host() {
+    for held_before in [true, false] {
+        for logs_were_written_back in [true, false] {
+            let (lab, disk) = Lab::in_second_session();
+            if held_before {
+                hold(&disk).unwrap();
+            }
+            drop(disk);
+            let disk = lab.bench.open();
+            if !held_before {
+                hold(&disk).unwrap();
+            }
+            assert!(lab.is_kept());
+            drop(disk);
+            lab.cut_power(logs_were_written_back);
+            assert!(lab.is_kept(), "held before: {held_before}, logs back: {logs_were_written_back}");
+            let disk = lab.bench.open();
+            assert!(lab.is_kept());
+            disk.release().unwrap();
+            lab.bench.assert_restores_exactly(&disk);
+        }
+    }
+}

@@ -24,6 +24,7 @@ use super::SessionDisk;
 use crate::live::{Before, LivePage};
 use crate::manifest::{EntryKind, Left, Manifest};
 use crate::open::{file_number, lock_state_dir, open_disk};
+use crate::overlay::logs_of;
 use crate::process::{ProcessId, boot_id};
 use crate::recover::Distrust;
 use crate::storage::Storage;
@@ -154,7 +155,7 @@ impl SessionDisk {
         manifest.held = Some(reason);
         // What an ended session has written is to be there, and to be known exactly, from now on, whatever becomes of the host.
         let durable = match session {
-            None => self.shared.sync_disk().and_then(|()| self.sync_logs(&manifest)),
+            None => self.make_last_session_durable(&manifest),
             Some(_) => Ok(()),
         };
         if let Err(error) = durable.and_then(|()| self.store_manifest(&mut manifest)) {
@@ -163,6 +164,17 @@ impl SessionDisk {
         }
         lifecycle.manifest = manifest;
         Ok(Held { already: false, session, blocks })
+    }
+
+    /// Makes durable what the last session has written, then the logs that tell it from what earlier ones have left.
+    pub(super) fn make_last_session_durable(&self, manifest: &Manifest) -> Result<(), Error> {
+        self.shared.sync_disk()?;
+        self.sync_logs(manifest)?;
+        if manifest.logs.iter().any(|entry| entry.kind == EntryKind::Session) {
+            return Ok(());
+        }
+        // Its log has been made one with the others, and nobody has synced it, should it have been killed.
+        logs_of(&self.paths.sessions())?.into_iter().try_for_each(|id| self.sync_log(id))
     }
 
     /// Ends a hold: what is pending may be restored, and sessions may begin. Durable when this returns.

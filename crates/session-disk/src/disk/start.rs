@@ -134,6 +134,10 @@ impl SessionDisk {
             disk.shared.open.store(true, Ordering::SeqCst);
             return Ok(Arc::new(disk));
         }
+        if held && !verdict.sealed && disk.basis == Basis::ExactLogs {
+            // It was killed in the session, which is over now: what is held outlasts the host.
+            disk.make_last_session_durable(&disk.lifecycle().manifest)?;
+        }
         // Step 10: in memory alone the next kill would forget what was concluded.
         let speaks_alone = disk.lifecycle().manifest.speaks_alone(&disk.basis);
         // The logs of a held disk are kept too, where they can be.
