@@ -290,9 +290,20 @@ impl SessionDisk {
             self.shared.live.set_server(None);
             return Ok(Some(session.entry.sequence));
         }
-        if let Some(mut writer) = log.take() {
-            writer.seal(self.shared.owned.count())?;
-            writer.sync()?;
+        // What is held outlasts the host. Its data first: a sealed log says that it is there.
+        let durable = match lifecycle.manifest.held {
+            Some(_) if log.is_some() => self.shared.sync_disk(),
+            _ => Ok(()),
+        };
+        match (log.take(), durable) {
+            (Some(mut writer), Ok(())) => {
+                writer.seal(self.shared.owned.count())?;
+                writer.sync()?;
+            }
+            (Some(writer), Err(error)) => {
+                log::warn!("write log {}: {}", writer.path().display(), describe(&error));
+            }
+            (None, _) => {}
         }
         drop(log);
         if lifecycle.session.is_none() {

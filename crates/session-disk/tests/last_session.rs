@@ -15,7 +15,7 @@ use base_image::{BaseFormat, BaseImage, Trust};
 use blockio::EngineKind;
 use blockio::tape::{Io, Tape};
 use common::{Bench, write};
-use session_disk::{Error, HoldReason, Portion, SessionDisk, keep};
+use session_disk::{Error, FlushPolicy, HoldReason, Portion, Request, SessionDisk, keep};
 
 const MIB: usize = 1 << 20;
 
@@ -57,6 +57,7 @@ impl Lab {
         let mut bench = Bench::new(4 * MIB, None, false, EngineKind::Sync);
         let host = Arc::new(Host::default());
         bench.options.tape = Some(host.clone());
+        bench.options.flush = FlushPolicy::Always;
         let disk = bench.open();
         let mut seen = bench.base.clone();
         for byte in [0xa1, 0xb1] {
@@ -142,11 +143,7 @@ fn held_session_whose_storage_failed_is_never_kept() {
             disk.end_session().unwrap();
         } else {
             let mut queue = disk.queue(16).unwrap();
-            let flushed = common::run(&mut queue, session_disk::Request::Flush);
-            drop(queue);
-            if flushed.is_ok() {
-                disk.end_session().unwrap();
-            }
+            assert!(common::run(&mut queue, Request::Flush).is_err());
         }
         drop(disk);
         lab.host.disk_fails.store(false, Ordering::SeqCst);
@@ -161,6 +158,33 @@ fn held_session_whose_storage_failed_is_never_kept() {
         assert!(!lab.is_kept());
         let disk = lab.bench.open();
         assert!(!lab.is_kept());
+        disk.release().unwrap();
+        lab.bench.assert_restores_exactly(&disk);
+    }
+}
+
+/// The same where the server stops in order, with the session still open and no VM that might come back to it.
+#[test]
+fn held_session_that_a_stop_ends_outlasts_the_host_or_is_not_kept() {
+    for storage_fails in [false, true] {
+        let (lab, disk) = Lab::in_second_session();
+        hold(&disk).unwrap();
+        lab.host.disk_fails.store(storage_fails, Ordering::SeqCst);
+        let _ = disk.stop();
+        drop(disk);
+        lab.host.disk_fails.store(false, Ordering::SeqCst);
+        if storage_fails {
+            // The pages that could not be written are dropped; the host goes on.
+            let medium = lab.host.medium.lock().unwrap()[&lab.bench.options.disk].clone();
+            fs::write(&lab.bench.options.disk, medium).unwrap();
+        } else {
+            lab.cut_power(false);
+        }
+        for _opening in 0..2 {
+            assert_eq!(lab.is_kept(), !storage_fails);
+            lab.bench.open().stop().unwrap();
+        }
+        let disk = lab.bench.open();
         disk.release().unwrap();
         lab.bench.assert_restores_exactly(&disk);
     }
