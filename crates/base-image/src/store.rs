@@ -40,6 +40,11 @@ impl Store {
         }
     }
 
+    /// Whether what it says of holes and what it reads are the same by nature. A server may say one thing and read another.
+    pub(crate) fn holes_read_as_zeroes(&self) -> bool {
+        !matches!(self, Self::Nbd(_))
+    }
+
     /// How many bytes from `offset` on are zeroes that are not stored, and how many after them are stored, as
     /// far as was looked; both together `len` at most, one of them at least 1.
     pub(crate) fn content(&self, offset: u64, len: u64, look_max: u64) -> io::Result<(u64, u64)> {

@@ -341,3 +341,33 @@ fn sealed_export_that_was_replaced_is_noticed() {
     assert!(error.contains("not what was sealed"), "{error}");
     assert_reads(&base, &expected, 0, 65_536);
 }
+
+/// Invariants 2 and 4: what a server calls a hole of a sealed base is one only if zeroes were sealed there, also if it reads the
+/// right bytes all the same, and whatever was read of it before.
+#[test]
+fn hole_that_the_seal_knows_as_data_is_an_error_and_never_zeroes() {
+    let mut expected = content();
+    // A chunk of nothing but data, and one that is half a hole.
+    let (data_at, half_at) = (65_536_u64, 131_072_u64);
+    expected[data_at as usize..half_at as usize].fill(5);
+    expected[half_at as usize..half_at as usize + 32_768].fill(6);
+    expected[half_at as usize + 32_768..half_at as usize + 65_536].fill(0);
+    let server = Server::start(Manners::new(expected.clone()));
+    let dir = tempfile::tempdir().unwrap();
+    let manifest = dir.path().join("golden.manifest");
+    seal_to(&open(&server, PATIENCE), &manifest, &AtomicBool::new(false), &mut |_| ()).unwrap();
+    for was_read in [false, true] {
+        for lies_at in [data_at, half_at + 4096] {
+            server.set(|manners| manners.lies_at = Some(lies_at));
+            let base = open(&server, PATIENCE).sealed(Seal::at(&manifest).unwrap().unwrap()).unwrap();
+            if was_read {
+                assert_reads(&base, &expected, 0, SIZE);
+            }
+            let error = text(&base.content_at(lies_at, 4096).unwrap_err());
+            assert!(error.contains("none when sealed"), "at {lies_at}, read before: {was_read}: {error}");
+            // What is one is one.
+            let hole = base.content_at(half_at + 32_768, 8192).unwrap();
+            assert_eq!(hole, Content::Hole(8192));
+        }
+    }
+}

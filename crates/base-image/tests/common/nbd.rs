@@ -46,6 +46,8 @@ pub(crate) struct Manners {
     pub(crate) content: Arc<Vec<u8>>,
     pub(crate) structured: bool,
     pub(crate) tells_holes: bool,
+    /// A block that it calls a hole, whatever is in it.
+    pub(crate) lies_at: Option<u64>,
     /// Blocks that it tells of at once.
     pub(crate) told_max: usize,
     pub(crate) multi_conn: bool,
@@ -67,6 +69,7 @@ impl Manners {
             content: Arc::new(content),
             structured: true,
             tells_holes: true,
+            lies_at: None,
             told_max: usize::MAX,
             multi_conn: true,
             block_sizes: (0, 0),
@@ -230,10 +233,15 @@ impl Session {
             let (cookie, offset) = (self.bytes::<8>()?, u64::from_be_bytes(self.bytes()?));
             let len = self.u32()?;
             self.seen.lock().unwrap().requests.push((kind, offset, len));
-            let (content, answer, told_max) = {
+            let (content, answer, told_max, lies_at) = {
                 let mut manners = self.manners.lock().unwrap();
                 let answer = if kind == 0 { manners.once.take() } else { None };
-                (Arc::clone(&manners.content), answer.unwrap_or(manners.answer), manners.told_max)
+                (
+                    Arc::clone(&manners.content),
+                    answer.unwrap_or(manners.answer),
+                    manners.told_max,
+                    manners.lies_at,
+                )
             };
             match kind {
                 0 => self.answer_read(
@@ -245,8 +253,10 @@ impl Session {
                 )?,
                 7 => {
                     let mut data = vec![0, 0, 0, 7];
-                    for block in content[offset as usize..][..len as usize].chunks(4096).take(told_max) {
-                        let state = if block.iter().all(|byte| *byte == 0) { 3_u32 } else { 0 };
+                    let blocks = content[offset as usize..][..len as usize].chunks(4096);
+                    for (at, block) in (offset..).step_by(4096).zip(blocks).take(told_max) {
+                        let is_hole = lies_at == Some(at) || block.iter().all(|byte| *byte == 0);
+                        let state = if is_hole { 3_u32 } else { 0 };
                         data.extend((block.len() as u32).to_be_bytes());
                         data.extend(state.to_be_bytes());
                     }
