@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::process::Command;
+use std::time::Duration;
 
 use pristine_tests::PATIENCE;
 use pristine_tests::distribution;
@@ -13,6 +14,7 @@ use pristine_tests::process::Process;
 use pristine_tests::program::{Finished, pristine, run};
 use pristine_tests::remote::Remote;
 use pristine_tests::wait_until;
+use rustix::process::Signal;
 use serde_json::Value;
 
 const NONE: &[&str] = &[];
@@ -98,6 +100,57 @@ fn restore_goes_on_after_its_server_was_killed() {
         assert!(restore.wait(PATIENCE).success(), "{}", restore.output());
         lab.assert_pristine();
     }
+}
+
+/// Nobody who is told to stop goes on waiting for a server that is away, whatever he waits for; what was pending stays so.
+#[test]
+fn stop_does_not_wait_for_a_server_that_is_away() {
+    let (lab, mut nbd) = served(Kind::Nbdkit, RATE);
+    let for_ever = ["--base-timeout", "3600"];
+    let lost = |process: &mut Process| {
+        process.wait_line("the missing server", PATIENCE, |line| line.contains("connection lost"));
+    };
+    let stopped = |process: &mut Process| {
+        process.signal(Signal::TERM);
+        process.wait(Duration::from_secs(20))
+    };
+    // All at once; of what was begun nothing is left.
+    let uri = nbd.uri();
+    let mut command = lab.pristine("provision", &for_ever);
+    command.args(["--base", &uri]);
+    let mut copying = Process::spawn("provision", &command);
+    wait_until("some of it is copied", || lab.disk().exists() && images::allocated(&lab.disk()) > 2 << 20);
+    nbd.kill();
+    lost(&mut copying);
+    let status = stopped(&mut copying);
+    assert!(status.code() == Some(1) && copying.output().contains("stopped"), "{}", copying.output());
+    assert!(!lab.disk().exists() && !lab.state().exists());
+
+    nbd.start_again(&lab.base());
+    provision(&lab, &uri, &["--lazy"]).ok();
+    // A guest waits, and the drain does not.
+    let mut server = lab.serve(&["--base-timeout", "3600", "--drain", "idle"]);
+    let mut client = Remote::connected(&lab.socket(), 1);
+    nbd.kill();
+    client.send("read 0 4096");
+    lost(&mut server.0);
+    let status = stopped(&mut server.0);
+    assert!(status.success(), "{}", server.0.output());
+    client.kill();
+    drop(server);
+
+    nbd.start_again(&lab.base());
+    let mut restore = Process::spawn("restore", &lab.pristine("restore", &for_ever));
+    wait_until("some of it is restored", || images::allocated(&lab.disk()) > 2 << 20);
+    nbd.kill();
+    lost(&mut restore);
+    let status = stopped(&mut restore);
+    assert!(status.code() == Some(1) && restore.output().contains("stopped"), "{}", restore.output());
+    assert!(pending(&lab) > 0);
+
+    nbd.start_again(&lab.base());
+    lab.run("restore", NONE).ok();
+    lab.assert_pristine();
 }
 
 /// Invariants 2 and 6: a server that is away for longer than is waited for makes reads of pending blocks fail, and

@@ -16,7 +16,7 @@ pub(crate) struct StopOnSignal {
 }
 
 impl StopOnSignal {
-    /// Sets `stop` and calls `then` at each of the signals.
+    /// Sets `stop` and calls `then` at each of the signals. Nothing waits for a base's server after the first one.
     pub(crate) fn start(stop: Arc<AtomicBool>, then: impl Fn() + Send + 'static) -> Result<Self, Failure> {
         let mut signals = Signals::new([SIGTERM, SIGINT])
             .map_err(|error| Failure::new(format!("cannot watch for signals: {error}")))?;
@@ -27,6 +27,7 @@ impl StopOnSignal {
                 for _ in signals.forever() {
                     stop.store(true, Ordering::Release);
                     then();
+                    base_image::stop_waiting_for_servers();
                 }
             })
             .map_err(|error| Failure::new(format!("cannot start a thread: {error}")))?;

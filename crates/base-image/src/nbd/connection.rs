@@ -4,11 +4,10 @@
 //! After anything else nothing is known of what comes next, and the connection is given up.
 
 use std::io::{self, BufReader, Read, Write};
-use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use super::handshake::{Terms, greet, negotiate, start_tls};
+use super::hurry::Hurry;
 use super::stream::Stream;
 use super::uri::NbdUri;
 use super::wire::{
@@ -75,11 +74,11 @@ enum Head {
 impl Connection {
     /// Connects and agrees with the server on how to go on, until `deadline` at most. Once `hurry` is set, nothing is
     /// waited for any more.
-    pub(super) fn open(uri: &NbdUri, deadline: Instant, hurry: &Arc<AtomicBool>) -> io::Result<Self> {
+    pub(super) fn open(uri: &NbdUri, deadline: Instant, hurry: &Hurry) -> io::Result<Self> {
         Self::negotiated(uri, deadline, hurry).map_err(named)
     }
 
-    fn negotiated(uri: &NbdUri, deadline: Instant, hurry: &Arc<AtomicBool>) -> io::Result<Self> {
+    fn negotiated(uri: &NbdUri, deadline: Instant, hurry: &Hurry) -> io::Result<Self> {
         let mut stream = Stream::connect(&uri.server, deadline, hurry)?;
         greet(&mut stream)?;
         if let Some(tls) = &uri.tls {

@@ -19,6 +19,7 @@
 mod connection;
 mod handshake;
 mod holes;
+mod hurry;
 mod outage;
 mod stream;
 mod tls;
@@ -26,14 +27,15 @@ mod uri;
 mod wire;
 
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use self::connection::{Connection, Failure};
 use self::holes::Holes;
+use self::hurry::Hurry;
 use self::outage::{Line, Step};
 
+pub use self::hurry::stop_waiting_for_servers;
 pub use self::uri::NbdUri;
 
 /// How long an attempt to connect may take.
@@ -42,6 +44,8 @@ const CONNECT_MAX: Duration = Duration::from_secs(5);
 const CONNECT_MORE_MAX: Duration = Duration::from_millis(500);
 /// A connection that was idle for longer is replaced: it may have been forgotten on the way, unheard.
 const IDLE_MAX: Duration = Duration::from_secs(20);
+/// How often a wait looks whether it is to end early.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// Bytes that are read at once.
 const READ_MAX: u32 = 1 << 20;
 /// Bytes of which the server is asked at once what is a hole.
@@ -58,7 +62,7 @@ pub(crate) struct Nbd {
     changed: Condvar,
     holes: Mutex<Holes>,
     /// Set: nothing is waited for any more.
-    hurry: Arc<AtomicBool>,
+    hurry: Hurry,
 }
 
 #[derive(Debug)]
@@ -77,7 +81,7 @@ impl Nbd {
     pub(crate) fn open(uri: NbdUri, size: Option<u64>, patience: Duration) -> io::Result<Self> {
         let now = Instant::now();
         let mut pool = Pool { line: Line::new(patience), idle: Vec::new() };
-        let hurry = Arc::default();
+        let hurry = Hurry::default();
         let connection = Connection::open(&uri, now + CONNECT_MAX.min(patience), &hurry);
         let size = match (connection, size) {
             (Ok(connection), size) => {
@@ -122,7 +126,7 @@ impl Nbd {
 
     /// As long as that is set, reads that would have to wait for the server fail instead.
     pub(crate) fn set_hurry(&self, hurry: bool) {
-        self.hurry.store(hurry, Ordering::Release);
+        self.hurry.set(hurry);
         // Under the lock, so that nobody begins to wait without having seen it.
         drop(self.pool());
         self.changed.notify_all();
@@ -221,7 +225,7 @@ impl Nbd {
         let mut pool = self.pool();
         loop {
             let (idle, now) = (pool.idle.len(), Instant::now());
-            if self.hurry.load(Ordering::Acquire) {
+            if self.hurry.is_set() {
                 return Err(io::Error::new(io::ErrorKind::TimedOut, "the server is not waited for"));
             }
             match pool.line.step(idle, began, now) {
@@ -241,7 +245,7 @@ impl Nbd {
                     pool = self.pool();
                 }
                 Step::Wait(until) => {
-                    let left = until.saturating_duration_since(now);
+                    let left = until.saturating_duration_since(now).min(LOOK_EVERY);
                     pool = self.changed.wait_timeout(pool, left).unwrap_or_else(PoisonError::into_inner).0;
                 }
                 Step::GiveUp(why) => {

@@ -1,21 +1,23 @@
 //! Bytes to and from a server, none of which is waited for past a deadline.
 
 use std::io::{self, Read, Write};
-use std::net::{TcpStream, ToSocketAddrs};
+use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::sockopt::socket_error;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use rustls::{ClientConnection, StreamOwned};
 
+use super::LOOK_EVERY;
+use super::hurry::Hurry;
 use super::tls;
 use super::uri::{Server, Tls};
-
-/// How often a wait looks whether it is to end early.
-const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 /// A connection with a deadline, perhaps with TLS.
 #[derive(Debug)]
@@ -30,7 +32,7 @@ pub(super) struct Timed {
     socket: Socket,
     deadline: Instant,
     /// Set: nothing is waited for any more.
-    hurry: Arc<AtomicBool>,
+    hurry: Hurry,
 }
 
 #[derive(Debug)]
@@ -41,12 +43,12 @@ enum Socket {
 
 impl Stream {
     /// Connects to `server`, until `deadline` at most. Once `hurry` is set, nothing is waited for any more.
-    pub(super) fn connect(server: &Server, deadline: Instant, hurry: &Arc<AtomicBool>) -> io::Result<Self> {
+    pub(super) fn connect(server: &Server, deadline: Instant, hurry: &Hurry) -> io::Result<Self> {
         let socket = match server {
-            Server::Tcp(host, port) => Socket::Tcp(connect_tcp(host, *port, deadline)?),
+            Server::Tcp(host, port) => Socket::Tcp(connect_tcp(host, *port, deadline, hurry)?),
             Server::Unix(path) => Socket::Unix(connect_unix(path)?),
         };
-        Ok(Self::Plain(Timed { socket, deadline, hurry: Arc::clone(hurry) }))
+        Ok(Self::Plain(Timed { socket, deadline, hurry: hurry.clone() }))
     }
 
     /// The same connection with TLS from now on, if the server is who it should be.
@@ -98,11 +100,8 @@ impl Timed {
     /// Does `io`, which is told how long it may wait, until it did not have to.
     fn wait<T>(&mut self, mut io: impl FnMut(&mut Socket, Duration) -> io::Result<T>) -> io::Result<T> {
         loop {
-            if self.hurry.load(Ordering::Acquire) {
-                return Err(no_answer());
-            }
             // Each time anew: a server that sends a byte now and then is held to the deadline too.
-            let left = left(self.deadline)?.min(LOOK_EVERY);
+            let left = left(self.deadline, &self.hurry)?;
             match io(&mut self.socket, left) {
                 // A socket's own limit shows as an operation that would block.
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
@@ -112,27 +111,79 @@ impl Timed {
     }
 }
 
-fn left(deadline: Instant) -> io::Result<Duration> {
+/// How long may be waited before one has to look again.
+fn left(deadline: Instant, hurry: &Hurry) -> io::Result<Duration> {
     let left = deadline.saturating_duration_since(Instant::now());
-    if left.is_zero() { Err(no_answer()) } else { Ok(left) }
+    if left.is_zero() || hurry.is_set() { Err(no_answer()) } else { Ok(left.min(LOOK_EVERY)) }
 }
 
 fn no_answer() -> io::Error {
     io::Error::new(io::ErrorKind::TimedOut, "it does not answer")
 }
 
-fn connect_tcp(host: &str, port: u16, deadline: Instant) -> io::Result<TcpStream> {
+fn connect_tcp(host: &str, port: u16, deadline: Instant, hurry: &Hurry) -> io::Result<TcpStream> {
     let mut error = io::Error::new(io::ErrorKind::NotFound, "its name has no address");
-    for address in (host, port).to_socket_addrs()? {
-        match TcpStream::connect_timeout(&address, left(deadline)?) {
+    for address in addresses(host, port, deadline, hurry)? {
+        match connect_to(address, deadline, hurry) {
             Ok(socket) => {
                 socket.set_nodelay(true)?;
                 return Ok(socket);
             }
             Err(failed) => error = failed,
         }
+        // None of the others would be waited for either.
+        left(deadline, hurry)?;
     }
     Err(if error.kind() == io::ErrorKind::TimedOut { no_answer() } else { error })
+}
+
+/// The addresses of `host`. To look up a name may take long and can't be ended, so a thread does it that is left to itself
+/// if need be; its system's resolver gives up some time.
+fn addresses(host: &str, port: u16, deadline: Instant, hurry: &Hurry) -> io::Result<Vec<SocketAddr>> {
+    if let Ok(address) = host.parse::<IpAddr>() {
+        return Ok(vec![SocketAddr::new(address, port)]);
+    }
+    let (found, answer) = mpsc::channel();
+    let name = host.to_owned();
+    thread::Builder::new().name("resolver".into()).spawn(move || {
+        let addresses = (name.as_str(), port).to_socket_addrs().map(Iterator::collect);
+        // Perhaps nobody waits any more.
+        let _ = found.send(addresses);
+    })?;
+    loop {
+        match answer.recv_timeout(left(deadline, hurry)?) {
+            Ok(addresses) => return addresses,
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => {
+                return Err(io::Error::other("its name can't be looked up"));
+            }
+        }
+    }
+}
+
+fn connect_to(address: SocketAddr, deadline: Instant, hurry: &Hurry) -> io::Result<TcpStream> {
+    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(family, SocketType::STREAM, flags, None)?;
+    match connect(&socket, &address) {
+        Ok(()) => {}
+        Err(Errno::INPROGRESS | Errno::INTR) => {
+            let mut fds = [PollFd::new(&socket, PollFlags::OUT)];
+            loop {
+                let timeout = Timespec::try_from(left(deadline, hurry)?).map_err(io::Error::other)?;
+                match poll(&mut fds, Some(&timeout)) {
+                    Ok(0) | Err(Errno::INTR) => {}
+                    Ok(_) => break,
+                    Err(errno) => return Err(errno.into()),
+                }
+            }
+            socket_error(&socket)??;
+        }
+        Err(errno) => return Err(errno.into()),
+    }
+    let socket = TcpStream::from(socket);
+    socket.set_nonblocking(false)?;
+    Ok(socket)
 }
 
 /// Never waits: a server that takes no more connections has its socket's queue full.
@@ -140,7 +191,7 @@ fn connect_unix(path: &Path) -> io::Result<UnixStream> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
     match connect(&socket, &SocketAddrUnix::new(path)?) {
-        Err(rustix::io::Errno::AGAIN) => {
+        Err(Errno::AGAIN) => {
             return Err(io::Error::new(io::ErrorKind::TimedOut, "it takes no more connections"));
         }
         result => result?,
