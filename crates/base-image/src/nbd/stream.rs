@@ -222,3 +222,52 @@ impl Write for Timed {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use rustix::net::listen;
+
+    use super::*;
+
+    const HOURS: Duration = Duration::from_secs(7200);
+
+    fn tcp(address: SocketAddr) -> Server {
+        Server::Tcp(address.ip().to_string(), address.port())
+    }
+
+    /// Who wants to stop does not wait for a host that answers nothing, not even that it refuses.
+    #[test]
+    fn attempt_to_connect_ends_with_the_hurry_and_with_the_deadline() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        // The kernel drops what is beyond, in silence.
+        listen(&listener, 0).unwrap();
+        let server = tcp(listener.local_addr().unwrap());
+        let (mut taken, hurry) = (Vec::new(), Hurry::default());
+        let error = loop {
+            match Stream::connect(&server, Instant::now() + LOOK_EVERY, &hurry) {
+                Ok(stream) => taken.push(stream),
+                Err(error) => break error,
+            }
+            assert!(taken.len() < 100);
+        };
+        assert!(error.kind() == io::ErrorKind::TimedOut && error.to_string().contains("does not answer"));
+        thread::scope(|scope| {
+            let attempt = scope.spawn(|| Stream::connect(&server, Instant::now() + HOURS, &hurry));
+            hurry.set(true);
+            assert_eq!(attempt.join().unwrap().unwrap_err().kind(), io::ErrorKind::TimedOut);
+        });
+    }
+
+    #[test]
+    fn host_is_found_by_its_name_and_refuses_at_once_where_nobody_listens() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let (deadline, hurry) = (Instant::now() + HOURS, Hurry::default());
+        Stream::connect(&Server::Tcp("localhost".into(), port), deadline, &hurry).unwrap();
+        drop(listener);
+        let error = Stream::connect(&Server::Tcp("127.0.0.1".into(), port), deadline, &hurry).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
+    }
+}
