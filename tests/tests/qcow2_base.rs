@@ -142,7 +142,7 @@ fn disk_whose_backing_file_has_changed_is_refused() {
     bottom.set_modified(std::time::SystemTime::now()).unwrap();
     drop(bottom);
     for command in ["restore", "verify"] {
-        lab.run(command, NONE).refused(1, &["bottom.qcow2", "was written to", "--adopt"]);
+        lab.run(command, NONE).refused(1, &["bottom.qcow2", "was written to", "pristine rebase"]);
     }
     assert!(lab.status()["base_trouble"].as_str().unwrap().contains("bottom.qcow2"));
     // Other files beneath it, even equal ones, are not opened at all.

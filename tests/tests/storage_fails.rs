@@ -223,7 +223,7 @@ fn base_whose_storage_goes_away_and_comes_back_is_waited_for() {
 /// bytes are put back: nothing is restored from it, no session begins, the messages say what to do, and
 /// what they say makes the disk exact.
 #[test]
-fn base_that_changed_under_a_server_is_refused_until_the_disk_is_adopted() {
+fn base_that_changed_under_a_server_is_refused_until_the_disk_is_moved_to_it() {
     let lab = Lab::new();
     images::dense(&lab.base(), SIZE, 45);
     lab.provision(NONE);
@@ -246,7 +246,8 @@ fn base_that_changed_under_a_server_is_refused_until_the_disk_is_adopted() {
     fs::write(lab.base(), &kept).unwrap();
     server.stop();
     assert_eq!(lab.status()["state"], "interrupted");
-    lab.run("restore", NONE).refused(1, &["base.img", "provision --adopt --base"]);
-    lab.provision(&["--adopt"]);
+    lab.run("restore", NONE).refused(1, &["base.img", "pristine rebase --base"]);
+    let base = lab.base();
+    lab.run("rebase", &["--now".as_ref(), "--base".as_ref(), base.as_os_str()]).ok();
     lab.assert_pristine();
 }

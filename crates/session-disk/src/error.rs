@@ -151,8 +151,7 @@ impl Error {
             )),
             Self::NewerManifest { .. } => Some("use the version of pristine that wrote it".into()),
             Self::Base(BaseError::Changed { path, .. }) => Some(format!(
-                "if it is right as it is now, `pristine provision --adopt --base {} {disk}` restores all of the \
-                 disk from it",
+                "if it is right as it is now, `pristine rebase --base {} {disk}` moves the disk to it",
                 path.display()
             )),
             Self::Base(BaseError::Remote { .. }) => Some(
@@ -161,8 +160,8 @@ impl Error {
                     .into(),
             ),
             Self::OtherSeal { base, .. } => Some(format!(
-                "put the image and its manifest back, or, if it is right as it is now, `pristine provision --adopt --base {} \
-                 {disk}` restores all of the disk from it",
+                "put the image and its manifest back, or, if it is right as it is now, `pristine rebase --base {} {disk}` \
+                 moves the disk to it",
                 base.display()
             )),
             Self::InUse { .. } => Some("stop the other program first".into()),

@@ -131,6 +131,7 @@ pub fn rebase(
         old: &manifest.base,
         new: &base,
         new_location: &location,
+        new_seal: seal.as_deref(),
         new_identity: &identity,
         disk,
         geometry: *geometry,

@@ -199,6 +199,22 @@ fn chain_of_deltas_is_walked_in_both_directions() {
     }
 }
 
+/// Where a manifest lies elsewhere, as that of an NBD export does, so may the delta.
+#[test]
+fn delta_beside_a_manifest_that_lies_elsewhere_is_found() {
+    let lab = Lab::pristine(Known::Deltas);
+    let elsewhere = lab.dir.path().join("elsewhere");
+    std::fs::create_dir(&elsewhere).unwrap();
+    let manifest = elsewhere.join("next.manifest");
+    std::fs::rename(manifest_path(&lab.bases[1].path), &manifest).unwrap();
+    std::fs::rename(Delta::path_of(&lab.bases[1].path), elsewhere.join("next.delta")).unwrap();
+    let to = RebaseOptions { base_seal: Some(manifest), ..lab.wanted(1) };
+    assert_eq!(lab.rebase(&to).unwrap().way, Way::Deltas(1));
+    lab.restore();
+    assert_eq!(lab.to(&lab.bases[0].path).unwrap().way, Way::Deltas(1));
+    lab.restore();
+}
+
 /// The old base is not needed: it may be gone, with its manifest, if there is a delta; without one the disk itself is compared.
 #[test]
 fn old_base_that_is_gone_is_not_missed() {

@@ -1,6 +1,6 @@
 //! Which blocks differ between the base that a disk has and another one, found in the cheapest way that is sound.
 //!
-//! - By *deltas*: files beside the bases, each of which says in which blocks two generations differ. A chain of them,
+//! - By *deltas*: files beside the bases or their manifests, each of which says in which blocks two generations differ. A chain of them,
 //!   walked in either direction, holds all that differs between its ends.
 //! - By *manifests*: the hashes of two sealed bases say which chunks of 64 KiB differ.
 //! - By *comparison*, where one of the two is not sealed or its manifest is gone: of blocks that are not pending the disk
@@ -10,6 +10,7 @@
 //! All of them may name too many blocks and never too few. So where there are deltas and manifests, what differs
 //! is in both. A chunk that differs by its hash and is in no delta gives away a delta that is wrong.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::fs;
 use std::path::Path;
@@ -75,6 +76,8 @@ pub(super) struct Question<'a> {
     pub(super) old: &'a BaseEntry,
     pub(super) new: &'a BaseImage,
     pub(super) new_location: &'a BaseLocation,
+    /// Where its seal is, if not beside it.
+    pub(super) new_seal: Option<&'a Path>,
     pub(super) new_identity: &'a BaseIdentity,
     pub(super) disk: &'a File,
     pub(super) geometry: Geometry,
@@ -143,7 +146,12 @@ impl Question<'_> {
     }
 
     fn by_deltas(&self, old: Root, new: Root) -> Option<(BlockSet, usize)> {
-        let deltas = deltas_beside([&self.old.path, self.new_location]);
+        let bases = [&self.old.path, self.new_location].into_iter().filter_map(|base| match base {
+            BaseLocation::File(path) => Some(path.as_path()),
+            BaseLocation::Nbd(_) => None,
+        });
+        let seals = [self.old.seal.as_deref(), self.new_seal].into_iter().flatten();
+        let deltas = deltas_beside(bases.chain(seals));
         let links = deltas
             .iter()
             .map(|delta| Link { ends: [delta.parent().root, delta.child().root], blocks: delta.blocks() });
@@ -187,16 +195,9 @@ fn insert_all(blocks: &BlockSet, extents: &[Extent]) {
     }
 }
 
-/// All deltas that lie beside two bases, if they are files. Those that can't be read are told of, and are none.
-fn deltas_beside(bases: [&BaseLocation; 2]) -> Vec<Delta> {
-    let mut dirs: Vec<&Path> = bases
-        .into_iter()
-        .filter_map(|base| match base {
-            BaseLocation::File(path) => path.parent(),
-            BaseLocation::Nbd(_) => None,
-        })
-        .collect();
-    dirs.dedup();
+/// All deltas that lie beside these files. Those that can't be read are told of, and are none.
+fn deltas_beside<'a>(files: impl Iterator<Item = &'a Path>) -> Vec<Delta> {
+    let dirs: BTreeSet<&Path> = files.filter_map(Path::parent).collect();
     let mut deltas = Vec::new();
     for entry in dirs.iter().filter_map(|dir| fs::read_dir(dir).ok()).flatten().flatten() {
         let path = entry.path();
