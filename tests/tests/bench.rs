@@ -18,9 +18,10 @@ fn suite_in_little_gives_full_tables_and_a_picture() {
         assert!(!section.rows.is_empty(), "{table}");
         assert!(table.contains(&section.title), "{table}");
         for row in &section.rows {
-            // Idle servers may really have done nothing.
+            // Idle servers may really have done nothing; and one that waited all through so short a measurement, on a
+            // machine that is busy with something else, has used no processor time.
             let nothing = section.unit.contains('%');
-            assert!(nothing || section.ratio(row).is_some_and(|ratio| ratio > 0.0), "{row:?}: {table}");
+            assert!(nothing || section.ratio(row).is_some_and(|ratio| ratio >= 0.0), "{row:?}: {table}");
             assert!(row.values.iter().flatten().all(|value| value.is_finite()), "{row:?}: {table}");
         }
     }
