@@ -98,7 +98,8 @@ impl LivePage {
     /// nothing is changed before [`take_over`](Self::take_over).
     ///
     /// # Errors
-    /// If a living server has the page: one of another disk with the same ID, that is a copy.
+    /// If the page is in use for another disk with the same ID, that is a copy: a living server has it, or a session is open
+    /// whose VM lives, and what that owns would be forgotten.
     pub(crate) fn open(paths: &Paths, disk: Uuid, file: u64) -> Result<(Self, Before), Error> {
         paths.create_runtime_dir()?;
         let path = paths.live_page(disk);
@@ -117,6 +118,17 @@ impl LivePage {
             });
         }
         let same_boot = of_this_disk && live.load(WORD_FILE) == file;
+        let goes_on = live.owner().filter(|owner| live.session_is_open() && owner.is_alive());
+        if let Some(owner) = goes_on.filter(|_| of_this_disk && !same_boot) {
+            return Err(Error::InUse {
+                path,
+                by: format!(
+                    ": the session of process {} is open on another disk with the same ID; a copied disk has to be provisioned \
+                     anew with --adopt",
+                    owner.pid
+                ),
+            });
+        }
         let before = Before::of(same_boot.then_some(&live));
         Ok((live, before))
     }

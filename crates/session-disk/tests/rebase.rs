@@ -375,6 +375,32 @@ fn disk_with_an_open_session_is_refused_until_its_vm_is_gone() {
     lab.restore();
 }
 
+/// Invariant 3: a copy of a disk has its ID too. Whoever moves the copy, or takes it over, leaves the original's session alone, which
+/// goes on with its next server.
+#[test]
+fn copy_of_a_disk_whose_session_is_open_is_refused() {
+    let lab = Lab::pristine(Known::Deltas);
+    let disk = lab.open();
+    disk.begin_session(Some(ProcessId::own())).unwrap();
+    let mut queue = disk.queue(8).unwrap();
+    write(&disk, &mut queue, 8 * 60, &[0xee; 3 * 4096]);
+    drop((queue, disk));
+    let copy = DiskOptions { disk: lab.dir.path().join("copy.raw"), ..lab.options.clone() };
+    std::fs::copy(&lab.options.disk, &copy.disk).unwrap();
+    copy_dir(lab.options.paths().state_dir(), copy.paths().state_dir());
+    let refused = |error: Error| {
+        assert!(matches!(&error, Error::InUse { by, .. } if by.contains("--adopt")), "{error}");
+    };
+    refused(lab.rebase(&RebaseOptions::new(&lab.bases[1].path, copy.clone())).unwrap_err());
+    refused(SessionDisk::open(&copy).unwrap_err());
+    let disk = SessionDisk::open(&DiskOptions { resume: true, ..lab.options.clone() }).unwrap();
+    assert!(disk.session_is_open());
+    disk.end_session().unwrap();
+    disk.stop().unwrap();
+    drop(disk);
+    lab.restore();
+}
+
 #[test]
 fn held_disk_is_refused_until_it_is_released() {
     let lab = Lab::pristine(Known::Deltas);
