@@ -51,6 +51,8 @@ impl ChangedDisk {
     /// told from what was still to be restored before it.
     pub(crate) fn open(options: &DiskOptions) -> Result<Self, Error> {
         let (paths, storage) = (options.paths(), Storage::new(options.tape.clone()));
+        // That says best what is wrong with a disk that is none. It is read again under the lock.
+        Manifest::load_from(&storage, &paths)?;
         let read = OpenOptions { write: false, direct: false, exclusive: false };
         let file = File::open(&options.disk, read)?;
         let in_use = |by: &str| Error::InUse { path: options.disk.clone(), by: format!(": it is {by}") };

@@ -297,8 +297,11 @@ fn promote_that_is_refused_changes_nothing() {
     let lab = Lab::new();
     images::dense(&lab.base(), 1 << 20, 64);
     base("seal", &lab.base()).ok();
-    lab.provision(NONE);
     let new = lab.path("golden-2.img");
+    fs::write(lab.disk(), [0; 4096]).unwrap();
+    promote(&lab, &new, NONE).refused(1, &["is not a pristine disk"]);
+    fs::remove_file(lab.disk()).unwrap();
+    lab.provision(NONE);
     promote(&lab, &new, NONE).refused(1, &["no changes that are kept", "pristine maintain"]);
     maintain(&lab, &["write 4096 4096 1"]);
     promote(&lab, &lab.base(), NONE).refused(1, &["base.img", "exists"]);
