@@ -187,8 +187,8 @@ impl<'a> Disk<'a> {
         if !untouched {
             return Err(nothing(
                 self.options,
-                "restoring what its last session left has begun, or may have; hold a disk before its session ends \
-                 (`pristine session hold`); --whole-disk keeps what is left",
+                "restoring what its last session left has begun, or may have, or the host was restarted since; hold a disk \
+                 before its session ends (`pristine session hold`); --whole-disk keeps what is left",
             ));
         }
         let there = logs_of(&paths.sessions())?;

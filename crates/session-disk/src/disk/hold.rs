@@ -207,8 +207,8 @@ fn nothing_to_hold(disk: &std::path::Path, pending: u64) -> Error {
         format!("{disk}: there is nothing to hold: no session is open, and nothing is left of the last one")
     } else {
         format!(
-            "{disk}: there is nothing to hold: no session is open, and restoring what the last one left has begun; \
-             hold a disk before its session ends"
+            "{disk}: there is nothing to hold: no session is open, and restoring what the last one left has begun, \
+             or the host was restarted since; hold a disk before its session ends"
         )
     })
 }
