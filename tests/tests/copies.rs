@@ -195,6 +195,32 @@ fn session_that_writes_to_shared_blocks_leaves_those_of_the_base_alone() {
     xfs.run("verify", "disk", NONE).ok();
 }
 
+/// A guest's sectors are the same whether its disk shares blocks or not, past the page cache too: its partitions are counted in
+/// them. What is smaller than a block of the file system is read and written as ever.
+#[test]
+fn sectors_of_a_direct_disk_stay_as_they_are_when_it_shares_blocks() {
+    let Some(xfs) = Xfs::new() else { return };
+    xfs.provision("copied", &["--reflink", "never"]).ok();
+    xfs.provision("shared", NONE).ok();
+    let sector = |disk| {
+        let server = xfs.serve(disk, &["--direct"]);
+        let mut client = xfs.session(&[70 * MIB]);
+        let alignment = client.ask("property request-alignment");
+        let at = MIB + 512;
+        let base = xfs.seen("base");
+        assert_eq!(client.ask(&format!("compare {at} 512 {}", base.display())), "same");
+        client.ask(&format!("write {at} 512 9"));
+        let written = client.ask(&format!("read {at} 512"));
+        assert_eq!(client.ask(&format!("compare {} 512 {}", at + 512, base.display())), "same");
+        client.leave();
+        wait_until("the disk is pristine", || xfs.status(disk)["state"] == "pristine");
+        server.stop();
+        xfs.assert_pristine(disk);
+        (alignment, written)
+    };
+    assert_eq!(sector("shared"), sector("copied"));
+}
+
 /// A disk whose base lies elsewhere, or on a file system that can't, is copied, and says so.
 #[test]
 fn disk_that_cannot_share_blocks_is_copied() {

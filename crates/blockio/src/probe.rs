@@ -33,27 +33,48 @@ pub(crate) struct Abilities {
     pub(crate) write_nowait: bool,
 }
 
+/// The file systems' numbers (`statfs(2)`).
+const EXT4: u64 = 0xef53;
+const XFS: u64 = 0x5846_5342;
+const BTRFS: u64 = 0x9123_683e;
+const F2FS: u64 = 0xf2f5_2010;
+const TMPFS: u64 = 0x0102_1994;
+
 /// What direct I/O on `fd` must be aligned to.
+///
+/// Once a file of xfs shares blocks with another one, Linux since 6.14 names a whole block as what offsets of direct I/O should
+/// be multiples of: xfs makes smaller writes through the page cache then. They work as before, and so do smaller
+/// reads. A disk's sectors must not grow for that, so there the smallest read that works is what counts.
 pub(crate) fn alignment(fd: &OwnedFd, kind: FileKind) -> io::Result<Alignment> {
     let stat = rustix::fs::statx(fd, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN)?;
     if stat.stx_mask & StatxFlags::DIOALIGN.bits() != 0 {
-        return match (stat.stx_dio_mem_align, stat.stx_dio_offset_align) {
-            (0, _) | (_, 0) => Err(Errno::OPNOTSUPP.into()),
-            (memory, offset) => checked(Alignment { memory, offset }),
-        };
+        let (memory, mut offset) = (stat.stx_dio_mem_align, stat.stx_dio_offset_align);
+        if memory == 0 || offset == 0 {
+            return Err(Errno::OPNOTSUPP.into());
+        }
+        if kind == FileKind::Regular && rustix::fs::fstatfs(fd).is_ok_and(|stat| stat.f_type as u64 == XFS) {
+            offset = offset.min(smallest_read(fd)?);
+        }
+        return checked(Alignment { memory, offset });
     }
     if kind == FileKind::BlockDevice {
         let sector = rustix::fs::ioctl_blksszget(fd)?;
         return checked(Alignment { memory: sector, offset: sector });
     }
-    // A kernel before 6.1, or a file system that does not say: the smallest read that works.
+    // A kernel before 6.1, or a file system that does not say.
+    let align = smallest_read(fd)?;
+    checked(Alignment { memory: align, offset: align })
+}
+
+/// The smallest direct read that works, in bytes.
+fn smallest_read(fd: &OwnedFd) -> io::Result<u32> {
     let mut buf = AlignedBuf::new_zeroed(4096);
     for align in [512u32, 1024, 2048, 4096] {
         let part = buf.get_mut(..align as usize).unwrap_or_default();
         match rustix::io::retry_on_intr(|| rustix::io::pread(fd, &mut *part, u64::from(align))) {
             Err(Errno::INVAL) => {}
             Err(errno) => return Err(errno.into()),
-            Ok(_) => return checked(Alignment { memory: align, offset: align }),
+            Ok(_) => return Ok(align),
         }
     }
     Err(Errno::OPNOTSUPP.into())
@@ -111,11 +132,6 @@ fn of_neighbour(fd: &OwnedFd, path: &Path) -> io::Result<Abilities> {
 
 /// What the file system's type promises: for a directory that we may not write to.
 fn of_file_system(fd: &OwnedFd) -> Abilities {
-    const EXT4: u64 = 0xef53;
-    const XFS: u64 = 0x5846_5342;
-    const BTRFS: u64 = 0x9123_683e;
-    const F2FS: u64 = 0xf2f5_2010;
-    const TMPFS: u64 = 0x0102_1994;
     match rustix::fs::fstatfs(fd).map(|stat| stat.f_type as u64) {
         Ok(EXT4 | F2FS) => Abilities { punch: true, zero: true, write_nowait: false },
         Ok(XFS | BTRFS) => Abilities { punch: true, zero: true, write_nowait: true },

@@ -32,8 +32,8 @@ unchanged. Open it read-only, or work on another overlay of it.
 
 What can be kept is what the last session wrote, until the first block of it may be restored: while the disk is held \
 (`pristine status`), also beside the server that holds it; or, when no server runs, as long as nothing was restored and \
-the host was not restarted. What earlier sessions left on the disk is not in the image: the last one never saw it. Of a disk of `serve --reset-on never` it \
-is what all sessions have changed.";
+the host was not restarted. What earlier sessions left on the disk is not in the image: the last one never saw it. Of a \
+disk of `serve --reset-on never` it is what all sessions have changed.";
 
 #[derive(Debug, Args)]
 pub(crate) struct KeepArgs {
