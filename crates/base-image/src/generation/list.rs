@@ -1,6 +1,7 @@
 //! Which generations there are in a directory: found by their manifests, joined by their deltas.
 
 use std::collections::HashMap;
+use std::error::Error;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -82,7 +83,7 @@ pub fn list(dir: &Path) -> Result<Listing, BaseError> {
         match Seal::glance(&path) {
             Ok(Some((generation, format))) => listing.generations.push(look_at(path, generation, format)),
             Ok(None) => {}
-            Err(error) => listing.unreadable.push((path, error.to_string())),
+            Err(error) => listing.unreadable.push((path, in_full(&error))),
         }
     }
     // The names of what a promotion had made when it was interrupted say nothing.
@@ -109,11 +110,21 @@ fn look_at(path: PathBuf, generation: Generation, format: BaseFormat) -> Listed 
             None
         }
         Err(error) => {
-            troubles.push(error.to_string());
+            troubles.push(in_full(&error));
             None
         }
     };
     Listed { path, format, generation, allocated, parent, troubles }
+}
+
+/// An error and its causes.
+fn in_full(error: &dyn Error) -> String {
+    let (mut text, mut cause) = (error.to_string(), error.source());
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
 }
 
 impl Listing {
@@ -174,6 +185,24 @@ mod tests {
     fn tree_has_each_generation_once_after_its_parent() {
         let found = tree(&[(1, None), (2, Some(1)), (3, Some(2)), (4, Some(1)), (5, Some(99))]);
         assert_eq!(found, [(0, 0), (1, 1), (2, 2), (3, 1), (4, 0)]);
+    }
+
+    /// Who is to mend it is told what is wrong, down to the cause.
+    #[test]
+    fn manifest_and_delta_that_can_not_be_opened_are_told_of_with_the_reason() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("golden.raw.manifest")).unwrap();
+        let listing = list(dir.path()).unwrap();
+        let [(path, why)] = listing.unreadable.as_slice() else { panic!("{listing:?}") };
+        assert_eq!(path, &dir.path().join("golden.raw"));
+        assert!(why.contains("golden.raw.manifest") && why.contains("regular file"), "{why}");
+        fs::create_dir(dir.path().join("other.raw.delta")).unwrap();
+        let other = look_at(
+            dir.path().join("other.raw"),
+            Generation { root: Root::from_bytes([1; 32]), size: 512 },
+            BaseFormat::Raw,
+        );
+        assert!(other.troubles.iter().any(|trouble| trouble.contains("other.raw.delta")), "{other:?}");
     }
 
     #[test]
