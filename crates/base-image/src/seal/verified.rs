@@ -77,6 +77,10 @@ impl Verified {
     /// Fails unless `len` bytes from `offset` on, which the base stores nothing of, were zeroes when it was sealed.
     pub(crate) fn check_hole(&self, offset: u64, len: u64) -> io::Result<()> {
         let end = offset.saturating_add(len).min(self.seal.size());
+        if offset >= end {
+            // Past the end there is nothing, sealed or not.
+            return Ok(());
+        }
         for chunk in offset / CHUNK_SIZE..end.div_ceil(CHUNK_SIZE) {
             let (begin, chunk_len) = (chunk * CHUNK_SIZE, self.seal.len_of(chunk));
             let is_whole = begin >= offset && begin + chunk_len <= end;
