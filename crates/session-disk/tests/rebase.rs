@@ -304,6 +304,22 @@ fn deltas_that_are_wrong_are_not_believed() {
     lab.restore();
 }
 
+/// Invariant 4: a delta that names a chunk that differs, but not all that differs in it, is made good by comparing.
+#[test]
+fn delta_that_leaves_out_a_part_of_a_chunk_is_made_good() {
+    let lab = Lab::pristine(Known::Deltas);
+    let generation = |base: usize| Seal::of(&lab.bases[base].path).unwrap().unwrap().generation();
+    let differing = generations::differing(&lab.bases[0].image, &lab.bases[1].image);
+    let mut firsts = differing.clone();
+    firsts.dedup_by_key(|block| *block / 16);
+    assert!(firsts.len() < differing.len());
+    let extents = firsts.into_iter().map(|block| blocks::Extent::new(block, 1)).collect();
+    Delta::new(generation(0), generation(1), extents).write(&Delta::path_of(&lab.bases[1].path)).unwrap();
+    let rebased = lab.to(&lab.bases[1].path).unwrap();
+    assert_eq!((rebased.way, rebased.differing_blocks), (Way::Deltas(1), differing.len() as u64));
+    lab.restore();
+}
+
 /// Nothing has to be found out where everything is to be restored as it is.
 #[test]
 fn disk_all_of_which_is_pending_is_moved_without_a_look_at_it() {

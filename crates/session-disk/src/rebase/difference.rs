@@ -8,7 +8,8 @@
 //!   matter then.
 //!
 //! All of them may name too many blocks and never too few. So where there are deltas and manifests, what differs
-//! is in both. A chunk that differs by its hash and is in no delta gives away a delta that is wrong.
+//! is in both. A chunk that differs by its hash and is in no delta gives away a delta that is wrong; what a delta leaves out of
+//! one that it names is compared. A delta is only believed as it is where the old manifest is gone.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -108,7 +109,10 @@ impl Question<'_> {
             match (by_deltas, by_manifests) {
                 (Some((deltas, count)), Some(manifests)) => {
                     match in_both(&deltas, manifests.extents(), cut_chunk(&manifests)) {
-                        Some(both) => return Ok((both, Way::Deltas(count))),
+                        Some(both) => {
+                            self.prove(&both, manifests.extents(), stop, progress)?;
+                            return Ok((both, Way::Deltas(count)));
+                        }
                         None => log::warn!(
                             "the deltas from {} to {} do not name all that differs by their manifests; they are not believed",
                             self.old.path.display(),
@@ -173,6 +177,37 @@ impl Question<'_> {
                 Ok(None)
             }
         }
+    }
+
+    /// Adds to `both`, which deltas say differs within the chunks of `manifests`, what they have left out of these: the
+    /// disk is read and compared with the new base there, chunks of which the drain will read for the others' sake.
+    fn prove(
+        &self,
+        both: &BlockSet,
+        manifests: &[Extent],
+        stop: &AtomicBool,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<(), Error> {
+        let mut found = Comparison::default();
+        let mut comparer = Comparer::new(self.disk, self.new, self.geometry);
+        for extent in manifests {
+            let left_out =
+                both.mixed_runs(extent.intersection(self.geometry.all())).filter(|(is_in, _)| !is_in);
+            for (is_pending, run) in left_out.flat_map(|(_, run)| self.pending.mixed_runs(run)) {
+                if !is_pending {
+                    comparer.compare(run, &mut found, stop, progress)?;
+                }
+            }
+        }
+        if !found.differing.is_empty() {
+            log::warn!(
+                "the deltas from {} to {} leave out some of what differs; it was found by comparing",
+                self.old.path.display(),
+                self.new.path().display()
+            );
+        }
+        insert_all(both, &found.differing);
+        Ok(())
     }
 
     fn by_comparison(&self, stop: &AtomicBool, progress: &mut dyn FnMut(u64)) -> Result<BlockSet, Error> {
