@@ -12,6 +12,7 @@ use session_disk::{Basis, DiskOptions, Error, RebaseOptions, Rebased, SessionDis
 
 use crate::args::{DiskArgs, FormatArgs, base_location};
 use crate::commands::{amount, drain, seconds};
+use crate::copies::ReflinkArgs;
 use crate::failure::Failure;
 use crate::progress::Progress;
 use crate::signals::StopOnSignal;
@@ -45,6 +46,8 @@ pub(crate) struct RebaseArgs {
     /// base was made of them
     #[arg(long)]
     pub(crate) discard_kept: bool,
+    #[command(flatten)]
+    pub(crate) reflink: ReflinkArgs,
     /// One JSON object
     #[arg(long)]
     pub(crate) json: bool,
@@ -58,7 +61,7 @@ pub(crate) fn run(args: &RebaseArgs) -> Result<ExitCode, Failure> {
         base_seal: args.format.base_manifest.clone(),
         base_format: args.format.base_format,
         backing_dirs: args.format.backing_dir.clone(),
-        disk: args.disk.options(),
+        disk: DiskOptions { reflink: args.reflink.allowed(), ..args.disk.options() },
         discard_kept: args.discard_kept,
     };
     let disk = options.disk.disk.display();
