@@ -1,25 +1,20 @@
 //! What sessions have changed and is still there: of a disk whose changes are kept, or that is held. Looks only.
 
 use std::fs;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
 use base_image::BaseImage;
 use blockio::{File, ImageAccess, OpenOptions};
 use blocks::{BLOCK_SIZE, BlockSet, Extent, Geometry};
-use write_log::LogId;
 
-use crate::last_session::{self, Traces};
 use crate::live::{Before, LivePage};
 use crate::manifest::Manifest;
-use crate::open::{check_size, describe, file_number, judge, lock_state_dir, open_base};
-use crate::overlay::{lock, logs_of};
-use crate::process::ProcessId;
+use crate::open::{check_size, file_number, judge, lock_state_dir, open_base};
+use crate::overlay::{last_session_of, lock};
 use crate::recover::{Basis, Verdict};
 use crate::storage::Storage;
+use crate::verify::{Comparer, Comparison};
 use crate::{DiskOptions, Error, Paths};
-
-/// Bytes that are compared at once.
-const PIECE: u64 = 1 << 20;
 
 /// A disk that nobody serves, with changes of sessions.
 #[derive(Debug)]
@@ -35,7 +30,7 @@ pub(crate) struct ChangedDisk {
 }
 
 /// Blocks that are not as in the base.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub(crate) struct Differences {
     /// Ascending; no two touch.
     pub(crate) extents: Vec<Extent>,
@@ -51,14 +46,14 @@ impl ChangedDisk {
     /// told from what was still to be restored before it.
     pub(crate) fn open(options: &DiskOptions) -> Result<Self, Error> {
         let (paths, storage) = (options.paths(), Storage::new(options.tape.clone()));
-        // That says best what is wrong with a disk that is none. It is read again under the lock.
-        Manifest::load_from(&storage, &paths)?;
+        // Before the disk, for it says best what is wrong with one that is none. It is read again under the lock.
+        let id = Manifest::load_from(&storage, &paths)?.disk;
         let read = OpenOptions { write: false, direct: false, exclusive: false };
         let file = File::open(&options.disk, read)?;
         let in_use = |by: &str| Error::InUse { path: options.disk.clone(), by: format!(": it is {by}") };
-        let (disk, number) = (Manifest::load_from(&storage, &paths)?.disk, file_number(&options.disk)?);
+        let number = file_number(&options.disk)?;
         let look = |disk| LivePage::inspect(&paths.live_page(disk), disk, number);
-        if !lock(&file, || look(disk).and_then(|live| live.server()))? {
+        if !lock(&file, || look(id).and_then(|live| live.server()))? {
             return Err(in_use("being served or restored"));
         }
         file.lock_image(ImageAccess::ReadOnly).map_err(|error| match error.is_in_use() {
@@ -91,48 +86,36 @@ impl ChangedDisk {
         stop: &AtomicBool,
         progress: &mut dyn FnMut(u64),
     ) -> Result<Differences, Error> {
-        let mut found = Differences::default();
-        let (mut of_disk, mut of_base) = (Vec::new(), Vec::new());
+        let mut found = Comparison::default();
+        let mut comparer = Comparer::new(&self.file, &self.base, self.geometry);
         let mut done = 0;
         for run in self.taken.runs() {
-            let Some(range) = self.geometry.bytes_of(run) else { continue };
-            let mut at = range.offset();
-            while at < range.end() {
-                if stop.load(Ordering::Acquire) {
-                    return Err(Error::Stopped);
-                }
-                let len = PIECE.min(range.end() - at) as usize;
-                of_disk.resize(len, 0);
-                of_base.resize(len, 0);
-                self.file.read_exact_at(&mut of_disk, at)?;
-                self.base.read_at(&mut of_base, at)?;
-                found.add(at, &of_disk, &of_base, self.base.size());
-                at += len as u64;
-                done += len as u64;
-                progress(done);
-            }
+            let (before, begin) = (done, run.first() * BLOCK_SIZE);
+            comparer.compare(run, &mut found, stop, &mut |at| progress(before + at.saturating_sub(begin)))?;
+            done += run.count() * BLOCK_SIZE;
         }
-        Extent::normalize(&mut found.extents);
-        Ok(found)
+        let extents = found.differing;
+        Ok(Differences { past_base: self.is_past_base(&extents)?, extents })
     }
-}
 
-impl Differences {
-    /// Adds the blocks in which the bytes at `offset`, a block's, differ.
-    fn add(&mut self, offset: u64, of_disk: &[u8], of_base: &[u8], base_size: u64) {
-        let blocks = of_disk.chunks(BLOCK_SIZE as usize).zip(of_base.chunks(BLOCK_SIZE as usize));
-        for ((of_disk, of_base), at) in blocks.zip((offset..).step_by(BLOCK_SIZE as usize)) {
-            if of_disk == of_base {
-                continue;
-            }
-            let block = at / BLOCK_SIZE;
-            match self.extents.last_mut() {
-                Some(last) if last.end() == block => *last = Extent::between(last.first(), block + 1),
-                _ => self.extents.push(Extent::new(block, 1)),
-            }
-            let inside = base_size.saturating_sub(at).min(BLOCK_SIZE) as usize;
-            self.past_base |= of_disk.iter().skip(inside).any(|byte| *byte != 0);
+    /// Whether one of the blocks that differ has a byte past the end of the base that is not zero, as there the base has
+    /// nothing else.
+    fn is_past_base(&self, differing: &[Extent]) -> Result<bool, Error> {
+        let end = self.base.size();
+        let (last, inside) = (end / BLOCK_SIZE, (end % BLOCK_SIZE) as usize);
+        let first_past = end.div_ceil(BLOCK_SIZE);
+        if differing.last().is_some_and(|extent| extent.end() > first_past) {
+            return Ok(true);
         }
+        // The block in which the base ends may differ before that end only.
+        let cut = Extent::new(last, 1);
+        let Some(range) = self.geometry.bytes_of(cut).filter(|_| inside > 0) else { return Ok(false) };
+        if !differing.iter().any(|extent| extent.overlaps(cut)) {
+            return Ok(false);
+        }
+        let mut block = vec![0; range.len() as usize];
+        self.file.read_exact_at(&mut block, range.offset())?;
+        Ok(block.iter().skip(inside).any(|byte| *byte != 0))
     }
 }
 
@@ -146,7 +129,7 @@ fn refuse_open_session(options: &DiskOptions, live: Option<&LivePage>) -> Result
              `pristine restore`"
         )));
     }
-    if live.session_is_open() && live.owner().is_none_or(ProcessId::is_alive) {
+    if live.session_may_go_on() {
         return Err(Error::Refused(format!(
             "{disk}: its session is open and goes on when the disk is served again; shut its VM down, or end the session \
              with `pristine session end --disk {disk}`"
@@ -188,11 +171,6 @@ fn taken(
             "{disk}: what its last session has changed can't be told from what was still to be restored before it: {why}"
         ))
     };
-    let there = logs_of(&paths.sessions())?;
-    let read = |id: LogId| {
-        let log = storage.read_log(&paths.sessions().join(id.file_name()));
-        log.map_err(|error| describe(&error))
-    };
-    let traces = Traces { manifest, geometry, live, there: &there, read: &read };
-    Ok(last_session::find(&traces).map_err(|why| unknown(&why))?.blocks)
+    let found = last_session_of(storage, paths, manifest, geometry, live)?;
+    Ok(found.map_err(|why| unknown(&why))?.blocks)
 }

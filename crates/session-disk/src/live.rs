@@ -260,6 +260,11 @@ impl LivePage {
         self.load(WORD_POISONED) == 1
     }
 
+    /// Whether a session is open that may go on: its VM lives, or nobody can tell.
+    pub(crate) fn session_may_go_on(&self) -> bool {
+        self.session_is_open() && self.owner().is_none_or(ProcessId::is_alive)
+    }
+
     /// Whether a session is open.
     pub(crate) fn session_is_open(&self) -> bool {
         self.load(WORD_SESSION) == 1

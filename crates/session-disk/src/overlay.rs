@@ -13,7 +13,7 @@ use blockio::{AlignedBuf, DataRanges, File, OpenOptions};
 use blocks::{BLOCK_SIZE, BlockSet, Extent, Geometry};
 use write_log::LogId;
 
-use crate::last_session::{self, Traces};
+use crate::last_session::{self, LastSession, Traces, Unsure};
 use crate::live::{Before, LivePage};
 use crate::manifest::{EntryKind, Manifest};
 use crate::new_file::NewFile;
@@ -24,7 +24,7 @@ use crate::open::{
 use crate::process::ProcessId;
 use crate::recover::Basis;
 use crate::storage::Storage;
-use crate::{DiskOptions, Error};
+use crate::{DiskOptions, Error, Paths};
 
 const CLUSTER_BLOCKS: u64 = CLUSTER_SIZE / BLOCK_SIZE;
 
@@ -144,8 +144,9 @@ impl<'a> Disk<'a> {
             manifest = Manifest::load(&paths)?;
         }
         let live = look(manifest.disk);
-        if let Some(live) = live.as_ref().filter(|live| live.session_is_open())
-            && (!locked || live.owner().is_none_or(ProcessId::is_alive))
+        if live
+            .as_ref()
+            .is_some_and(|live| if locked { live.session_may_go_on() } else { live.session_is_open() })
         {
             return Err(Error::Refused(format!(
                 "{name}: its session is open; keep it when the session has ended: `pristine session end --disk {name}` \
@@ -191,14 +192,9 @@ impl<'a> Disk<'a> {
                  before its session ends (`pristine session hold`); --whole-disk keeps what is left",
             ));
         }
-        let there = logs_of(&paths.sessions())?;
-        let read = |id: LogId| {
-            storage.read_log(&paths.sessions().join(id.file_name())).map_err(|error| describe(&error))
-        };
-        let traces =
-            Traces { manifest: &self.manifest, geometry: self.geometry, live, there: &there, read: &read };
-        let found = last_session::find(&traces).map_err(|why| match why {
-            last_session::Unsure::NoSession => nothing(self.options, &why.to_string()),
+        let found = last_session_of(&storage, &paths, &self.manifest, self.geometry, live)?;
+        let found = found.map_err(|why| match why {
+            Unsure::NoSession => nothing(self.options, &why.to_string()),
             why => unsure(self.options, &why),
         })?;
         self.check_number(portion, Some(found.sequence))?;
@@ -261,6 +257,20 @@ pub(crate) fn lock(disk: &File, server: impl Fn() -> Option<ProcessId>) -> Resul
 pub(crate) fn logs_of(dir: &Path) -> Result<Vec<LogId>, Error> {
     let entries = std::fs::read_dir(dir).map_err(|error| Error::state("read", dir, error))?;
     Ok(entries.flatten().filter_map(|entry| LogId::parse(entry.file_name().to_str()?)).collect())
+}
+
+/// The last session of a disk of which nothing was restored since, by the logs that lie there; or why that can't be said.
+pub(crate) fn last_session_of(
+    storage: &Storage,
+    paths: &Paths,
+    manifest: &Manifest,
+    geometry: Geometry,
+    live: Before,
+) -> Result<Result<LastSession, Unsure>, Error> {
+    let dir = paths.sessions();
+    let there = logs_of(&dir)?;
+    let read = |id: LogId| storage.read_log(&dir.join(id.file_name())).map_err(|error| describe(&error));
+    Ok(last_session::find(&Traces { manifest, geometry, live, there: &there, read: &read }))
 }
 
 /// The way from a disk into an overlay.

@@ -213,12 +213,11 @@ fn open_new_base(
 
 /// Refuses a disk with a session that may go on: that a server left open whose VM may be alive.
 fn refuse_open_session(disk: &Path, live: Option<&LivePage>) -> Result<(), Error> {
-    let Some(live) = live.filter(|live| Before::of(Some(live)).session_open) else { return Ok(()) };
-    let owner = live.owner();
-    if owner.is_some_and(|owner| !owner.is_alive()) {
+    // What one has written whose storage failed may be lost: nothing goes on then.
+    let Some(live) = live.filter(|live| !live.is_poisoned() && live.session_may_go_on()) else {
         return Ok(());
-    }
-    let whose = owner.map_or_else(String::new, |ProcessId { pid, .. }| format!(" of process {pid}"));
+    };
+    let whose = live.owner().map_or_else(String::new, |ProcessId { pid, .. }| format!(" of process {pid}"));
     Err(Error::Refused(format!(
         "{disk}: a session{whose} is open, and a disk changes its base between sessions: shut the VM down, or end the \
          session with `pristine session end --disk {disk}`",
