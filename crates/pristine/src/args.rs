@@ -7,7 +7,7 @@ use std::time::Duration;
 use base_image::{BaseFormat, BaseLocation};
 use clap::builder::{PathBufValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use session_disk::{Changes, DiskOptions, FlushPolicy};
+use session_disk::{Changes, DiskOptions, FlushPolicy, NamedBase};
 use vhost_blk::{Cpus, Polling};
 
 use crate::affinity::QueueAffinity;
@@ -211,6 +211,18 @@ pub(crate) struct FormatArgs {
     /// Where the base's seal is [default: BASE.manifest; a base of an NBD server has none]
     #[arg(long, value_name = "FILE", visible_alias = "manifest")]
     pub(crate) base_manifest: Option<PathBuf>,
+}
+
+impl FormatArgs {
+    /// `base`, as it is to be read.
+    pub(crate) fn of(&self, base: &BaseLocation) -> NamedBase {
+        NamedBase {
+            location: base.clone(),
+            seal: self.base_manifest.clone(),
+            format: self.base_format,
+            backing_dirs: self.backing_dir.clone(),
+        }
+    }
 }
 
 /// A path, or an NBD URI.

@@ -38,10 +38,7 @@ pub(crate) fn provision(args: &ProvisionArgs) -> Result<ExitCode, Failure> {
     let stop = Arc::new(AtomicBool::new(false));
     let _signals = StopOnSignal::start(Arc::clone(&stop), || ())?;
     let options = ProvisionOptions {
-        base: args.base.clone(),
-        base_seal: args.format.base_manifest.clone(),
-        base_format: args.format.base_format,
-        backing_dirs: args.format.backing_dir.clone(),
+        base: args.format.of(&args.base),
         disk: DiskOptions { reflink: args.reflink.allowed(), ..args.disk.options() },
         size: args.size,
         adopt: args.adopt,

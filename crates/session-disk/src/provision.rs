@@ -3,9 +3,8 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
-use base_image::{BaseFormat, BaseImage, BaseLocation, Content, Seal, Trust};
+use base_image::{BaseImage, Content};
 use blockio::{File, FileKind, OpenOptions};
 use blocks::{BLOCK_SIZE, BlockSet, Extent, Geometry};
 use uuid::Uuid;
@@ -14,8 +13,9 @@ use write_log::{LogHeader, LogWriter};
 use crate::disk::{next_entry, unix_ns};
 use crate::intents::Intents;
 use crate::live::LivePage;
-use crate::manifest::{BaseEntry, DiskFile, EntryKind, MANIFEST_VERSION, Manifest};
-use crate::open::{disk_witness, file_number, find_seal, lock_state_dir, open_disk, refuse_disk_of_base};
+use crate::manifest::{DiskFile, EntryKind, MANIFEST_VERSION, Manifest};
+use crate::named_base::NamedBase;
+use crate::open::{disk_witness, file_number, lock_state_dir, open_disk, refuse_disk_of_base};
 use crate::storage::Storage;
 use crate::{DiskOptions, Error, Paths, witness};
 
@@ -23,14 +23,7 @@ use crate::{DiskOptions, Error, Paths, witness};
 #[derive(Clone, Debug)]
 pub struct ProvisionOptions {
     /// The base.
-    pub base: BaseLocation,
-    /// Where its seal is, if not beside it.
-    pub base_seal: Option<PathBuf>,
-    /// Its format; `None`: what was sealed, else what its file name says and its contents bear out, or raw. It is
-    /// decided here, once.
-    pub base_format: Option<BaseFormat>,
-    /// Where files may lie that the base is backed by, besides its own directory.
-    pub backing_dirs: Vec<PathBuf>,
+    pub base: NamedBase,
     /// The disk and where its state goes.
     pub disk: DiskOptions,
     /// Size of the disk in bytes, if it is to be larger than the base; the tail is zeroes.
@@ -42,9 +35,7 @@ pub struct ProvisionOptions {
 impl ProvisionOptions {
     /// A new disk from the file or device `base`, of the base's size; the base's format is as its file name says.
     pub fn new(base: impl Into<PathBuf>, disk: DiskOptions) -> Self {
-        let (base_seal, base_format, backing_dirs) = (None, None, Vec::new());
-        let base = BaseLocation::File(base.into());
-        Self { base, base_seal, base_format, backing_dirs, disk, size: None, adopt: false }
+        Self { base: NamedBase::file(base), disk, size: None, adopt: false }
     }
 }
 
@@ -100,16 +91,8 @@ pub fn provision(options: &ProvisionOptions) -> Result<Provisioned, Error> {
 fn make(options: &ProvisionOptions, made: &mut Made) -> Result<(u64, u64), Error> {
     let path = &options.disk.disk;
     let (paths, storage) = (options.disk.paths(), Storage::new(options.disk.tape.clone()));
-    let location =
-        options.base.resolved().map_err(|e| Error::state("open base image", options.base.as_path(), e))?;
-    let seal_path = options.base_seal.as_deref().map(canonical_seal).transpose()?;
-    let base = open_named_base(&NamedBase {
-        location: &location,
-        seal: seal_path.as_deref(),
-        format: options.base_format,
-        backing_dirs: &options.backing_dirs,
-        patience: options.disk.base_patience,
-    })?;
+    let named = options.base.resolved()?;
+    let base = named.open(options.disk.base_patience)?;
     let exists = match fs::metadata(path) {
         Ok(_) => true,
         Err(error) if error.kind() == io::ErrorKind::NotFound => false,
@@ -163,13 +146,7 @@ fn make(options: &ProvisionOptions, made: &mut Made) -> Result<(u64, u64), Error
         disk: Uuid::new_v4(),
         size,
         file: disk_witness(&disk)?.as_ref().and_then(DiskFile::of),
-        base: BaseEntry {
-            path: location,
-            format: base.format(),
-            identity: base.identity()?,
-            root: base.seal().map(Seal::root),
-            seal: seal_path,
-        },
+        base: named.entry(&base, base.identity()?),
         next_sequence: 1,
         logs: Vec::new(),
         pristine_since: None,
@@ -208,51 +185,6 @@ fn make(options: &ProvisionOptions, made: &mut Made) -> Result<(u64, u64), Error
         *made = Made::default();
     }
     Ok((size, pending.count()))
-}
-
-/// A base as somebody has asked for it.
-pub(crate) struct NamedBase<'a> {
-    /// Where it is, [resolved](BaseLocation::resolved).
-    pub(crate) location: &'a BaseLocation,
-    /// Where its seal is, if not beside it.
-    pub(crate) seal: Option<&'a Path>,
-    /// Its format, if that was said.
-    pub(crate) format: Option<BaseFormat>,
-    /// Where files may lie that it is backed by, besides its own directory.
-    pub(crate) backing_dirs: &'a [PathBuf],
-    /// How long a read waits for a server that is away.
-    pub(crate) patience: Duration,
-}
-
-/// Opens the base as asked for, and takes its seal for good, if it has one: who sealed it has said its format.
-pub(crate) fn open_named_base(named: &NamedBase<'_>) -> Result<BaseImage, Error> {
-    let seal = find_seal(named.location, named.seal)?;
-    let base = match named.location {
-        BaseLocation::File(path) => {
-            let format = named.format.or(seal.as_ref().map(Seal::format));
-            BaseImage::open(path, format, Trust::Directories(named.backing_dirs))?
-        }
-        // What was sealed may have been the image that the server takes apart.
-        BaseLocation::Nbd(uri) => BaseImage::connect(uri, named.format, None, named.patience)?,
-    };
-    match seal {
-        None => {
-            if let BaseLocation::Nbd(uri) = named.location {
-                log::warn!(
-                    "{uri}: a change of what is exported under this name is noticed only if its size changes; make a seal \
-                     with `pristine base seal '{uri}' --base-manifest FILE`, or copy the one of the image, and name it \
-                     with --base-manifest"
-                );
-            }
-            Ok(base)
-        }
-        Some(seal) => Ok(base.sealed(seal)?),
-    }
-}
-
-/// Where a seal that was named is, wherever the program is started later; it must be there.
-pub(crate) fn canonical_seal(path: &Path) -> Result<PathBuf, Error> {
-    fs::canonicalize(path).map_err(|error| Error::state("open the base's manifest", path, error))
 }
 
 /// The manifest of a state directory that is there already; refused unless it is to be replaced.

@@ -16,7 +16,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
-use base_image::{BaseImage, BaseLocation, Seal};
+use base_image::{BaseImage, BaseLocation};
 use blockio::File;
 use blocks::{BlockSet, Geometry};
 use write_log::{LogHeader, LogWriter};
@@ -25,12 +25,12 @@ use self::difference::Question;
 use crate::disk::{next_entry, unix_ns};
 use crate::live::{Before, LivePage};
 use crate::manifest::{BaseEntry, DiskFile, EntryKind, Manifest};
+use crate::named_base::NamedBase;
 use crate::open::{
     check_size, disk_witness, file_number, judge, lock_state_dir, open_disk, prune_logs, refuse_disk_of_base,
     refuse_same_file, remove_unnamed_logs, with_room,
 };
 use crate::process::ProcessId;
-use crate::provision::{NamedBase, canonical_seal, open_named_base};
 use crate::recover::Basis;
 use crate::storage::Storage;
 use crate::{DiskOptions, Error, Paths, witness};
@@ -41,13 +41,7 @@ pub use self::difference::Way;
 #[derive(Clone, Debug)]
 pub struct RebaseOptions {
     /// The new base.
-    pub base: BaseLocation,
-    /// Where its seal is, if not beside it.
-    pub base_seal: Option<PathBuf>,
-    /// Its format; `None`: as for [`provision`](crate::provision).
-    pub base_format: Option<base_image::BaseFormat>,
-    /// Where files may lie that it is backed by, besides its own directory.
-    pub backing_dirs: Vec<PathBuf>,
+    pub base: NamedBase,
     /// The disk and where its state is.
     pub disk: DiskOptions,
     /// Give up the changes of sessions that are kept, if there are any. Without this a disk that has them is refused.
@@ -57,8 +51,7 @@ pub struct RebaseOptions {
 impl RebaseOptions {
     /// To the file or device `base`, whose format is as its seal or its file name says.
     pub fn new(base: impl Into<PathBuf>, disk: DiskOptions) -> Self {
-        let base = BaseLocation::File(base.into());
-        Self { base, base_seal: None, base_format: None, backing_dirs: Vec::new(), disk, discard_kept: false }
+        Self { base: NamedBase::file(base), disk, discard_kept: false }
     }
 }
 
@@ -111,10 +104,8 @@ pub fn rebase(
     if let Some(reason) = manifest.held.clone().filter(|reason| !reason.is_over()) {
         return Err(Error::Held { disk: path.clone(), reason });
     }
-    let location =
-        options.base.resolved().map_err(|e| Error::state("open base image", options.base.as_path(), e))?;
-    let seal = options.base_seal.as_deref().map(canonical_seal).transpose()?;
-    let base = open_new_base(options, &location, seal.as_deref(), *geometry)?;
+    let named = options.base.resolved()?;
+    let base = open_new_base(&options.disk, &named, *geometry)?;
     let identity = base.identity()?;
 
     let live = LivePage::inspect(&paths.live_page(manifest.disk), manifest.disk, file_number(path)?);
@@ -130,8 +121,8 @@ pub fn rebase(
     let question = Question {
         old: &manifest.base,
         new: &base,
-        new_location: &location,
-        new_seal: seal.as_deref(),
+        new_location: &named.location,
+        new_seal: named.seal.as_deref(),
         new_identity: &identity,
         disk,
         geometry: *geometry,
@@ -145,13 +136,7 @@ pub fn rebase(
     base.check(&identity)?;
     pending.insert_set(&differing);
 
-    let to = BaseEntry {
-        path: location,
-        format: base.format(),
-        identity,
-        root: base.seal().map(Seal::root),
-        seal,
-    };
+    let to = named.entry(&base, identity);
     let rebased = Rebased {
         from: manifest.base.clone(),
         to: to.clone(),
@@ -181,31 +166,20 @@ fn take(options: &DiskOptions) -> Result<Subject, Error> {
     Ok(Subject { paths, storage, disk, manifest, geometry, _state_lock: state_lock })
 }
 
-fn open_new_base(
-    options: &RebaseOptions,
-    location: &BaseLocation,
-    seal: Option<&Path>,
-    geometry: Geometry,
-) -> Result<BaseImage, Error> {
-    if let BaseLocation::File(path) = location {
-        refuse_same_file(&options.disk.disk, path)?;
+fn open_new_base(options: &DiskOptions, named: &NamedBase, geometry: Geometry) -> Result<BaseImage, Error> {
+    if let BaseLocation::File(path) = &named.location {
+        refuse_same_file(&options.disk, path)?;
     }
-    let base = open_named_base(&NamedBase {
-        location,
-        seal,
-        format: options.base_format,
-        backing_dirs: &options.backing_dirs,
-        patience: options.disk.base_patience,
-    })?;
-    refuse_disk_of_base(&options.disk.disk, &base)?;
+    let base = named.open(options.base_patience)?;
+    refuse_disk_of_base(&options.disk, &base)?;
     if base.size() > geometry.size() {
         return Err(Error::Refused(format!(
             "the base {} has {} bytes, more than the {} of the disk {}; a disk is at least as large as its base, so make \
              a new one of it with `pristine provision`",
-            location.display(),
+            named.location.display(),
             base.size(),
             geometry.size(),
-            options.disk.disk.display()
+            options.disk.display()
         )));
     }
     Ok(base)

@@ -208,7 +208,8 @@ fn delta_beside_a_manifest_that_lies_elsewhere_is_found() {
     let manifest = elsewhere.join("next.manifest");
     std::fs::rename(manifest_path(&lab.bases[1].path), &manifest).unwrap();
     std::fs::rename(Delta::path_of(&lab.bases[1].path), elsewhere.join("next.delta")).unwrap();
-    let to = RebaseOptions { base_seal: Some(manifest), ..lab.wanted(1) };
+    let mut to = lab.wanted(1);
+    to.base.seal = Some(manifest);
     assert_eq!(lab.rebase(&to).unwrap().way, Way::Deltas(1));
     lab.restore();
     assert_eq!(lab.to(&lab.bases[0].path).unwrap().way, Way::Deltas(1));

@@ -1,0 +1,82 @@
+//! A base as somebody names it, for a disk that is to have it.
+
+use std::fs;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use base_image::{BaseFormat, BaseIdentity, BaseImage, BaseLocation, Seal, Trust};
+
+use crate::Error;
+use crate::manifest::BaseEntry;
+use crate::open::find_seal;
+
+/// A base, and how it is to be read.
+#[derive(Clone, Debug)]
+pub struct NamedBase {
+    /// Where it is.
+    pub location: BaseLocation,
+    /// Where its seal is, if not beside it.
+    pub seal: Option<PathBuf>,
+    /// Its format; `None`: what was sealed, else what its file name says and its contents bear out, or raw. It is decided
+    /// once, when it becomes a disk's base.
+    pub format: Option<BaseFormat>,
+    /// Where files may lie that it is backed by, besides its own directory.
+    pub backing_dirs: Vec<PathBuf>,
+}
+
+impl NamedBase {
+    /// The file or device at `path`, of the format that its seal or its name says.
+    pub fn file(path: impl Into<PathBuf>) -> Self {
+        Self { location: BaseLocation::File(path.into()), seal: None, format: None, backing_dirs: Vec::new() }
+    }
+
+    /// The same, wherever the program is started later. Base and seal, if they are files, must be there.
+    pub(crate) fn resolved(&self) -> Result<Self, Error> {
+        let location = self
+            .location
+            .resolved()
+            .map_err(|error| Error::state("open base image", self.location.as_path(), error))?;
+        let canonical = |path: &PathBuf| {
+            fs::canonicalize(path).map_err(|error| Error::state("open the base's manifest", path, error))
+        };
+        let seal = self.seal.as_ref().map(canonical).transpose()?;
+        Ok(Self { location, seal, ..self.clone() })
+    }
+
+    /// Opens it, and takes its seal for good, if it has one: who sealed it has said its format. A read waits for `patience`
+    /// for a server that is away.
+    pub(crate) fn open(&self, patience: Duration) -> Result<BaseImage, Error> {
+        let seal = find_seal(&self.location, self.seal.as_deref())?;
+        let base = match &self.location {
+            BaseLocation::File(path) => {
+                let format = self.format.or(seal.as_ref().map(Seal::format));
+                BaseImage::open(path, format, Trust::Directories(&self.backing_dirs))?
+            }
+            // What was sealed may have been the image that the server takes apart.
+            BaseLocation::Nbd(uri) => BaseImage::connect(uri, self.format, None, patience)?,
+        };
+        match (seal, &self.location) {
+            (Some(seal), _) => Ok(base.sealed(seal)?),
+            (None, BaseLocation::File(_)) => Ok(base),
+            (None, BaseLocation::Nbd(uri)) => {
+                log::warn!(
+                    "{uri}: a change of what is exported under this name is noticed only if its size changes; make a seal \
+                     with `pristine base seal '{uri}' --base-manifest FILE`, or copy the one of the image, and name it \
+                     with --base-manifest"
+                );
+                Ok(base)
+            }
+        }
+    }
+
+    /// What a disk's manifest says of it, when it was [resolved](Self::resolved), opened as `base`, and looked like `identity`.
+    pub(crate) fn entry(self, base: &BaseImage, identity: BaseIdentity) -> BaseEntry {
+        BaseEntry {
+            path: self.location,
+            format: base.format(),
+            identity,
+            root: base.seal().map(Seal::root),
+            seal: self.seal,
+        }
+    }
+}
