@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 
 use blockio::tape::{Io, Tape};
 use blockio::{EngineKind, File, OpenOptions};
-use common::{Bench, end, write};
+use common::{Bench, copy_dir, end, write};
 use session_disk::{
     Basis, DiskOptions, Distrust, HoldReason, Manifest, ProvisionOptions, SessionDisk, provision, status,
 };
@@ -46,17 +46,6 @@ fn put_back(bench: &Bench, copy: &Path) {
     let paths = bench.options.paths();
     std::fs::remove_dir_all(paths.state_dir()).unwrap();
     copy_dir(copy, paths.state_dir());
-}
-
-fn copy_dir(from: &Path, to: &Path) {
-    std::fs::create_dir(to).unwrap();
-    for entry in std::fs::read_dir(from).unwrap().map(Result::unwrap) {
-        let to = to.join(entry.file_name());
-        match entry.file_type().unwrap().is_dir() {
-            true => copy_dir(&entry.path(), &to),
-            false => drop(std::fs::copy(entry.path(), to).unwrap()),
-        }
-    }
 }
 
 fn cut_power(bench: &Bench) {

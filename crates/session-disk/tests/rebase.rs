@@ -14,7 +14,7 @@ use blockio::EngineKind;
 use common::generations::{self, Generation, Known};
 use common::image::Expected;
 use common::schedule::{Schedule, When};
-use common::{end, fast_dir, write};
+use common::{copy_dir, end, fast_dir, write};
 use session_disk::{
     Basis, Changes, DiskOptions, DiskState, Distrust, Error, HoldReason, Manifest, ProcessId,
     ProvisionOptions, RebaseOptions, Rebased, SessionDisk, Way, provision, rebase, status,
@@ -477,17 +477,6 @@ fn state_from_before_a_rebase_that_is_put_back_is_not_believed() {
     assert_eq!(generations::of_disk(&lab.bases, &lab.options).path, lab.bases[0].path);
     lab.assert_reads_its_base();
     lab.restore();
-}
-
-fn copy_dir(from: &Path, to: &Path) {
-    std::fs::create_dir(to).unwrap();
-    for entry in std::fs::read_dir(from).unwrap().map(Result::unwrap) {
-        let to = to.join(entry.file_name());
-        match entry.file_type().unwrap().is_dir() {
-            true => copy_dir(&entry.path(), &to),
-            false => drop(std::fs::copy(entry.path(), to).unwrap()),
-        }
-    }
 }
 
 #[test]

@@ -11,7 +11,7 @@ mod session;
 pub(crate) mod steps;
 pub(crate) mod watchdog;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
@@ -25,6 +25,18 @@ pub(crate) struct Bench {
     pub(crate) dir: tempfile::TempDir,
     pub(crate) base: Vec<u8>,
     pub(crate) options: DiskOptions,
+}
+
+/// Copies a directory with all that is in it; `to` must not be there.
+pub(crate) fn copy_dir(from: &Path, to: &Path) {
+    std::fs::create_dir(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap().map(Result::unwrap) {
+        let to = to.join(entry.file_name());
+        match entry.file_type().unwrap().is_dir() {
+            true => copy_dir(&entry.path(), &to),
+            false => drop(std::fs::copy(entry.path(), to).unwrap()),
+        }
+    }
 }
 
 /// A number out of the environment.
@@ -111,7 +123,7 @@ impl Bench {
 }
 
 /// Writes `content` with holes where whole blocks are zero.
-pub(crate) fn write_sparse(path: &std::path::Path, content: &[u8]) {
+pub(crate) fn write_sparse(path: &Path, content: &[u8]) {
     use std::os::unix::fs::FileExt;
     let file = std::fs::File::create(path).unwrap();
     file.set_len(content.len() as u64).unwrap();
