@@ -195,6 +195,27 @@ fn session_that_writes_to_shared_blocks_leaves_those_of_the_base_alone() {
     xfs.run("verify", "disk", NONE).ok();
 }
 
+/// What the operator wants of sharing counts for `rebase --now` too: a disk that has blocks of its own keeps them, or gives
+/// them up for those of its new base.
+#[test]
+fn rebase_shares_blocks_only_where_it_may() {
+    let Some(xfs) = Xfs::new() else { return };
+    images::sparse(&xfs.seen("other"), SIZE, 62, &DATA);
+    xfs.provision("disk", &["--reflink", "never"]).ok();
+    let rebase = |base: &str, reflink: &str| {
+        let base = xfs.dir.join(base);
+        let args =
+            ["--base".as_ref(), base.as_os_str(), "--now".as_ref(), "--reflink".as_ref(), reflink.as_ref()];
+        xfs.run("rebase", "disk", &args).ok();
+        xfs.run("verify", "disk", NONE).ok();
+        xfs.free()
+    };
+    let before = xfs.free();
+    assert!(rebase("other", "never") < before + 8 * MIB, "blocks of its own were given up");
+    assert!(rebase("base", "auto") > before + 48 * MIB, "no blocks were shared");
+    xfs.assert_pristine("disk");
+}
+
 /// A guest's sectors are the same whether its disk shares blocks or not, past the page cache too: its partitions are counted in
 /// them. What is smaller than a block of the file system is read and written as ever.
 #[test]
