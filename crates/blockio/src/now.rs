@@ -31,10 +31,15 @@ pub(crate) fn perform_now(files: &[Arc<File>], waits: Waits<'_>, quick: Quick<'_
     if file.is_direct() || buf.parts().len() > PIECES_MAX || buf.len() > TRANSFER_MAX {
         return false;
     }
-    if let (Quick::Read { offset, .. }, Some(map)) = (quick, file.resident()) {
-        // SAFETY: the pieces are valid for writes (contract of `GuestView`), and memory of a guest or on the
-        // heap, never of the map.
-        if unsafe { map.read(offset, buf.parts()) } {
+    if let Some(map) = file.resident() {
+        // Of either: the pieces are memory of a guest or on the heap, never of the map.
+        let done = match quick {
+            // SAFETY: they are valid for writes (contract of `GuestView`).
+            Quick::Read { offset, .. } => unsafe { map.read(offset, buf.parts()) },
+            // SAFETY: and for reads.
+            Quick::Write { offset, .. } => unsafe { map.write(offset, buf.parts()) },
+        };
+        if done {
             return true;
         }
     }

@@ -1,5 +1,5 @@
 //! Reads of what lies in the host's page cache, without a system call: a copy out of a mapping of the
-//! file.
+//! file. On tmpfs writes too: a copy into it.
 //!
 //! # What is promised
 //! - **It can't kill the process.** A page that can't be had when it is touched (the file was cut from
@@ -24,6 +24,10 @@
 //!   that moment. Pages that have been read through the map are read without a lock.
 //! - **A page that was cut in its middle** shows zeros behind the cut, not an error, until the size is
 //!   looked at: once an epoch. Behind that page reads fail at once.
+//! - **Writes are what `pwrite` writes**, under the same conditions, where pages are all that a file is: on
+//!   tmpfs. (Elsewhere the first write of a page through a map tells the file system, which costs more than
+//!   `pwrite` does, and what cannot be written back later is told nobody.) The time of the last change is
+//!   noted at the first write after the map was made or [forgotten](ResidentMap::forget), or not at all.
 //!
 //! # What it costs
 //! Address space as large as the file; page tables of 1/512 of what is touched, and 1/16384 for what
@@ -62,6 +66,8 @@ use known::{GROUP_PAGES, Known};
 use pace::Pace;
 
 const PAGE_SIZE: u64 = 4096;
+/// Pages that the kernel maps at a fault, if they are resident (`fault_around_bytes`, unless it was changed).
+const AROUND_PAGES: u64 = 16;
 /// No larger file is mapped, bytes: half of what a process can address.
 const FILE_BYTES_MAX: u64 = 1 << 46;
 
@@ -76,12 +82,14 @@ pub struct ResidentMap {
     /// What is mapped: the file, and a page beyond its end.
     mapped: usize,
     guarded: Guarded,
+    /// Whether the map is for writes too.
+    writable: bool,
     known: Known,
     /// When the file was last seen to be as large as it was.
     whole: AtomicU32,
 }
 
-// SAFETY: the mapping belongs to the process, not to a thread; it is only read, through raw pointers.
+// SAFETY: the mapping belongs to the process, not to a thread; it is read and written through raw pointers only.
 unsafe impl Send for ResidentMap {}
 // SAFETY: as above.
 unsafe impl Sync for ResidentMap {}
@@ -96,26 +104,36 @@ impl ResidentMap {
         let usable = cfg!(target_pointer_width = "64") && page_size() == Some(PAGE_SIZE);
         let bytes = file.size().map_err(|error| io::Error::from(error.io_error().kind()))?;
         let fits = (1..=FILE_BYTES_MAX).contains(&bytes);
-        if !usable || !fits || file.is_direct() || !is_coherent(file)? || !guard::install() {
+        if !usable || !fits || file.is_direct() || !guard::install() {
             return Ok(None);
         }
+        let Some(pages_are_all) = coherence(file)? else { return Ok(None) };
         let pages = bytes.div_ceil(PAGE_SIZE);
         let known = Known::new(pages)?;
         let fd = file.as_fd().try_clone_to_owned()?;
         let mapped = ((pages + 1) * PAGE_SIZE) as usize;
-        // SAFETY: a new mapping where the kernel finds room, unmapped only in `drop`.
-        let start = match unsafe {
-            rustix::mm::mmap(ptr::null_mut(), mapped, ProtFlags::READ, MapFlags::SHARED, &fd, 0)
-        } {
-            Ok(start) => start,
-            Err(Errno::NODEV | Errno::ACCESS | Errno::PERM | Errno::OPNOTSUPP) => return Ok(None),
-            Err(errno) => return Err(errno.into()),
+        let map = |access| {
+            // SAFETY: a new mapping where the kernel finds room, unmapped only in `drop`.
+            match unsafe { rustix::mm::mmap(ptr::null_mut(), mapped, access, MapFlags::SHARED, &fd, 0) } {
+                Ok(start) => Ok(Some(start)),
+                Err(Errno::NODEV | Errno::ACCESS | Errno::PERM | Errno::OPNOTSUPP) => Ok(None),
+                Err(errno) => Err(errno),
+            }
+        };
+        let (read, both) = (ProtFlags::READ, ProtFlags::READ | ProtFlags::WRITE);
+        let (start, writable) = match if pages_are_all { map(both)? } else { None } {
+            Some(start) => (start, true),
+            // Of a file that is open for reads only, or sealed, that is all that can be had.
+            None => match map(read)? {
+                Some(start) => (start, false),
+                None => return Ok(None),
+            },
         };
         // SAFETY: mapped above, and until this is dropped.
-        let guarded = unsafe { Guarded::new(start, mapped) };
+        let guarded = unsafe { Guarded::new(start, mapped, if writable { both } else { read }) };
         let start = NonNull::new(start.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
         let kind = file.kind();
-        let map = Self { fd, kind, start, bytes, mapped, guarded, known, whole: AtomicU32::new(0) };
+        let map = Self { fd, kind, start, bytes, mapped, guarded, writable, known, whole: AtomicU32::new(0) };
         // Nothing beyond the end is ever resident: who says it is, says so of everything.
         let truthful = map.look(pages..pages + 1) == Some(0);
         Ok(truthful.then_some(map))
@@ -130,8 +148,7 @@ impl ResidentMap {
     /// the bytes meanwhile.
     #[inline]
     pub unsafe fn read(&self, offset: u64, parts: &[IoVec]) -> bool {
-        let len = parts.iter().fold(0u64, |sum, part| sum.saturating_add(part.len as u64));
-        if len > self.bytes || offset > self.bytes - len || !self.is_resident(offset, len) {
+        if !self.has(offset, parts) {
             return false;
         }
         self.guarded.copy(|| {
@@ -142,6 +159,36 @@ impl ResidentMap {
                 from = from.wrapping_add(part.len);
             }
         })
+    }
+
+    /// Copies `parts` to the bytes from `offset` on, if those are known to be resident and the map is for writes;
+    /// false: do it another way, some of it may be written. Always false for what lies beyond the file's end.
+    ///
+    /// # Safety
+    /// `parts` must be valid for reads while this runs, and not lie in this map. Others may change the bytes
+    /// meanwhile.
+    #[inline]
+    pub unsafe fn write(&self, offset: u64, parts: &[IoVec]) -> bool {
+        if !self.writable || !self.has(offset, parts) {
+            return false;
+        }
+        self.guarded.copy(|| {
+            let mut to = self.address(offset).cast_mut();
+            for part in parts {
+                // SAFETY: all of it lies in the map, which is for writes; the part is valid (contract of this
+                // function).
+                unsafe { copy::store(part.base, to, part.len) };
+                to = to.wrapping_add(part.len);
+            }
+            copy::end_stores();
+        })
+    }
+
+    /// Whether there is as much at `offset` as `parts` are long, all of it resident.
+    #[inline]
+    fn has(&self, offset: u64, parts: &[IoVec]) -> bool {
+        let len = parts.iter().fold(0u64, |sum, part| sum.saturating_add(part.len as u64));
+        len <= self.bytes && offset <= self.bytes - len && self.is_resident(offset, len)
     }
 
     /// Has the beginning of what lies at `offset` brought near, for a [`read`](Self::read) that comes
@@ -221,7 +268,26 @@ impl ResidentMap {
     #[cold]
     fn look_at_group(&self, group: u64) -> Option<u32> {
         let first = group * GROUP_PAGES;
-        self.look(first..(first + GROUP_PAGES).min(self.bytes.div_ceil(PAGE_SIZE)))
+        let found = self.look(first..(first + GROUP_PAGES).min(self.bytes.div_ceil(PAGE_SIZE)))?;
+        if self.writable {
+            self.map_around(first, found);
+        }
+        Some(found)
+    }
+
+    /// Has the kernel map the pages of a group that are resident: at a read it maps those around it too, at a
+    /// write the page alone, which costs more than the write.
+    fn map_around(&self, first: u64, resident: u32) {
+        self.guarded.copy(|| {
+            for window in (0..GROUP_PAGES).step_by(AROUND_PAGES as usize) {
+                let page = u64::from((resident >> window).trailing_zeros());
+                if page < AROUND_PAGES {
+                    let address = self.address((first + window + page) * PAGE_SIZE);
+                    // SAFETY: within the map, and guarded. Whatever is there, nobody looks at it.
+                    unsafe { address.read_volatile() };
+                }
+            }
+        });
     }
 
     /// Which of at most 32 mapped pages are resident.
@@ -248,17 +314,19 @@ fn page_size() -> Option<u64> {
     u64::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).ok()
 }
 
-/// Whether mappings of the file show what reads of it show, and `mincore` what they need.
-fn is_coherent(file: &File) -> io::Result<bool> {
-    const COHERENT: [u64; 5] = [
+/// Whether mappings of the file show what reads of it show, and `mincore` what they need; if so, whether its pages are
+/// all that there is of it.
+fn coherence(file: &File) -> io::Result<Option<bool>> {
+    const TMPFS: u64 = 0x0102_1994;
+    const COHERENT: [u64; 4] = [
         0xef53,      // ext2, ext3, ext4
         0x5846_5342, // xfs
         0x9123_683e, // btrfs
         0xf2f5_2010, // f2fs
-        0x0102_1994, // tmpfs
     ];
-    Ok(match file.kind() {
-        FileKind::BlockDevice => true,
-        FileKind::Regular => COHERENT.contains(&(rustix::fs::fstatfs(file)?.f_type as u64)),
-    })
+    if file.kind() == FileKind::BlockDevice {
+        return Ok(Some(false));
+    }
+    let kind = rustix::fs::fstatfs(file)?.f_type as u64;
+    Ok((kind == TMPFS || COHERENT.contains(&kind)).then_some(kind == TMPFS))
 }

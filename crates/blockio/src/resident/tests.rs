@@ -17,6 +17,8 @@ use tempfile::TempDir;
 use super::*;
 use crate::OpenOptions;
 
+mod writes;
+
 const PAGE: usize = PAGE_SIZE as usize;
 
 /// Directories on the build's file system, and on tmpfs if there is one. Not all can be mapped (an
@@ -25,12 +27,21 @@ fn places() -> Vec<TempDir> {
     let built = std::env::current_exe().unwrap().parent().unwrap().to_owned();
     let places =
         [built, PathBuf::from("/dev/shm")].into_iter().filter_map(|dir| tempfile::tempdir_in(dir).ok());
-    places.filter(|dir| is_coherent(&made(dir.path(), "probe", 1)).unwrap()).collect()
+    places.filter(|dir| coherence(&made(dir.path(), "probe", 1)).unwrap().is_some()).collect()
 }
 
 /// A place whose pages are those of a disk: they can be dropped, and read again.
 fn disk() -> Option<TempDir> {
-    places().into_iter().find(|dir| rustix::fs::statfs(dir.path()).unwrap().f_type as u64 != 0x0102_1994)
+    places().into_iter().find(|dir| !is_memory(dir))
+}
+
+/// A place whose pages are all that there is: maps are for writes too.
+fn memory() -> Option<TempDir> {
+    places().into_iter().find(is_memory)
+}
+
+fn is_memory(dir: &TempDir) -> bool {
+    coherence(&made(dir.path(), "probe of memory", 1)).unwrap().unwrap()
 }
 
 fn content(bytes: usize) -> Vec<u8> {

@@ -1,0 +1,133 @@
+//! Writes through a map.
+
+use super::*;
+
+/// Writes parts of these lengths, one after the other from `data`.
+fn write_parts(map: &ResidentMap, offset: u64, data: &[u8], lens: &[usize]) -> bool {
+    let mut rest = data.to_vec();
+    let mut memory: Vec<Vec<u8>> = lens.iter().map(|len| rest.drain(..*len).collect()).collect();
+    let parts: Vec<IoVec> =
+        memory.iter_mut().map(|part| IoVec { base: part.as_mut_ptr(), len: part.len() }).collect();
+    // SAFETY: the parts are vectors that nobody else uses meanwhile.
+    unsafe { map.write(offset, &parts) }
+}
+
+/// Writes what is resident; see [`resident`].
+fn write_resident(map: &ResidentMap, offset: u64, data: &[u8], lens: &[usize]) {
+    let begin = Instant::now();
+    while !write_parts(map, offset, data, lens) {
+        assert!(!map.guarded.is_broken() && begin.elapsed() < Duration::from_secs(60), "not resident");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// What is written through a map is what `pread` reads then, at every border and for every alignment, and nothing
+/// beside it.
+#[test]
+fn write_of_a_map_equals_pwrite() {
+    let Some(dir) = memory() else { return };
+    let bytes = 100 * PAGE + 1234;
+    let file = made(dir.path(), "file", bytes);
+    let map = mapped(&file);
+    let all = || {
+        let mut found = vec![0; bytes];
+        file.read_exact_at(&mut found, 0).unwrap();
+        found
+    };
+    let lens = prop::collection::vec(
+        prop_oneof![0..200usize, 0..40 * PAGE, (0..9usize).prop_map(|n| n * PAGE)],
+        0..4,
+    );
+    let offsets = prop_oneof![0..bytes as u64 + 10, (0..101u64).prop_map(|page| page * PAGE_SIZE)];
+    proptest!(ProptestConfig::with_cases(300), |(offset in offsets, lens in lens, salt in any::<u8>())| {
+        let mut expected = all();
+        let len: usize = lens.iter().sum();
+        let data: Vec<u8> = content(len).iter().map(|byte| byte ^ salt).collect();
+        match expected.get_mut(offset as usize..offset as usize + len) {
+            Some(place) => {
+                write_resident(&map, offset, &data, &lens);
+                place.copy_from_slice(&data);
+            }
+            None => prop_assert!(!write_parts(&map, offset, &data, &lens)),
+        }
+        prop_assert!(all() == expected, "offset {offset}, parts {lens:?}");
+    });
+    assert_eq!(file.size().unwrap(), bytes as u64);
+    for (offset, len) in [(u64::MAX, 1), (u64::MAX, 0), (bytes as u64, 1), (bytes as u64 - 1, 2)] {
+        assert!(!write_parts(&map, offset, &vec![7; len], &[len]));
+    }
+}
+
+/// A write to a hole takes room, which may not be had: that is for `pwrite` to say.
+#[test]
+fn write_to_what_is_not_resident_is_refused() {
+    let Some(dir) = memory() else { return };
+    let file = made(dir.path(), "file", 64 * PAGE);
+    let map = mapped(&file);
+    write_resident(&map, 0, &vec![1; 64 * PAGE], &[64 * PAGE]);
+    file.punch_hole(0, 32 * PAGE_SIZE).unwrap();
+    map.punched(0, 32 * PAGE_SIZE);
+    let allocated = file.allocated_bytes().unwrap();
+    assert!((0..32).all(|page| !write_parts(&map, page * PAGE_SIZE, &[2; PAGE], &[PAGE])));
+    // Some of it is not there.
+    assert!(!write_parts(&map, 30 * PAGE_SIZE, &[2; 4 * PAGE], &[4 * PAGE]));
+    assert_eq!(file.allocated_bytes().unwrap(), allocated);
+    assert_eq!(resident(&map, 32 * PAGE_SIZE, &[PAGE]), [1; PAGE]);
+    write_resident(&map, 40 * PAGE_SIZE, &[3; PAGE], &[PAGE]);
+}
+
+/// Where a file is more than its pages, and where it must not be written, there are no writes through a map.
+#[test]
+fn map_of_a_disk_or_of_a_file_for_reads_is_not_written() {
+    for dir in places() {
+        let path = made(dir.path(), "file", 4 * PAGE).path().to_owned();
+        let write = !is_memory(&dir);
+        let file = File::open(&path, OpenOptions { write, ..OpenOptions::default() }).unwrap();
+        let map = mapped(&file);
+        assert_eq!(resident(&map, 0, &[4 * PAGE]), content(4 * PAGE));
+        assert!(!write_parts(&map, 0, &[9; PAGE], &[PAGE]));
+        assert_eq!(resident(&map, 0, &[4 * PAGE]), content(4 * PAGE));
+    }
+}
+
+/// Invariant 3: a write that says it was made is in the file, or the file is no longer there to have it. And no death.
+#[test]
+fn file_cut_under_writing_threads_ends_its_map_only() {
+    const LEN: usize = 8 * PAGE;
+    let Some(dir) = memory() else { return };
+    for (turn, cut) in [0, 64 * PAGE_SIZE].into_iter().cycle().take(120).enumerate() {
+        let (file, other) = (
+            made(dir.path(), &format!("cut{turn}"), 256 * PAGE),
+            made(dir.path(), &format!("whole{turn}"), 256 * PAGE),
+        );
+        let (map, safe) = (mapped(&file), mapped(&other));
+        let begun = Barrier::new(3);
+        thread::scope(|scope| {
+            // One within what will be left, one beyond it.
+            for first in [0, 128 * PAGE_SIZE] {
+                let (file, map, safe, begun) = (&file, &map, &safe, &begun);
+                scope.spawn(move || {
+                    write_resident(map, first, &[1; 16 * LEN], &[16 * LEN]);
+                    begun.wait();
+                    for n in 2u64.. {
+                        let (at, data) = (first + n % 8 * LEN as u64, [n as u8; LEN]);
+                        if write_parts(map, at, &data, &[LEN]) && at + LEN as u64 <= cut {
+                            let mut found = [0; LEN];
+                            file.read_exact_at(&mut found, at).unwrap();
+                            assert!(found == data, "a write is lost");
+                        }
+                        write_resident(safe, at, &data, &[LEN]);
+                        assert!(resident(safe, at, &[LEN]) == data);
+                        if map.guarded.is_broken() {
+                            break;
+                        }
+                    }
+                });
+            }
+            begun.wait();
+            rustix::fs::ftruncate(&file, cut).unwrap();
+        });
+        assert!(!write_parts(&map, 0, &[1], &[1]));
+        assert_eq!((file.size().unwrap(), other.size().unwrap()), (cut, 256 * PAGE_SIZE));
+    }
+}
