@@ -20,6 +20,7 @@ mod guest;
 mod handover;
 mod hugepages;
 mod inflight;
+mod interrupts;
 mod limit;
 mod peer;
 mod poll;

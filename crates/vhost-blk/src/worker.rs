@@ -5,17 +5,13 @@
 //! index. The ring's lock is not held while the disk is at work, nor while polling.
 //!
 //! Answers are published soon and in small groups as long as requests are done at once, so that a guest that
-//! is awake goes on while the next ones are done. Interrupts are for a guest that sleeps: one when half of what
-//! it has asked for is answered, so that it wakes while the other half is done, or when nothing is left to
-//! take, or when it has waited for [`INTERRUPT_DELAY_MAX`] and the group at work is done.
+//! is awake goes on while the next ones are done. Interrupts are for a guest that sleeps (see
+//! [`interrupts`](crate::interrupts)).
 //!
 //! When a ring starts, the first pass looks into the in-flight table (see [`inflight`](crate::inflight))
 //! for where to begin, and takes first what a server before has taken and not answered.
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{sync::Arc, time::Instant};
 
 use blocks::BlockRange;
 use session_disk::Request;
@@ -27,6 +23,7 @@ use crate::{
     chain::{Table, avail_head},
     disk::{DiskIo, Finished},
     inflight::InflightQueue,
+    interrupts::Interrupts,
     poll::{PollWindow, Polling},
     request::{Action, Data, Memory, Parsed, Parser, Status},
     slots::{Slot, Slots, Used, part_token},
@@ -38,9 +35,6 @@ use crate::{
 const LOOKS_PER_TIME: u32 = 16;
 /// How many requests are taken at a time while they are done at once.
 const GROUP: usize = 8;
-/// An answer that was published is followed by an interrupt after this time, even if there is more to do. It is
-/// looked at between groups.
-const INTERRUPT_DELAY_MAX: Duration = Duration::from_micros(50);
 
 /// The data path of one virtqueue.
 pub(crate) struct Worker {
@@ -58,10 +52,7 @@ pub(crate) struct Worker {
     answers: Vec<Used>,
     /// Whether all requests of the last pass that had some were done at once.
     all_at_once: bool,
-    /// Answers that the guest was not told of by an interrupt, if it wants one.
-    untold: Option<Untold>,
-    /// Requests that the guest had made and that were not answered, when the ring was looked at last.
-    asked_for: u16,
+    interrupts: Interrupts,
     /// The queue's ring, once it was started.
     vring: Option<Vring>,
     /// Which start of the ring the requests were taken after.
@@ -72,23 +63,19 @@ pub(crate) struct Worker {
     watch: Option<Watch>,
 }
 
-/// Published answers after which nobody has asked whether the guest wants an interrupt.
-struct Untold {
-    /// The used index before the first of them.
-    before: u16,
-    /// The used index after the last of them.
-    next: u16,
-    /// When that was published.
-    since: Instant,
-    /// How many answers are worth an interrupt before there is nothing left to do.
-    enough: u16,
-}
-
 /// What polling looks at without the ring's lock.
 struct Watch {
     memory: Arc<Memory>,
     avail_ring: u64,
     next_avail: u16,
+}
+
+impl Watch {
+    /// Requests that the guest has made available and that were not taken; none if that can't be read.
+    fn left(&self) -> u16 {
+        let available = avail_index(&self.memory, self.avail_ring);
+        available.map_or(0, |index| index.wrapping_sub(self.next_avail))
+    }
 }
 
 /// What became of a pass.
@@ -116,8 +103,7 @@ impl Worker {
             finished: Vec::with_capacity(room),
             answers: Vec::with_capacity(room),
             all_at_once: false,
-            untold: None,
-            asked_for: 0,
+            interrupts: Interrupts::new(),
             vring: None,
             started: 0,
             inflight: None,
@@ -231,7 +217,9 @@ impl Worker {
         if answered {
             self.publish(device, vring);
         }
-        if self.untold.as_ref().is_some_and(|untold| self.is_time_to_tell(untold)) {
+        // Only what was taken at once leaves more to take; what else is left comes by itself.
+        let left = self.watch.as_ref().map_or(0, Watch::left);
+        if self.interrupts.is_due(left, Instant::now) {
             self.tell(device, vring);
         }
         match taken {
@@ -298,8 +286,8 @@ impl Worker {
                 inflight.popped(head);
             }
             let parsed = self.parser.parse(table, head, &device.disk, device.config.read_only);
-            if let Action::Read { range, .. } = &parsed.action {
-                self.io.expect_read(*range);
+            if self.batch.is_empty() {
+                self.expect(&parsed);
             }
             self.batch.push((head, parsed));
             if self.parser.is_full() {
@@ -307,17 +295,27 @@ impl Worker {
             }
         }
         queue.set_next_avail(queue.next_avail().wrapping_add(taken as u16));
-        let avail = avail_index(memory, avail_ring).unwrap_or(queue.next_avail());
-        self.asked_for = avail.wrapping_sub(queue.next_used());
         self.watch = Some(Watch { memory: memory.clone(), avail_ring, next_avail: queue.next_avail() });
         Some(taken)
+    }
+
+    /// Has the data of a request that is about to be started brought near.
+    fn expect(&self, parsed: &Parsed) {
+        if let Action::Read { range, .. } = &parsed.action {
+            self.io.expect_read(*range);
+        }
     }
 
     /// Starts or answers what was taken.
     fn start_batch(&mut self, device: &Device, memory: &Arc<Memory>) {
         let mut batch = std::mem::take(&mut self.batch);
         let durable = device.is_write_through();
-        for (head, Parsed { status_at, action }) in batch.drain(..) {
+        let mut requests = batch.drain(..);
+        while let Some((head, Parsed { status_at, action })) = requests.next() {
+            // While one is copied the next one comes near; more than that at a time would only wait for each other.
+            if let Some((_, next)) = requests.as_slice().first() {
+                self.expect(next);
+            }
             let done = match (&action, status_at) {
                 (Action::Answer { status, written }, _) => {
                     if *status == Status::IoError {
@@ -346,6 +344,7 @@ impl Worker {
                 None => self.start(memory, head, status_at, action, durable),
             }
         }
+        drop(requests);
         self.batch = batch;
         if !self.announced.is_empty() {
             self.start_announced(memory, durable);
@@ -452,28 +451,15 @@ impl Worker {
         if let Err(error) = published {
             return device.warn(|| format!("cannot publish answers to the guest: {error}"));
         }
-        let enough = self.asked_for / 2;
-        let untold =
-            self.untold.get_or_insert_with(|| Untold { before, next, since: Instant::now(), enough });
-        untold.next = next;
-    }
-
-    /// Whether an interrupt for what was published must not be put off any longer.
-    fn is_time_to_tell(&self, untold: &Untold) -> bool {
-        let more = self.watch.as_ref().is_some_and(|watch| {
-            avail_index(&watch.memory, watch.avail_ring).is_ok_and(|at| at != watch.next_avail)
-        });
-        !more
-            || untold.next.wrapping_sub(untold.before) >= untold.enough
-            || untold.since.elapsed() >= INTERRUPT_DELAY_MAX
+        self.interrupts.published(before, next);
     }
 
     /// Interrupts the guest, if it wants to be told of what was published.
     fn tell(&mut self, device: &Device, vring: &Vring) {
-        let Some(untold) = self.untold.take() else { return };
+        let Some(before) = self.interrupts.take() else { return };
         let memory = device.memory();
         let state = vring.lock();
-        match wants_interrupt(state.get_queue(), &memory, untold.before) {
+        match wants_interrupt(state.get_queue(), &memory, before) {
             Ok(true) => {
                 if let Err(error) = signal(&state) {
                     device.warn(|| format!("cannot interrupt the guest: {error}"));
@@ -489,9 +475,7 @@ impl Worker {
         let mut goes_on = self.poll.begins(Instant::now());
         while goes_on && vring.is_active() && !device.is_stopping() {
             for _ in 0..LOOKS_PER_TIME {
-                if let Some(watch) = self.watch.as_ref().filter(|_| !self.slots.is_full())
-                    && avail_index(&watch.memory, watch.avail_ring).is_ok_and(|at| at != watch.next_avail)
-                {
+                if self.watch.as_ref().is_some_and(|watch| !self.slots.is_full() && watch.left() > 0) {
                     self.poll.found();
                     return true;
                 }

@@ -24,6 +24,11 @@ const ABREAST: usize = 4;
 /// Others may change both meanwhile.
 #[inline]
 pub(super) unsafe fn copy(from: *const u8, to: *mut u8, len: usize) {
+    #[cfg(target_arch = "x86_64")]
+    if len == PAGE && is_x86_feature_detected!("avx512f") {
+        // SAFETY: the contract of this function; the processor has the instructions.
+        return unsafe { copy_page(from, to) };
+    }
     let abreast = len - len % (ABREAST * PAGE);
     for block in (0..abreast).step_by(ABREAST * PAGE) {
         // SAFETY: a part of what the contract of this function is about.
@@ -32,6 +37,29 @@ pub(super) unsafe fn copy(from: *const u8, to: *mut u8, len: usize) {
     let (from, to) = (from.wrapping_add(abreast), to.wrapping_add(abreast));
     // SAFETY: the rest of it.
     unsafe { std::ptr::copy_nonoverlapping(from, to, len - abreast) };
+}
+
+/// Copies a page, in the order in which it was [prefetched](prefetch). (What the C library has for that length begins
+/// at both ends, or leaves it to microcode that begins late: both are slower by 4 to 12 % of a read.)
+///
+/// # Safety
+/// As [`copy`], of [`PAGE`] bytes.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+unsafe fn copy_page(from: *const u8, to: *mut u8) {
+    use std::arch::x86_64::{__m512i, _mm512_loadu_si512, _mm512_storeu_si512};
+    const STEP: usize = size_of::<__m512i>();
+    for at in (0..PAGE).step_by(4 * STEP) {
+        // So many loads before the first store.
+        let parts = [0, 1, 2, 3].map(|part| {
+            // SAFETY: a part of what the contract is about.
+            unsafe { _mm512_loadu_si512(from.wrapping_add(at + part * STEP).cast()) }
+        });
+        for (place, part) in (at..).step_by(STEP).zip(parts) {
+            // SAFETY: as above.
+            unsafe { _mm512_storeu_si512(to.wrapping_add(place).cast(), part) };
+        }
+    }
 }
 
 /// Copies [`ABREAST`] pages.

@@ -36,8 +36,9 @@ fn answer_before_the_kick_is_replaced_is_told_of_afterwards() {
     scene.offer(VIRTIO_BLK_T_OUT, 0..32);
     {
         let mut worker = scene.backend.worker(0).unwrap();
+        worker.interrupts.put_off();
         worker.pass(&scene.backend.device, &scene.vring);
-        assert!(worker.untold.is_some());
+        assert!(worker.interrupts.has_untold());
     }
     scene.vring.set_kick(Some(event()));
     scene.vring.set_queue_ready(true);
