@@ -78,6 +78,8 @@ pub struct File {
     alignment: Alignment,
     direct: bool,
     abilities: probe::Abilities,
+    /// The longest write that engines hand to the page cache at once, in bytes; they cut longer ones at its multiples.
+    pub(crate) write_max: u64,
     resident: OnceLock<Option<ResidentMap>>,
 }
 
@@ -138,6 +140,7 @@ impl File {
         };
         let abilities =
             if options.write { probe::abilities(&fd, path, kind) } else { probe::Abilities::default() };
+        let write_max = if options.write && !options.direct { probe::write_max(&fd, kind) } else { u64::MAX };
         Ok(File {
             fd,
             path: path.to_owned(),
@@ -145,6 +148,7 @@ impl File {
             alignment,
             direct: options.direct,
             abilities,
+            write_max,
             resident: OnceLock::new(),
         })
     }
@@ -160,6 +164,7 @@ impl File {
             alignment: Alignment { memory: 1, offset: 1 },
             direct: false,
             abilities: probe::Abilities::default(),
+            write_max: u64::MAX,
             resident: OnceLock::new(),
         }
     }

@@ -2,7 +2,7 @@
 //!
 //! Both engines drive a [`Work`] the same way: ask for the next [`Call`], perform it, tell the
 //! outcome, until the work is finished. Short transfers, interrupted calls, more pieces than the
-//! kernel takes and memory that direct I/O cannot use are dealt with here.
+//! kernel takes, writes that are better cut and memory that direct I/O cannot use are dealt with here.
 
 use std::{io, sync::Arc};
 
@@ -79,6 +79,8 @@ pub(crate) struct Work {
     /// Bytes of the call at work.
     asked: u64,
     align: u64,
+    /// The longest write that is made at once, in bytes: see [`File::write_max`].
+    write_max: u64,
     stalls: u32,
     buf: Option<Buffer>,
     bounces: bool,
@@ -99,6 +101,7 @@ impl Work {
             done: 0,
             asked: 0,
             align: 1,
+            write_max: u64::MAX,
             stalls: 0,
             buf: None,
             bounces: false,
@@ -143,6 +146,7 @@ impl Work {
         if self.offset.checked_add(self.len).is_none_or(|end| end > i64::MAX as u64) {
             return refuse("the range ends past the largest file");
         }
+        self.write_max = file.write_max;
         let Some(buf) = self.buf.as_ref().filter(|_| file.is_direct()) else { return Ok(()) };
         let alignment = file.alignment();
         self.align = u64::from(alignment.offset.max(1));
@@ -167,26 +171,31 @@ impl Work {
             Kind::Read => (false, false),
             Kind::Write { dsync } => (true, dsync),
         };
-        let memory = if self.bounces { self.bounce_memory(write) } else { self.own_memory() };
+        let memory = if self.bounces { self.bounce_memory(write) } else { self.own_memory(write) };
         Call::Transfer { write, dsync, offset: self.offset + self.done, memory }
     }
 
-    fn own_memory(&mut self) -> Memory {
+    fn own_memory(&mut self, write: bool) -> Memory {
         let at = self.done as usize;
         self.asked = self.len - self.done;
+        if write && self.asked > self.write_max {
+            // Up to a multiple of it.
+            self.asked = self.write_max - (self.offset + self.done) % self.write_max;
+        }
+        let most = usize::try_from(self.asked).map_or(TRANSFER_MAX, |asked| asked.min(TRANSFER_MAX));
         match &mut self.buf {
             Some(Buffer::Owned(buf)) => {
                 let all = IoVec { base: buf.as_mut_ptr(), len: buf.len() };
-                Memory::One(all.skip(at).take(TRANSFER_MAX))
+                Memory::One(all.skip(at).take(most))
             }
             Some(Buffer::Guest(buf)) => match buf.parts() {
-                [one] => Memory::One(one.skip(at).take(TRANSFER_MAX)),
-                parts if at == 0 && parts.len() <= PIECES_MAX => {
+                [one] => Memory::One(one.skip(at).take(most)),
+                parts if at == 0 && self.asked == self.len && parts.len() <= PIECES_MAX => {
                     Memory::Many(parts.as_ptr(), parts.len() as u32)
                 }
                 _ => {
                     self.pieces.clear();
-                    self.pieces.extend(buf.pieces(at, usize::MAX).take(PIECES_MAX));
+                    self.pieces.extend(buf.pieces(at, most).take(PIECES_MAX));
                     Memory::Many(self.pieces.as_ptr(), self.pieces.len() as u32)
                 }
             },
@@ -277,5 +286,81 @@ fn memory_is_aligned(buf: &Buffer, alignment: Alignment) -> bool {
     match buf {
         Buffer::Owned(buf) => aligned(buf.as_ptr(), buf.len()),
         Buffer::Guest(buf) => buf.parts().iter().all(|part| aligned(part.base, part.len)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{GuestBuf, OpenOptions};
+
+    /// The writes that `op` becomes: offset, and lengths of its pieces.
+    fn writes(op: Op, files: &[Arc<File>]) -> Vec<(u64, Vec<usize>)> {
+        let mut work = Work::idle();
+        work.begin(1, op, files);
+        let mut writes = Vec::new();
+        loop {
+            let Call::Transfer { offset, memory, .. } = work.call() else { panic!("no transfer") };
+            let lens: Vec<usize> = match memory {
+                Memory::One(piece) => vec![piece.len],
+                // SAFETY: the work keeps them until it is told the outcome.
+                Memory::Many(pieces, count) => unsafe { std::slice::from_raw_parts(pieces, count as usize) }
+                    .iter()
+                    .map(|p| p.len)
+                    .collect(),
+            };
+            let len = lens.iter().sum();
+            writes.push((offset, lens));
+            if let Some(result) = work.advance(Ok(len)) {
+                result.unwrap();
+                return writes;
+            }
+        }
+    }
+
+    fn file_in(dir: &str) -> Option<(tempfile::NamedTempFile, Vec<Arc<File>>)> {
+        let temp = tempfile::NamedTempFile::new_in(dir).ok()?;
+        let file = File::open(temp.path(), OpenOptions { write: true, ..Default::default() }).unwrap();
+        Some((temp, vec![Arc::new(file)]))
+    }
+
+    #[test]
+    fn long_write_where_folios_are_to_be_small_is_cut_at_multiples() {
+        const KIB: usize = 1 << 10;
+        let (_temp, mut files) = file_in("/tmp").unwrap();
+        Arc::get_mut(&mut files[0]).unwrap().write_max = 16 << 10;
+        let file = FileIndex(0);
+        let offset = 12 << 10;
+        let buf = AlignedBuf::new_zeroed(24 * KIB).into();
+        let cut = writes(Op::Write { file, offset, buf, dsync: false }, &files);
+        assert_eq!(cut, [(offset, vec![4 * KIB]), (16 << 10, vec![16 * KIB]), (32 << 10, vec![4 * KIB])]);
+        // In pieces of memory that end elsewhere.
+        let mut memory = AlignedBuf::new_zeroed(20 * KIB);
+        let base = memory.as_mut_ptr();
+        let parts = [(0, KIB), (KIB, 12 * KIB), (13 * KIB, 7 * KIB)];
+        let parts = parts.map(|(at, len)| IoVec { base: base.wrapping_add(at), len });
+        // SAFETY: the guard owns the memory.
+        let buf = unsafe { GuestBuf::new(parts, Arc::new(memory)) };
+        let cut = writes(Op::Write { file, offset: 0, buf: buf.into(), dsync: false }, &files);
+        assert_eq!(cut, [(0, vec![KIB, 12 * KIB, 3 * KIB]), (16 << 10, vec![4 * KIB])]);
+        let buf = AlignedBuf::new_zeroed(64 * KIB).into();
+        let mut work = Work::idle();
+        work.begin(1, Op::Read { file, offset, buf }, &files);
+        assert!(
+            matches!(work.call(), Call::Transfer { memory: Memory::One(all), .. } if all.len == 64 * KIB)
+        );
+    }
+
+    #[test]
+    fn writes_are_cut_where_folios_have_lists() {
+        for dir in ["/tmp", "/dev/shm"] {
+            let Some((temp, files)) = file_in(dir) else { continue };
+            let has_lists = rustix::fs::fstatfs(&temp).unwrap().f_type as u64 == 0xef53;
+            assert_eq!(files[0].write_max < 1 << 20, has_lists, "{dir}");
+            let direct = OpenOptions { write: true, direct: true, ..Default::default() };
+            if let Ok(file) = File::open(temp.path(), direct) {
+                assert_eq!(file.write_max, u64::MAX, "{dir}");
+            }
+        }
     }
 }
