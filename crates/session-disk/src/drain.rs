@@ -14,6 +14,7 @@
 //! would be wrong; such a batch gets an `fsync` all the same, which costs nothing more then.
 
 mod pieces;
+mod write_back;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -28,6 +29,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
 use self::pieces::{Piece, Run};
+use self::write_back::WriteBack;
 use crate::Error;
 use crate::claims::{DrainClaim, Room, Waker};
 use crate::pace::{Guests, Pace, Pause, Speed};
@@ -106,6 +108,7 @@ pub(crate) struct Drain {
     pieces: Vec<Option<Piece>>,
     free_pieces: Vec<usize>,
     spare: Spare,
+    write_back: WriteBack,
     /// Runs that are copied and still claimed.
     copied_runs: Vec<Extent>,
     /// Where the next batch begins to look for pending blocks.
@@ -149,6 +152,7 @@ impl Drain {
             pieces: Vec::new(),
             free_pieces: Vec::new(),
             spare: Spare::default(),
+            write_back: WriteBack::default(),
             copied_runs: Vec::new(),
             cursor: 0,
             pace,
@@ -245,13 +249,17 @@ impl Drain {
             copied(std::mem::take(&mut self.copied_blocks));
             if to_write_back >= WRITE_BACK_BLOCKS {
                 // What is in flight still is written back later.
-                self.start_write_back(Extent::between(written_back, cursor));
+                self.start_write_back(Extent::between(written_back, cursor), speed);
                 (written_back, to_write_back) = (cursor, 0);
+            }
+            if !speed.by_stints {
+                self.write_back.turn(&self.shared.disk);
             }
             if self.in_flight_runs == 0 {
                 stint_began = self.rest_since(stint_began);
             }
         }
+        self.write_back.forget();
         self.cursor = if exhausted { 0 } else { cursor };
         if stop.load(Ordering::Acquire) {
             return Err(Error::Stopped);
@@ -303,10 +311,14 @@ impl Drain {
         self.copied_runs.clear();
     }
 
-    /// Asks the kernel to begin to write back what lies in `blocks`. A hint: the sync vouches.
-    fn start_write_back(&self, blocks: Extent) {
-        if let Some(bytes) = self.shared.geometry.bytes_of(blocks) {
+    /// Asks the kernel to begin to write back what lies in `blocks`. A hint: the sync vouches. While guests work this
+    /// waits: how long it takes is how long the device is busy with it, and so how long to rest.
+    fn start_write_back(&mut self, blocks: Extent, speed: Speed) {
+        let Some(bytes) = self.shared.geometry.bytes_of(blocks) else { return };
+        if speed.by_stints {
             self.shared.disk.start_write_back(bytes.offset(), bytes.len());
+        } else {
+            self.write_back.push(bytes);
         }
     }
 }
