@@ -3,6 +3,7 @@
 use std::{
     ffi::CStr,
     io,
+    num::NonZeroU64,
     ops::Range,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
@@ -10,7 +11,7 @@ use std::{
 };
 
 use rustix::{
-    fs::{AtFlags, FileType, Mode, OFlags, SeekFrom, StatxFlags, XattrFlags},
+    fs::{Advice, AtFlags, FileType, Mode, OFlags, SeekFrom, StatxFlags, XattrFlags},
     io::Errno,
 };
 
@@ -238,6 +239,19 @@ impl File {
 
     pub(crate) fn resident(&self) -> Option<&ResidentMap> {
         self.resident.get()?.as_ref()
+    }
+
+    /// Has the kernel read nothing that it is not asked for, where what it reads ahead would make later writes dear (see
+    /// `probe::write_max`); whether that is so. Then [`read_ahead`](Self::read_ahead) is to be called before what comes next is read.
+    pub fn keep_folios_small(&self) -> bool {
+        self.write_max < u64::MAX && rustix::fs::fadvise(&self.fd, 0, None, Advice::Random).is_ok()
+    }
+
+    /// Asks the kernel to begin to read a range into the page cache. Does not wait for it, and vouches for nothing.
+    pub fn read_ahead(&self, offset: u64, len: u64) {
+        if let Some(len) = NonZeroU64::new(len) {
+            let _ = rustix::fs::fadvise(&self.fd, offset, Some(len), Advice::WillNeed);
+        }
     }
 
     /// The current size in bytes.

@@ -16,6 +16,7 @@
 //! In steady state (nothing pending, the block owned) a request costs two looks at bitmaps and one
 //! operation: no lock, no allocation.
 
+mod ahead;
 mod slots;
 mod write;
 
@@ -27,9 +28,10 @@ use std::sync::atomic::Ordering;
 
 use base_image::Urgency;
 use blockio::{AlignedBuf, Buffer, Completion, Engine, GuestBuf, GuestView, Op, Quick};
-use blocks::{BlockRange, Extent};
+use blocks::{BLOCK_SIZE, BlockRange, Extent};
 use rustix::event::{PollFd, PollFlags, poll};
 
+use self::ahead::{Ahead, Window};
 use self::slots::Slots;
 use self::write::Fill;
 use crate::Error;
@@ -74,6 +76,8 @@ pub struct DiskQueue {
     /// Operations pushed to the engine and not submitted.
     unsubmitted: bool,
     bytes_written: u64,
+    /// Where reading ahead is up to us.
+    ahead: Option<Ahead>,
     /// Whether something was taken since the last [`reap`](Self::reap).
     in_pass: bool,
 }
@@ -86,6 +90,7 @@ impl DiskQueue {
     pub(crate) fn new(shared: Arc<Shared>, counters: Arc<QueueCounters>, depth: u32) -> Result<Self, Error> {
         let engine = shared.new_engine(depth, Urgency::Guest)?;
         shared.disk.map_resident();
+        let ahead = shared.disk.keep_folios_small().then(Ahead::default);
         let waker =
             Waker::new().map_err(|error| Error::state("make a wake-up for", shared.disk.path(), error))?;
         Ok(Self {
@@ -106,6 +111,7 @@ impl DiskQueue {
             ready: Vec::new(),
             unsubmitted: false,
             bytes_written: 0,
+            ahead,
             in_pass: false,
         })
     }
@@ -113,10 +119,18 @@ impl DiskQueue {
     /// Reads `range` at once, if that need not wait: it is in the page cache, and nothing of it is pending.
     /// `false`: nothing is promised about the content of `buf`; [`push`](Self::push) it.
     pub fn read_now(&mut self, range: BlockRange, buf: GuestView<'_>) -> bool {
-        buf.len() as u64 == range.len()
+        let done = buf.len() as u64 == range.len()
             && self.enter()
             && self.is_clean(range.touched())
-            && self.engine.perform_now(Quick::Read { file: DISK, offset: range.offset(), buf })
+            && self.engine.perform_now(Quick::Read { file: DISK, offset: range.offset(), buf });
+        if done
+            && let Some(ahead) = &mut self.ahead
+            && ahead.follows()
+        {
+            let window = ahead.hit(range.offset(), range.len());
+            self.read_ahead(window);
+        }
+        done
     }
 
     /// Says that [`read_now`](Self::read_now) will be asked for `range` soon.
@@ -315,7 +329,9 @@ impl DiskQueue {
         let touched = range.touched();
         if self.is_clean(touched) {
             let op = Op::Read { file: DISK, offset: range.offset(), buf: Buffer::Guest(buf) };
-            return self.push_part(slot, op);
+            self.push_part(slot, op);
+            let window = self.ahead.as_mut().and_then(|ahead| ahead.missed(range.offset(), range.len()));
+            return self.read_ahead(window);
         }
         // P only shrinks: what is not pending now stays readable from the disk, what is pending now
         // has the base's content for whoever asks now, even if somebody takes it meanwhile.
@@ -330,6 +346,20 @@ impl DiskQueue {
             } else {
                 self.push_part(slot, Op::Read { file: DISK, offset: part.offset(), buf: Buffer::Guest(buf) });
             }
+        }
+    }
+
+    /// Has the kernel begin to read what guests will ask for next. A hint: it vouches for nothing, and has no effect on pending
+    /// blocks, for these are read from the base.
+    fn read_ahead(&self, window: Option<Window>) {
+        let Some(Window { offset, len }) = window else { return };
+        let len = len.min(self.shared.geometry.size().saturating_sub(offset));
+        let range =
+            self.shared.geometry.bytes_of(Extent::between(offset / BLOCK_SIZE, (offset + len) / BLOCK_SIZE));
+        if let Some(range) = range
+            && self.is_clean(range.touched())
+        {
+            self.shared.disk.read_ahead(range.offset(), range.len());
         }
     }
 
