@@ -1,7 +1,7 @@
 //! `pristine` against `qemu-storage-daemon`, through the same client, side by side.
 //!
 //! ```text
-//! cargo bench -p pristine-tests --bench peer -- [--points POINT,...] [--direct] [--only BACKEND]
+//! cargo bench -p pristine-tests --bench peer -- [--points POINT,...] [--direct | --cold] [--only BACKEND]
 //!     [--size MIB] [--seconds S] [--rounds N] [--dir DIR]...
 //! ```
 //!
@@ -28,11 +28,12 @@ fn main() {
     let defaults = Options { size: 2 << 30, seconds: 4.0, rounds: 5, dirs: Vec::new() };
     let mut points =
         vec![Point::one_queue(Pattern::RandomRead, 32), Point::one_queue(Pattern::RandomWrite, 32)];
-    let (mut direct, mut only) = (false, None);
+    let (mut direct, mut cold, mut only) = (false, false, None);
     let options = defaults.parsed(std::env::args().skip(1).collect(), |word, values| {
         match word {
             "--points" => points = values.list(),
             "--direct" => direct = true,
+            "--cold" => cold = true,
             "--only" => only = Some(values.value()),
             _ => return false,
         }
@@ -48,12 +49,15 @@ fn main() {
     );
     println!("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |");
     for dir in &options.dirs {
-        compare_in(dir, &options, &points, &backends, direct);
+        let bench = Bench::new(Lab::in_dir(dir), options.size, direct);
+        if cold {
+            bench.forget();
+        }
+        compare(dir, &bench, &options, &points, &backends);
     }
 }
 
-fn compare_in(dir: &Path, options: &Options, points: &[Point], backends: &[Backend], direct: bool) {
-    let bench = Bench::new(Lab::in_dir(dir), options.size, direct);
+fn compare(dir: &Path, bench: &Bench, options: &Options, points: &[Point], backends: &[Backend]) {
     let time = Duration::from_secs_f64(options.seconds);
     let mut samples = vec![Vec::new(); points.len() * backends.len()];
     for _ in 0..options.rounds {
@@ -76,7 +80,7 @@ fn compare_in(dir: &Path, options: &Options, points: &[Point], backends: &[Backe
             println!(
                 "| {}{} | {point} | {backend} | {:.1} | {:.2} | {:.1} | {:.1} | {:.2} | {ratios} |",
                 kind_of(dir),
-                if direct { ", direct" } else { "" },
+                if bench.direct { ", direct" } else { "" },
                 rate(samples) / 1e3,
                 cpu(samples),
                 middle(samples, &|sample| sample.score.p50_us),

@@ -74,6 +74,12 @@ impl Bench {
         bench
     }
 
+    /// Has the page cache give up the disks: what was written when they were made is read again, through their servers.
+    pub fn forget(&self) {
+        machine::forget(&self.peer_disk());
+        machine::forget(&self.lab.disk());
+    }
+
     fn peer_disk(&self) -> PathBuf {
         self.lab.path("peer.img")
     }
@@ -107,8 +113,8 @@ impl Bench {
         }
     }
 
-    /// Starts `backend` with `queues` virtqueues; what was written before is written back, what is read
-    /// is in memory, unless all is direct.
+    /// Starts `backend` with `queues` virtqueues. What was written before is written back; unless all is direct, a client reads
+    /// the disk. So all of it is in memory, in the way in which it was made or this backend brings it there.
     pub fn start(&self, backend: Backend, queues: usize, place: Place) -> Running<'_> {
         let lab = &self.lab;
         let disk = self.ready(backend);
@@ -135,7 +141,11 @@ impl Bench {
             }
             Backend::Limit(_) => panic!("a limit is no server"),
         };
-        Running { bench: self, backend, process, socket }
+        let running = Running { bench: self, backend, process, socket };
+        if !self.direct {
+            running.asked("warm", Place::Client);
+        }
+        running
     }
 
     /// Puts the load of `point` on `backend` for `time`.
@@ -164,11 +174,8 @@ impl Bench {
     fn ready(&self, backend: Backend) -> PathBuf {
         let disk = self.disk_of(backend);
         machine::settle(&disk);
-        if !self.direct {
+        if !self.direct && matches!(backend, Backend::Limit(_)) {
             machine::warm(&disk);
-            if backend == Backend::FreshOverlay {
-                machine::warm(&self.lab.base());
-            }
         }
         disk
     }

@@ -92,6 +92,13 @@ pub fn warm(path: &Path) {
     while std::io::Read::read(&mut file, &mut chunk).unwrap() > 0 {}
 }
 
+/// Has the page cache give up a file, as far as it is written back.
+pub fn forget(path: &Path) {
+    let file = std::fs::File::open(path).unwrap();
+    file.sync_all().unwrap();
+    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+}
+
 /// What the directory's file system is called.
 pub fn kind_of(dir: &Path) -> String {
     let finished = run(Command::new("stat").args(["-f", "-c", "%T"]).arg(dir)).ok();

@@ -1,4 +1,4 @@
-//! Writes to chosen blocks, once and again: what first touches cost.
+//! Writes to chosen blocks, once and again: what first touches cost. And reads of all that there is.
 
 use std::path::Path;
 use std::time::Instant;
@@ -64,6 +64,32 @@ fn pass(lane: &mut Lane<'_>, blocks: &[u64]) -> Result<f64, String> {
         lane.wait(&mut free)?;
     }
     Ok(blocks.len() as f64 / begin.elapsed().as_secs_f64())
+}
+
+/// Bytes that a reader of everything asks for at once, and requests at a time.
+const READ_LEN: usize = 128 << 10;
+const READ_DEPTH: usize = 16;
+
+/// Reads the whole disk in order, so that the host has it in memory as reads through its server leave it there.
+pub fn run_warm(socket: &Path) -> Result<(), String> {
+    let shape = Shape { queues: 1, queue_size: 512, slots: READ_DEPTH, slot_len: READ_LEN };
+    let mut client = Client::connect(socket, shape)?;
+    let mut offsets = (0..client.capacity() / READ_LEN as u64).map(|index| index * READ_LEN as u64);
+    let mut lane = lane_of(&mut client, READ_DEPTH)?;
+    let mut free: Vec<usize> = (0..READ_DEPTH).collect();
+    loop {
+        while let Some(slot) = free.pop() {
+            let Some(offset) = offsets.next() else {
+                free.push(slot);
+                break;
+            };
+            lane.read(slot, offset);
+        }
+        if lane.in_flight() == 0 {
+            return Ok(());
+        }
+        lane.wait(&mut free)?;
+    }
 }
 
 /// How long single writes take, in microseconds, medians.

@@ -177,7 +177,7 @@ mod tests {
                 asked += ahead.missed(step * 128 * KIB, 128 * KIB).map_or(0, |window| window.len);
             }
         }
-        assert!(asked >= 90 * 128 * KIB && asked <= 110 * 128 * KIB, "{asked}");
+        assert!((90 * 128 * KIB..=110 * 128 * KIB).contains(&asked), "{asked}");
     }
 
     #[test]
