@@ -43,6 +43,13 @@ pub(crate) fn perform_now(files: &[Arc<File>], waits: Waits<'_>, quick: Quick<'_
             return true;
         }
     }
+    // A long one would make a folio of its length, where that is not wanted and none is there yet.
+    if let Quick::Write { offset, .. } = quick
+        && buf.len() as u64 > file.write_max
+        && !file.resident().is_some_and(|map| map.has(offset, buf.len() as u64))
+    {
+        return false;
+    }
     match (quick, waits) {
         (Quick::Read { offset, .. }, Waits::Always) => read(file, offset, buf),
         // The ring does those of the page cache at once, many with one call.

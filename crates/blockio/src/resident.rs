@@ -148,7 +148,7 @@ impl ResidentMap {
     /// the bytes meanwhile.
     #[inline]
     pub unsafe fn read(&self, offset: u64, parts: &[IoVec]) -> bool {
-        if !self.has(offset, parts) {
+        if !self.has(offset, len_of(parts)) {
             return false;
         }
         self.guarded.copy(|| {
@@ -169,7 +169,7 @@ impl ResidentMap {
     /// meanwhile.
     #[inline]
     pub unsafe fn write(&self, offset: u64, parts: &[IoVec]) -> bool {
-        if !self.writable || !self.has(offset, parts) {
+        if !self.writable || !self.has(offset, len_of(parts)) {
             return false;
         }
         self.guarded.copy(|| {
@@ -184,10 +184,9 @@ impl ResidentMap {
         })
     }
 
-    /// Whether there is as much at `offset` as `parts` are long, all of it resident.
+    /// Whether so many bytes at `offset` are there and known to be resident.
     #[inline]
-    fn has(&self, offset: u64, parts: &[IoVec]) -> bool {
-        let len = parts.iter().fold(0u64, |sum, part| sum.saturating_add(part.len as u64));
+    pub(crate) fn has(&self, offset: u64, len: u64) -> bool {
         len <= self.bytes && offset <= self.bytes - len && self.is_resident(offset, len)
     }
 
@@ -307,6 +306,10 @@ impl Drop for ResidentMap {
         // SAFETY: mapped in `new` with this length; nobody borrows the map any more.
         let _ = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), self.mapped) };
     }
+}
+
+fn len_of(parts: &[IoVec]) -> u64 {
+    parts.iter().fold(0, |sum, part| sum.saturating_add(part.len as u64))
 }
 
 fn page_size() -> Option<u64> {

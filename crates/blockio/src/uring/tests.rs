@@ -249,3 +249,24 @@ fn engine_dropped_with_more_than_a_batch_complete_ends() {
     });
     ended.recv_timeout(Duration::from_secs(30)).expect("dropping the engine hangs");
 }
+
+/// A long write that would make a large folio is cut, elsewhere; one into what is there can't make any.
+#[test]
+fn long_write_is_made_at_once_only_where_it_makes_no_folio() {
+    let (_temp, mut file) = regular(256 << 10);
+    Arc::get_mut(&mut file).unwrap().write_max = 16 << 10;
+    let mut memory = AlignedBuf::new_zeroed(64 << 10);
+    let part = IoVec { base: memory.as_mut_ptr(), len: memory.len() };
+    // SAFETY: the guard owns the memory.
+    let buf = unsafe { GuestBuf::new([part], Arc::new(memory)) };
+    let mut engine = crate::sync::SyncEngine::new(vec![Arc::clone(&file)]);
+    let mut write = |buf: &GuestBuf| {
+        engine.perform_now(Quick::Write { file: FileIndex(0), offset: 4096, buf: buf.view() })
+    };
+    assert!(!write(&buf));
+    assert!(write(&buf.slice(0, 16 << 10).unwrap()));
+    file.map_resident();
+    if file.resident().is_some() {
+        assert!(write(&buf));
+    }
+}
