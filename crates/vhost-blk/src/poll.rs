@@ -10,6 +10,9 @@
 //! - It stops at once when the core is wanted by others: the thread was away from it for longer than
 //!   interrupts take. Polling workers of many busy disks must not take the time of the guests.
 //!
+//! - It is not for I/O that takes its time: if waits with I/O on its way usually outlast what sleeping costs, the
+//!   worker sleeps through them. What ends such I/O finds the core idle, and wakes the worker at once.
+//!
 //! It does not yield the core while it polls: a guest that computes would then have it for its whole time
 //! slice, some milliseconds, while a worker that sleeps gets it back when it is woken.
 //!
@@ -36,6 +39,14 @@ const AUTO: Duration = Duration::from_micros(50);
 const SOON: Duration = Duration::from_micros(150);
 /// A thread that was away from its core for so long has shared it.
 const AWAY: Duration = Duration::from_micros(60);
+/// Longer waits with I/O on its way are slept through. About two times what it costs to sleep and be woken.
+const IO_SOON: Duration = Duration::from_micros(20);
+/// The most that one of them counts for, so that a single slow one is soon forgotten.
+const IO_WAIT_MAX: Duration = Duration::from_micros(160);
+/// How many of them make what is usual.
+const IO_WAITS: u32 = 8;
+/// Nobody sleeps so shortly: there was something to wake the worker before it slept.
+const AWAKE: Duration = Duration::from_micros(4);
 /// What polling is given on trial, and most that it can earn; each success is one, each failure too.
 const CREDIT_TRIAL: u32 = 3;
 const CREDIT_MAX: u32 = 16;
@@ -66,6 +77,10 @@ struct Auto {
     tried: Option<Instant>,
     /// When the worker has looked last, in this idle time; `None`: it has not.
     looked: Option<Instant>,
+    /// How long it usually waits with I/O on its way, for that or for the guest.
+    io_wait: Duration,
+    /// Whether I/O is on its way in this idle time.
+    has_io: bool,
 }
 
 impl PollWindow {
@@ -77,15 +92,13 @@ impl PollWindow {
         Self { window, auto, idle_since: None }
     }
 
-    /// The worker has nothing to do since `now`. Whether to poll.
-    pub(crate) fn begins(&mut self, now: Instant) -> bool {
+    /// The worker has nothing to do since `now`; `has_io`: but I/O is on its way, and the guest asks for nothing that
+    /// is done at once. Whether to poll.
+    pub(crate) fn begins(&mut self, now: Instant, has_io: bool) -> bool {
         self.idle_since = Some(now);
         match &mut self.auto {
             None => !self.window.is_zero(),
-            Some(auto) => {
-                auto.looked = (auto.credit > 0).then_some(now);
-                auto.looked.is_some()
-            }
+            Some(auto) => auto.begins(now, has_io),
         }
     }
 
@@ -104,9 +117,12 @@ impl PollWindow {
 
     /// The worker has found something by polling.
     pub(crate) fn found(&mut self) {
-        self.idle_since = None;
+        let since = self.idle_since.take();
         if let Some(auto) = &mut self.auto {
             auto.credit = (auto.credit + 1).min(CREDIT_MAX);
+            if let (Some(since), Some(looked)) = (since, auto.looked) {
+                auto.waited(looked.saturating_duration_since(since));
+            }
         }
     }
 
@@ -114,14 +130,40 @@ impl PollWindow {
     pub(crate) fn woken(&mut self, now: Instant) {
         let Some(since) = self.idle_since.take() else { return };
         if let Some(auto) = &mut self.auto {
-            auto.slept(now, now.saturating_duration_since(since) <= SOON);
+            let time = now.saturating_duration_since(since);
+            if time > AWAKE {
+                auto.waited(time);
+            }
+            auto.slept(now, time <= SOON);
         }
     }
 }
 
 impl Auto {
     fn new() -> Self {
-        Self { credit: CREDIT_TRIAL, rest: Duration::ZERO, rests_until: None, tried: None, looked: None }
+        Self {
+            credit: CREDIT_TRIAL,
+            rest: Duration::ZERO,
+            rests_until: None,
+            tried: None,
+            looked: None,
+            io_wait: Duration::ZERO,
+            has_io: false,
+        }
+    }
+
+    fn begins(&mut self, now: Instant, has_io: bool) -> bool {
+        self.has_io = has_io;
+        let is_slow = has_io && self.io_wait > IO_SOON;
+        self.looked = (self.credit > 0 && !is_slow).then_some(now);
+        self.looked.is_some()
+    }
+
+    /// This idle time was so long.
+    fn waited(&mut self, time: Duration) {
+        if self.has_io {
+            self.io_wait = (self.io_wait * (IO_WAITS - 1) + time.min(IO_WAIT_MAX)) / IO_WAITS;
+        }
     }
 
     /// The worker had slept until `now`, for a `short` time, and perhaps polled in vain before.
@@ -159,18 +201,24 @@ mod tests {
         now: Instant,
         /// Time spent polling.
         polled: Duration,
+        has_io: bool,
     }
 
     impl Worker {
         fn new(polling: Polling) -> Self {
-            Self { poll: PollWindow::new(polling), now: Instant::now(), polled: Duration::ZERO }
+            Self {
+                poll: PollWindow::new(polling),
+                now: Instant::now(),
+                polled: Duration::ZERO,
+                has_io: false,
+            }
         }
 
         /// The next work comes after `micros`, if the worker polls; a worker that sleeps has it `woken_after`.
         /// Looks at the clock each microsecond. Whether polling has found the work.
         fn idle(&mut self, micros: u64, woken_after: u64) -> bool {
             let begin = self.now;
-            let mut goes_on = self.poll.begins(self.now);
+            let mut goes_on = self.poll.begins(self.now, self.has_io);
             while goes_on {
                 if self.now >= begin + Duration::from_micros(micros) {
                     self.poll.found();
@@ -249,7 +297,7 @@ mod tests {
         while worker.now < begin + Duration::from_secs(10) {
             // Every 10 ms it is away for 3 ms.
             worker.idles(500, 10, 20);
-            worker.poll.begins(worker.now);
+            worker.poll.begins(worker.now, false);
             worker.now += Duration::from_millis(3);
             worker.poll.goes_on(worker.now);
         }
@@ -267,12 +315,58 @@ mod tests {
         for _ in 0..20 {
             // Once a second.
             found += worker.idles(100_000, 10, 10);
-            worker.poll.begins(worker.now);
+            worker.poll.begins(worker.now, false);
             worker.now += Duration::from_micros(100);
             worker.poll.goes_on(worker.now);
         }
         let share = worker.polled.as_secs_f64() / (worker.now - begin).as_secs_f64();
         assert!(found > 20 * 98_000 && share > 0.98, "{found} {share}");
+    }
+
+    #[test]
+    fn polling_for_slow_io_is_given_up_after_a_few_times() {
+        let mut worker = Worker::new(Polling::Auto);
+        worker.has_io = true;
+        worker.idles(1000, 100, 105);
+        assert!(worker.polled <= AUTO * CREDIT_TRIAL, "{:?}", worker.polled);
+    }
+
+    #[test]
+    fn polling_for_io_that_has_become_quick_starts_again() {
+        let mut worker = Worker::new(Polling::Auto);
+        worker.has_io = true;
+        worker.idles(1000, 100, 105);
+        // The first waits are as long as they were slept through.
+        assert!(worker.idles(1000, 8, 13) > 950);
+    }
+
+    /// At depth 1 past the page cache: the guest asks again as soon as it is answered.
+    #[test]
+    fn polling_for_the_guest_goes_on_when_its_io_is_slept_through() {
+        let mut worker = Worker::new(Polling::Auto);
+        let mut found = 0;
+        for _ in 0..1000 {
+            worker.has_io = true;
+            worker.idle(100, 105);
+            worker.has_io = false;
+            found += u32::from(worker.idle(15, 40));
+        }
+        assert_eq!(found, 1000);
+        assert!(worker.polled < Duration::from_micros(16) * 1000, "{:?}", worker.polled);
+    }
+
+    /// The guest may still kick for what polling has found: its kick is there when the worker is to sleep.
+    #[test]
+    fn worker_that_is_woken_before_it_sleeps_does_not_take_io_for_quick() {
+        let mut worker = Worker::new(Polling::Auto);
+        worker.has_io = true;
+        worker.idles(10, 100, 105);
+        worker.polled = Duration::ZERO;
+        for _ in 0..1000 {
+            worker.idles(9, 100, 1);
+            worker.idle(100, 105);
+        }
+        assert_eq!(worker.polled, Duration::ZERO);
     }
 
     #[test]

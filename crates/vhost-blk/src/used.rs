@@ -51,6 +51,18 @@ pub(crate) fn wants_interrupt(queue: &Queue, memory: &Memory, before: u16) -> Re
     }
 }
 
+/// Asks the guest for no more kicks until they are enabled again, if the ring has an event index (else taking
+/// requests does so).
+pub(crate) fn want_no_kick(queue: &Queue, memory: &Memory) -> Result<(), GuestMemoryError> {
+    if !queue.event_idx_enabled() {
+        return Ok(());
+    }
+    // An index that the guest has passed. It gets there again after 65,536 requests: one kick too many.
+    let event = queue.next_avail().wrapping_sub(1);
+    let offset = RING_HEADER + u64::from(queue.size()) * USED_ELEMENT;
+    memory.store(event.to_le(), address(queue.used_ring(), offset)?, Ordering::Relaxed)
+}
+
 /// The index up to which the guest has made buffers available.
 pub(crate) fn avail_index(memory: &Memory, avail_ring: u64) -> Result<u16, GuestMemoryError> {
     memory.load(address(avail_ring, 2)?, Ordering::Acquire).map(u16::from_le)
@@ -133,6 +145,24 @@ mod tests {
         assert!(!publish_and_ask(&mut queue, &memory, &[used(0), used(1)]).unwrap());
         assert!(publish_and_ask(&mut queue, &memory, &[used(2), used(3)]).unwrap());
         assert!(!publish_and_ask(&mut queue, &memory, &[used(4)]).unwrap());
+    }
+
+    #[test]
+    fn ring_that_wants_no_kick_gets_none_until_kicks_are_enabled() {
+        let memory = Memory::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap();
+        let mut queue = Queue::new(SIZE).unwrap();
+        queue.try_set_avail_ring_address(GuestAddress(0x1000)).unwrap();
+        queue.try_set_used_ring_address(GuestAddress(0x2000)).unwrap();
+        queue.set_event_idx(true);
+        let event = || memory.read_obj::<u16>(GuestAddress(0x2000 + 4 + u64::from(SIZE) * 8)).unwrap();
+        for next in [0, 5, u16::MAX] {
+            queue.set_next_avail(next);
+            queue.enable_notification(&memory).unwrap();
+            // As a guest asks itself when it has made one request, or a few.
+            assert!(crossed(event(), next, next.wrapping_add(1)));
+            want_no_kick(&queue, &memory).unwrap();
+            assert!((1..=SIZE).all(|count| !crossed(event(), next, next.wrapping_add(count))));
+        }
     }
 
     #[test]

@@ -27,7 +27,7 @@ use crate::{
     poll::{PollWindow, Polling},
     request::{Action, Data, Memory, Parsed, Parser, Status},
     slots::{Slot, Slots, Used, part_token},
-    used::{avail_index, publish, used_head, used_index, wants_interrupt},
+    used::{avail_index, publish, used_head, used_index, want_no_kick, wants_interrupt},
     vring::{Vring, signal},
 };
 
@@ -52,6 +52,8 @@ pub(crate) struct Worker {
     answers: Vec<Used>,
     /// Whether all requests of the last pass that had some were done at once.
     all_at_once: bool,
+    /// Whether no request of it was.
+    none_at_once: bool,
     interrupts: Interrupts,
     /// The queue's ring, once it was started.
     vring: Option<Vring>,
@@ -61,6 +63,8 @@ pub(crate) struct Worker {
     inflight: Option<InflightQueue>,
     /// Where the guest's next request will show up.
     watch: Option<Watch>,
+    /// Whether the guest was asked for a kick, and not to leave it since.
+    armed: bool,
 }
 
 /// What polling looks at without the ring's lock.
@@ -103,11 +107,13 @@ impl Worker {
             finished: Vec::with_capacity(room),
             answers: Vec::with_capacity(room),
             all_at_once: false,
+            none_at_once: false,
             interrupts: Interrupts::new(),
             vring: None,
             started: 0,
             inflight: None,
             watch: None,
+            armed: false,
         }
     }
 
@@ -351,6 +357,7 @@ impl Worker {
         }
         self.parser.end();
         self.all_at_once = self.slots.is_empty();
+        self.none_at_once = self.answers.is_empty();
     }
 
     /// Logs the first touches of a batch, all at once, and makes their writes.
@@ -472,7 +479,10 @@ impl Worker {
 
     /// Looks for work for as long as it pays, without the ring's lock. True: there is some.
     fn spin(&mut self, device: &Device, vring: &Vring) -> bool {
-        let mut goes_on = self.poll.begins(Instant::now());
+        let mut goes_on = self.poll.begins(Instant::now(), self.none_at_once && self.io.in_flight() > 0);
+        if goes_on && std::mem::take(&mut self.armed) {
+            self.disarm(device, vring);
+        }
         while goes_on && vring.is_active() && !device.is_stopping() {
             for _ in 0..LOOKS_PER_TIME {
                 if self.watch.as_ref().is_some_and(|watch| !self.slots.is_full() && watch.left() > 0) {
@@ -493,6 +503,15 @@ impl Worker {
         false
     }
 
+    /// Asks the guest for no kick: one for what polling finds costs it time, and wakes us when we sleep the next time.
+    fn disarm(&self, device: &Device, vring: &Vring) {
+        let state = vring.lock();
+        if state.is_enabled() && state.get_queue().ready() {
+            // If it can't be asked, there is no ring to look at either.
+            let _ = want_no_kick(state.get_queue(), &device.memory());
+        }
+    }
+
     /// Asks the guest for a kick. True: there was something already.
     fn arm(&mut self, device: &Device, vring: &Vring) -> bool {
         self.watch = None;
@@ -505,6 +524,7 @@ impl Worker {
         if !state.is_enabled() || !state.get_queue().ready() {
             return false;
         }
+        self.armed = true;
         state.get_queue_mut().enable_notification(memory.as_ref()).unwrap_or(false)
     }
 }
