@@ -15,6 +15,8 @@ const THREADS_FOR: Duration = Duration::from_millis(100);
 #[derive(Debug, Default)]
 pub(crate) struct Pace {
     threads_until: Option<Instant>,
+    /// When the write that was made last began.
+    began: Option<Instant>,
 }
 
 impl Pace {
@@ -29,9 +31,11 @@ impl Pace {
         }
     }
 
-    /// Makes a write in place, and notes how long that took.
-    pub(crate) fn timed<T>(&mut self, write: impl FnOnce() -> T) -> T {
-        let began = Instant::now();
+    /// Makes a write in place, and notes how long that took, with the parts of it before if it `goes_on`.
+    pub(crate) fn timed<T>(&mut self, goes_on: bool, write: impl FnOnce() -> T) -> T {
+        let now = Instant::now();
+        let began = self.began.take().filter(|_| goes_on).unwrap_or(now);
+        self.began = Some(began);
         let outcome = write();
         let now = Instant::now();
         if now.duration_since(began) > INLINE_WRITE_MAX {
@@ -42,6 +46,22 @@ impl Pace {
 
     /// Makes a write in place if writes are quick; what it returns, or `false`.
     pub(crate) fn try_now(&mut self, write: impl FnOnce() -> bool) -> bool {
-        self.is_quick() && self.timed(write)
+        self.is_quick() && self.timed(false, write)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A long write is cut into short ones; together they hold up what comes after it.
+    #[test]
+    fn write_in_parts_counts_as_one() {
+        for goes_on in [false, true] {
+            let began = Instant::now().checked_sub(2 * INLINE_WRITE_MAX);
+            let mut pace = Pace { threads_until: None, began };
+            pace.timed(goes_on, || ());
+            assert_eq!(pace.is_quick(), !goes_on);
+        }
     }
 }

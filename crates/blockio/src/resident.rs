@@ -26,8 +26,9 @@
 //!   looked at: once an epoch. Behind that page reads fail at once.
 //! - **Writes are what `pwrite` writes**, under the same conditions, where pages are all that a file is: on
 //!   tmpfs. (Elsewhere the first write of a page through a map tells the file system, which costs more than
-//!   `pwrite` does, and what cannot be written back later is told nobody.) The time of the last change is
-//!   noted at the first write after the map was made or [forgotten](ResidentMap::forget), or not at all.
+//!   `pwrite` does, and what cannot be written back later is told nobody.) Writes through a map leave the file's
+//!   times alone; so the first one after it was made or [forgotten](ResidentMap::forget) is refused. So are those into 128 KiB that
+//!   have hardly been written: to have pages mapped takes longer than one `pwrite`.
 //!
 //! # What it costs
 //! Address space as large as the file; page tables of 1/512 of what is touched, and 1/16384 for what
@@ -51,7 +52,7 @@ use std::{
     io,
     os::fd::{AsFd, OwnedFd},
     ptr::{self, NonNull},
-    sync::atomic::{AtomicU32, Ordering},
+    sync::atomic::{AtomicBool, AtomicU32, Ordering},
 };
 
 use rustix::{
@@ -84,6 +85,8 @@ pub struct ResidentMap {
     guarded: Guarded,
     /// Whether the map is for writes too.
     writable: bool,
+    /// Whether the file's times tell of a write, since the map was made or forgotten.
+    dated: AtomicBool,
     known: Known,
     /// When the file was last seen to be as large as it was.
     whole: AtomicU32,
@@ -132,8 +135,19 @@ impl ResidentMap {
         // SAFETY: mapped above, and until this is dropped.
         let guarded = unsafe { Guarded::new(start, mapped, if writable { both } else { read }) };
         let start = NonNull::new(start.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
-        let kind = file.kind();
-        let map = Self { fd, kind, start, bytes, mapped, guarded, writable, known, whole: AtomicU32::new(0) };
+        let (kind, dated) = (file.kind(), AtomicBool::new(false));
+        let map = Self {
+            fd,
+            kind,
+            start,
+            bytes,
+            mapped,
+            guarded,
+            writable,
+            dated,
+            known,
+            whole: AtomicU32::new(0),
+        };
         // Nothing beyond the end is ever resident: who says it is, says so of everything.
         let truthful = map.look(pages..pages + 1) == Some(0);
         Ok(truthful.then_some(map))
@@ -169,7 +183,7 @@ impl ResidentMap {
     /// meanwhile.
     #[inline]
     pub unsafe fn write(&self, offset: u64, parts: &[IoVec]) -> bool {
-        if !self.writable || !self.has(offset, len_of(parts)) {
+        if !self.writable || !self.is_dated() || !self.is_there(offset, len_of(parts), true) {
             return false;
         }
         self.guarded.copy(|| {
@@ -184,10 +198,22 @@ impl ResidentMap {
         })
     }
 
+    /// Whether another write has been left to `pwrite`, which notes the time: whoever asks the file whether it was
+    /// changed must be told of ours.
+    #[inline]
+    fn is_dated(&self) -> bool {
+        self.dated.load(Ordering::Relaxed) || self.dated.swap(true, Ordering::Relaxed)
+    }
+
     /// Whether so many bytes at `offset` are there and known to be resident.
     #[inline]
     pub(crate) fn has(&self, offset: u64, len: u64) -> bool {
-        len <= self.bytes && offset <= self.bytes - len && self.is_resident(offset, len)
+        self.is_there(offset, len, false)
+    }
+
+    #[inline]
+    fn is_there(&self, offset: u64, len: u64, thrift: bool) -> bool {
+        len <= self.bytes && offset <= self.bytes - len && self.is_resident(offset, len, thrift)
     }
 
     /// Has the beginning of what lies at `offset` brought near, for a [`read`](Self::read) that comes
@@ -210,6 +236,7 @@ impl ResidentMap {
 
     /// Gives back the memory that the map takes up; reads go on, and take it up again.
     pub fn forget(&self) {
+        self.dated.store(false, Ordering::Relaxed);
         self.known.forget_all();
         // SAFETY: a mapping of ours that is only read: what is read again comes from the file.
         let _ =
@@ -221,7 +248,7 @@ impl ResidentMap {
     }
 
     #[inline]
-    fn is_resident(&self, offset: u64, len: u64) -> bool {
+    fn is_resident(&self, offset: u64, len: u64, thrift: bool) -> bool {
         if self.guarded.is_broken() {
             return false;
         }
@@ -238,7 +265,9 @@ impl ResidentMap {
         let pages = offset / PAGE_SIZE..(offset + len).div_ceil(PAGE_SIZE);
         pace::is_fit(epoch)
             && self.is_whole(epoch)
-            && self.known.all_resident(pages, epoch, |group| self.look_at_group(group))
+            && self
+                .known
+                .all_resident(pages, epoch, thrift, |group, wanted| self.look_at_group(group, wanted))
     }
 
     /// Whether the file still has its size, looked at once an epoch; gives the map up if not.
@@ -265,21 +294,22 @@ impl ResidentMap {
     }
 
     #[cold]
-    fn look_at_group(&self, group: u64) -> Option<u32> {
+    fn look_at_group(&self, group: u64, wanted: u32) -> Option<u32> {
         let first = group * GROUP_PAGES;
         let found = self.look(first..(first + GROUP_PAGES).min(self.bytes.div_ceil(PAGE_SIZE)))?;
         if self.writable {
-            self.map_around(first, found);
+            // No others: what nobody reads or writes may be punched at the moment, and a touch would fill it again.
+            self.map_around(first, found & wanted);
         }
         Some(found)
     }
 
-    /// Has the kernel map the pages of a group that are resident: at a read it maps those around it too, at a
-    /// write the page alone, which costs more than the write.
-    fn map_around(&self, first: u64, resident: u32) {
+    /// Has the kernel map pages of a group, which are resident: at a read it maps those around it too, if they are, at
+    /// a write the page alone, which costs more than the write.
+    fn map_around(&self, first: u64, pages: u32) {
         self.guarded.copy(|| {
             for window in (0..GROUP_PAGES).step_by(AROUND_PAGES as usize) {
-                let page = u64::from((resident >> window).trailing_zeros());
+                let page = u64::from((pages >> window).trailing_zeros());
                 if page < AROUND_PAGES {
                     let address = self.address((first + window + page) * PAGE_SIZE);
                     // SAFETY: within the map, and guarded. Whatever is there, nobody looks at it.

@@ -115,6 +115,8 @@ impl UringEngine {
     fn fill(&mut self) -> bool {
         let Self { ring, files, works, queue, ringed, pace, ready, idle, .. } = self;
         let mut entries = ring.submission();
+        // Whose write was made in place last, and in part.
+        let mut begun = None;
         while self.released > 0 && self.at_work < self.at_work_max && ringed.len() < self.batch {
             let Some(slot) = queue.pop_front() else { break };
             self.released -= 1;
@@ -135,7 +137,7 @@ impl UringEngine {
                 let outcome = if shares {
                     perform(files, work.file(), call)
                 } else {
-                    pace.timed(|| perform(files, work.file(), call))
+                    pace.timed(begun == Some(slot), || perform(files, work.file(), call))
                 };
                 match work.advance(outcome) {
                     Some(result) => {
@@ -143,6 +145,7 @@ impl UringEngine {
                         idle.push(slot);
                     }
                     None => {
+                        begun = Some(slot);
                         queue.push_front(slot);
                         self.released += 1;
                     }

@@ -26,6 +26,7 @@ mod disk;
 mod drain;
 mod drainer;
 mod error;
+mod helper;
 mod intents;
 mod last_session;
 mod live;

@@ -34,7 +34,7 @@ use crate::{
 /// How often the ring is looked at between two looks at the clock.
 const LOOKS_PER_TIME: u32 = 16;
 /// How many requests are taken at a time while they are done at once.
-const GROUP: usize = 8;
+pub(crate) const GROUP: usize = 8;
 
 /// The data path of one virtqueue.
 pub(crate) struct Worker {

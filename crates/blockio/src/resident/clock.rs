@@ -12,6 +12,11 @@ pub(super) struct Moment(pub(super) u64);
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Epoch(pub(super) u32);
 
+impl Epoch {
+    /// Set in all of them.
+    pub(super) const MARK: u32 = 1 << 31;
+}
+
 impl Moment {
     /// 2 to this power of nanoseconds are an epoch: 1.1 s.
     const EPOCH_BITS: u32 = 30;
@@ -27,6 +32,6 @@ impl Moment {
 
     #[inline]
     pub(super) fn epoch(self) -> Epoch {
-        Epoch((self.0 >> Self::EPOCH_BITS) as u32 | 1 << 31)
+        Epoch((self.0 >> Self::EPOCH_BITS) as u32 | Epoch::MARK)
     }
 }

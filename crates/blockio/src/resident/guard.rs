@@ -7,7 +7,7 @@
 //! other threads do.
 //!
 //! If the address lies in the map that is being copied from, the handler marks the map broken and
-//! puts zeros (anonymous memory) in its place, all of it, for good: the copy goes on, and says at its
+//! puts zeros (anonymous memory) in the file's place, for good: the copy goes on, and says at its
 //! end that it was worth nothing. Other threads that copy from the same map, or into it, at the time may get
 //! zeros or write there too; the mark was made before, so they see it at their end.
 //! Every other `SIGBUS` goes to who handled it before.
@@ -71,17 +71,19 @@ impl Guarded {
         address.wrapping_sub(self.start) < self.bytes
     }
 
-    /// Puts zeros in the place of the file, or if that is more than may be had, of the page at `address`; false if
-    /// neither can be done.
+    /// Puts zeros in the place of the file, all of it, or of the page at `address` only: memory that can be written
+    /// counts for what may be had, and where all of it may not, what was there is gone on older kernels. False if that can't be
+    /// done.
     fn isolate(&self, address: usize) -> bool {
         self.give_up();
-        let put = |start: usize, bytes: usize| {
-            let start = ptr::with_exposed_provenance_mut(start);
-            let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE;
-            // SAFETY: the range is in a mapping of ours that nobody has a reference into (contract of `new`).
-            unsafe { rustix::mm::mmap_anonymous(start, bytes, self.access, flags) }.is_ok()
+        let (start, bytes) = match self.access.contains(ProtFlags::WRITE) {
+            true => (address - address % PAGE_SIZE, PAGE_SIZE),
+            false => (self.start, self.bytes),
         };
-        put(self.start, self.bytes) || put(address - address % PAGE_SIZE, PAGE_SIZE)
+        let start = ptr::with_exposed_provenance_mut(start);
+        let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE;
+        // SAFETY: the range is in a mapping of ours that nobody has a reference into (contract of `new`).
+        unsafe { rustix::mm::mmap_anonymous(start, bytes, self.access, flags) }.is_ok()
     }
 }
 

@@ -1,8 +1,8 @@
 //! What was seen of a file's pages lately: which were resident.
 //!
 //! One word for each group of 32 pages (128 KiB), so that it is read and replaced as a whole: in the
-//! upper half the epoch in which the kernel was asked, in the lower a bit for each page. The words
-//! are anonymous memory, which takes up room where it was written only.
+//! upper half the epoch in which the kernel was asked, in the lower a bit for each page; or, without the epoch's mark,
+//! for how many pages nobody was asked in that epoch. The words are anonymous memory, which takes up room where it was written only.
 
 use std::{
     io,
@@ -15,6 +15,8 @@ use rustix::mm::{Advice, MapFlags, ProtFlags};
 
 use super::clock::Epoch;
 
+/// To look and to have pages mapped takes as long as writing so many of them another way.
+const PAGES_WORTH_A_LOOK: u32 = 4;
 /// Pages of a group.
 pub(super) const GROUP_PAGES: u64 = 32;
 
@@ -56,13 +58,16 @@ impl Known {
     }
 
     /// Whether all of `pages` are resident as far as is known in `epoch`; for groups where that is
-    /// not so, `look` (given a group's number) says which of its pages are, and that is kept.
+    /// not so, `look` (given a group's number, and the pages of it that are wanted) says which of its pages are, and that is
+    /// kept. Unless there is `thrift`: then a group that was never looked at is so only when it has been asked about
+    /// for [`PAGES_WORTH_A_LOOK`] in this epoch.
     #[inline]
     pub(super) fn all_resident(
         &self,
         pages: Range<u64>,
         epoch: Epoch,
-        mut look: impl FnMut(u64) -> Option<u32>,
+        thrift: bool,
+        mut look: impl FnMut(u64, u32) -> Option<u32>,
     ) -> bool {
         let mut page = pages.start;
         while page < pages.end {
@@ -72,7 +77,10 @@ impl Known {
             let Some(word) = self.words().get(group as usize) else { return false };
             let seen = word.load(Ordering::Relaxed);
             if (seen >> 32) as u32 != epoch.0 || seen as u32 & wanted != wanted {
-                let Some(found) = look(group) else { return false };
+                if thrift && !is_worth_a_look(word, seen, epoch, wanted) {
+                    return false;
+                }
+                let Some(found) = look(group, wanted) else { return false };
                 word.store(u64::from(epoch.0) << 32 | u64::from(found), Ordering::Relaxed);
                 if found & wanted != wanted {
                     return false;
@@ -108,6 +116,21 @@ impl Drop for Known {
     }
 }
 
+/// Whether a group was looked at before, or has been asked about often enough; counts that.
+#[cold]
+fn is_worth_a_look(word: &AtomicU64, seen: u64, epoch: Epoch, wanted: u32) -> bool {
+    let (upper, counting) = ((seen >> 32) as u32, epoch.0 & !Epoch::MARK);
+    if upper & Epoch::MARK != 0 {
+        return true;
+    }
+    let before = if upper == counting { seen as u32 } else { 0 };
+    let asked = before.saturating_add(wanted.count_ones());
+    if asked < PAGES_WORTH_A_LOOK {
+        word.store(u64::from(counting) << 32 | u64::from(asked), Ordering::Relaxed);
+    }
+    asked >= PAGES_WORTH_A_LOOK
+}
+
 /// `count` bits from bit `first` on, all within 32.
 fn bits(first: u64, count: u64) -> u32 {
     ((((1u64 << count.min(GROUP_PAGES)) - 1) << first) & u64::from(u32::MAX)) as u32
@@ -117,13 +140,18 @@ fn bits(first: u64, count: u64) -> u32 {
 mod tests {
     use super::*;
 
+    fn looked(epoch: u32) -> Epoch {
+        Epoch(epoch | Epoch::MARK)
+    }
+
     #[test]
     fn page_is_resident_only_if_seen_so_in_this_epoch() {
         let known = Known::new(100).unwrap();
         let mut looks = Vec::new();
         let mut ask = |pages: Range<u64>, epoch: u32, found: u32| {
             looks.clear();
-            let resident = known.all_resident(pages, Epoch(epoch), |group| {
+            let resident = known.all_resident(pages, looked(epoch), false, |group, wanted| {
+                assert_ne!(wanted, 0);
                 looks.push(group);
                 Some(found)
             });
@@ -142,11 +170,42 @@ mod tests {
     }
 
     #[test]
+    fn group_is_looked_at_with_thrift_when_it_is_asked_about_often() {
+        let known = Known::new(128).unwrap();
+        let looks = |pages: Range<u64>, epoch| {
+            let mut looks = 0;
+            known.all_resident(pages, looked(epoch), true, |_, _| {
+                looks += 1;
+                Some(u32::MAX)
+            });
+            looks
+        };
+        let ask = |epoch, times| (0..times).map(|_| looks(7..8, epoch)).sum::<i32>();
+        // Not often enough in any epoch, then so; after that in each.
+        assert_eq!([ask(1, 3), ask(2, 3), ask(3, 9), ask(4, 9), ask(5, 1)], [0, 0, 1, 1, 1]);
+        assert_eq!([looks(32..34, 5), looks(40..42, 5), looks(64..68, 5), looks(96..128, 5)], [0, 1, 1, 1]);
+        known.forget(0..32);
+        assert_eq!([ask(5, 3), ask(5, 1)], [0, 1]);
+    }
+
+    /// Only of these it is said that they may be touched.
+    #[test]
+    fn pages_that_are_looked_for_are_those_that_were_asked_about() {
+        let known = Known::new(100).unwrap();
+        let mut wanted = Vec::new();
+        known.all_resident(30..66, looked(1), false, |group, pages| {
+            wanted.push((group, pages));
+            Some(u32::MAX)
+        });
+        assert_eq!(wanted, [(0, 0b11 << 30), (1, u32::MAX), (2, 0b11)]);
+    }
+
+    #[test]
     fn forgotten_pages_are_looked_at_again() {
         let known = Known::new(128).unwrap();
         let looks = |pages: Range<u64>| {
             let mut looks = 0;
-            known.all_resident(pages, Epoch(1), |_| {
+            known.all_resident(pages, looked(1), false, |_, _| {
                 looks += 1;
                 Some(u32::MAX)
             });

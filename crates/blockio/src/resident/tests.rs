@@ -196,7 +196,7 @@ fn read_that_waited_for_the_disk_turns_the_map_off() {
     let missed = |map: &ResidentMap| {
         map.forget();
         drop_from_memory(&file, map, 0..32);
-        map.known.all_resident(0..32, Moment::now().epoch(), |_| Some(u32::MAX));
+        map.known.all_resident(0..32, Moment::now().epoch(), false, |_, _| Some(u32::MAX));
         assert_eq!(map.look(0..32), Some(0));
         read(map, 5 * PAGE_SIZE, PAGE)
     };

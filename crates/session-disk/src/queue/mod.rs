@@ -27,7 +27,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use base_image::Urgency;
-use blockio::{AlignedBuf, Buffer, Completion, Engine, GuestBuf, GuestView, Op, Quick};
+use blockio::{AlignedBuf, Buffer, Completion, Engine, File, GuestBuf, GuestView, Op, Quick};
 use blocks::{BLOCK_SIZE, BlockRange, Extent};
 use rustix::event::{PollFd, PollFlags, poll};
 
@@ -36,6 +36,7 @@ use self::slots::Slots;
 use self::write::Fill;
 use crate::Error;
 use crate::claims::Waker;
+use crate::helper::Helper;
 use crate::request::{Data, Done, Request, Write};
 use crate::shared::{BASE, DISK, FlushPolicy, QueueCounters, Shared};
 
@@ -45,6 +46,9 @@ const FILL: u64 = 1 << 63;
 /// When more operations are on their way, no further request is begun: one request over blocks that are
 /// pending here and there becomes many operations, and memory must not grow with what guests ask.
 const OPERATIONS_MAX: usize = 4096;
+
+/// Windows that wait to be read ahead: more than there are sequences would be late.
+const WINDOWS_MAX: usize = 4;
 
 /// The data path of one virtqueue. Used by one thread at a time; blocks only in [`DiskQueue::quiesce`].
 ///
@@ -78,6 +82,8 @@ pub struct DiskQueue {
     bytes_written: u64,
     /// Where reading ahead is up to us.
     ahead: Option<Ahead>,
+    /// Who asks the kernel for it: that can take as long as a read of the disk. Made when there is something to ask for.
+    reader: Option<Helper>,
     /// Whether something was taken since the last [`reap`](Self::reap).
     in_pass: bool,
 }
@@ -112,6 +118,7 @@ impl DiskQueue {
             unsubmitted: false,
             bytes_written: 0,
             ahead,
+            reader: None,
             in_pass: false,
         })
     }
@@ -350,16 +357,19 @@ impl DiskQueue {
     }
 
     /// Has the kernel begin to read what guests will ask for next. A hint: it vouches for nothing, and has no effect on pending
-    /// blocks, for these are read from the base.
-    fn read_ahead(&self, window: Option<Window>) {
+    /// blocks, for these are read from the base. Nor does it matter if it is lost.
+    fn read_ahead(&mut self, window: Option<Window>) {
         let Some(Window { offset, len }) = window else { return };
         let len = len.min(self.shared.geometry.size().saturating_sub(offset));
         let range =
             self.shared.geometry.bytes_of(Extent::between(offset / BLOCK_SIZE, (offset + len) / BLOCK_SIZE));
-        if let Some(range) = range
-            && self.is_clean(range.touched())
-        {
-            self.shared.disk.read_ahead(range.offset(), range.len());
+        let Some(range) = range.filter(|range| self.is_clean(range.touched())) else { return };
+        if self.reader.is_none() {
+            let read = |disk: &File, range: BlockRange| disk.read_ahead(range.offset(), range.len());
+            self.reader = Helper::new("read-ahead", &self.shared.disk, WINDOWS_MAX, read);
+        }
+        if let Some(reader) = &self.reader {
+            let _ = reader.offer(range);
         }
     }
 

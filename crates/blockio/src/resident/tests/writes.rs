@@ -58,6 +58,20 @@ fn write_of_a_map_equals_pwrite() {
     }
 }
 
+/// Invariant 2, where the state of a disk was put back: whoever compares the file's times finds that it was written.
+#[test]
+fn first_write_after_a_map_was_made_or_forgotten_is_refused() {
+    let Some(dir) = memory() else { return };
+    let file = made(dir.path(), "file", 8 * PAGE);
+    let map = mapped(&file);
+    resident(&map, 0, &[8 * PAGE]);
+    for _ in 0..2 {
+        assert!(!write_parts(&map, 0, &[1], &[1]));
+        write_resident(&map, 0, &[1], &[1]);
+        map.forget();
+    }
+}
+
 /// A write to a hole takes room, which may not be had: that is for `pwrite` to say.
 #[test]
 fn write_to_what_is_not_resident_is_refused() {
