@@ -298,8 +298,10 @@ impl ResidentMap {
         let first = group * GROUP_PAGES;
         let found = self.look(first..(first + GROUP_PAGES).min(self.bytes.div_ceil(PAGE_SIZE)))?;
         if self.writable {
-            // No others: what nobody reads or writes may be punched at the moment, and a touch would fill it again.
+            // No others: what nobody reads or writes may be punched at the moment, and a touch would fill it again. What
+            // lies around them is mapped with them; of the rest nothing is said, so that it is asked about.
             self.map_around(first, found & wanted);
+            return Some(found & around(wanted));
         }
         Some(found)
     }
@@ -336,6 +338,16 @@ impl Drop for ResidentMap {
         // SAFETY: mapped in `new` with this length; nobody borrows the map any more.
         let _ = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), self.mapped) };
     }
+}
+
+/// The pages that are mapped with `pages` of a group.
+fn around(pages: u32) -> u32 {
+    const WINDOW: u32 = (1 << AROUND_PAGES) - 1;
+    (0..GROUP_PAGES)
+        .step_by(AROUND_PAGES as usize)
+        .map(|first| WINDOW << first)
+        .filter(|window| pages & window != 0)
+        .sum()
 }
 
 fn len_of(parts: &[IoVec]) -> u64 {

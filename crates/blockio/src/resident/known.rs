@@ -58,7 +58,7 @@ impl Known {
     }
 
     /// Whether all of `pages` are resident as far as is known in `epoch`; for groups where that is
-    /// not so, `look` (given a group's number, and the pages of it that are wanted) says which of its pages are, and that is
+    /// not so, `look` (given a group's number, and the pages of it that are wanted) says which of its pages are, or at least which of these, and that is
     /// kept. Unless there is `thrift`: then a group that was never looked at is so only when it has been asked about
     /// for [`PAGES_WORTH_A_LOOK`] in this epoch.
     #[inline]
@@ -76,12 +76,13 @@ impl Known {
             let wanted = bits(page % GROUP_PAGES, end - page);
             let Some(word) = self.words().get(group as usize) else { return false };
             let seen = word.load(Ordering::Relaxed);
-            if (seen >> 32) as u32 != epoch.0 || seen as u32 & wanted != wanted {
+            let before = if (seen >> 32) as u32 == epoch.0 { seen as u32 } else { 0 };
+            if before & wanted != wanted {
                 if thrift && !is_worth_a_look(word, seen, epoch, wanted) {
                     return false;
                 }
                 let Some(found) = look(group, wanted) else { return false };
-                word.store(u64::from(epoch.0) << 32 | u64::from(found), Ordering::Relaxed);
+                word.store(u64::from(epoch.0) << 32 | u64::from(before | found), Ordering::Relaxed);
                 if found & wanted != wanted {
                     return false;
                 }

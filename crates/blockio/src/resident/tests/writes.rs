@@ -72,6 +72,15 @@ fn first_write_after_a_map_was_made_or_forgotten_is_refused() {
     }
 }
 
+#[test]
+fn pages_around_are_those_of_the_same_64_kib() {
+    for (pages, expected) in
+        [(0, 0), (1 << 15, 0xffff), (1 << 16, 0xffff_0000), (3 << 15, u32::MAX), (u32::MAX, u32::MAX)]
+    {
+        assert_eq!(around(pages), expected, "{pages:#x}");
+    }
+}
+
 /// A write to a hole takes room, which may not be had: that is for `pwrite` to say.
 #[test]
 fn write_to_what_is_not_resident_is_refused() {
