@@ -238,7 +238,8 @@ impl ResidentMap {
     pub fn forget(&self) {
         self.dated.store(false, Ordering::Relaxed);
         self.known.forget_all();
-        // SAFETY: a mapping of ours that is only read: what is read again comes from the file.
+        // SAFETY: a shared mapping of ours: what was written through it is in the file's pages, and what is touched again comes
+        // from there.
         let _ =
             unsafe { rustix::mm::madvise(self.start.as_ptr().cast(), self.mapped, Advice::LinuxDontNeed) };
     }
