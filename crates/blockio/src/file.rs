@@ -237,6 +237,13 @@ impl File {
         }
     }
 
+    /// See [`ResidentMap::forget_writes`].
+    pub fn forget_writes(&self) {
+        if let Some(map) = self.resident() {
+            map.forget_writes();
+        }
+    }
+
     pub(crate) fn resident(&self) -> Option<&ResidentMap> {
         self.resident.get()?.as_ref()
     }

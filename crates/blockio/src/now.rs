@@ -22,6 +22,13 @@ pub(crate) enum Waits<'a> {
     Paced(&'a mut Pace),
 }
 
+/// How a write was made.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Way {
+    Map,
+    Call,
+}
+
 /// Makes `quick` on one of `files` if it need not wait; whether it was done wholly.
 pub(crate) fn perform_now(files: &[Arc<File>], waits: Waits<'_>, quick: Quick<'_>) -> bool {
     let (index, buf) = match quick {
@@ -31,34 +38,36 @@ pub(crate) fn perform_now(files: &[Arc<File>], waits: Waits<'_>, quick: Quick<'_
     if file.is_direct() || buf.parts().len() > PIECES_MAX || buf.len() > TRANSFER_MAX {
         return false;
     }
-    if let Some(map) = file.resident() {
-        // Of either: the pieces are memory of a guest or on the heap, never of the map.
-        let done = match quick {
-            // SAFETY: they are valid for writes (contract of `GuestView`).
-            Quick::Read { offset, .. } => unsafe { map.read(offset, buf.parts()) },
-            // SAFETY: and for reads.
-            Quick::Write { offset, .. } => unsafe { map.write(offset, buf.parts()) },
-        };
-        if done {
-            return true;
-        }
-    }
-    // A long one would make a folio of its length, where that is not wanted and none is there yet.
-    if let Quick::Write { offset, .. } = quick
-        && buf.len() as u64 > file.write_max
-        && !file.resident().is_some_and(|map| map.has(offset, buf.len() as u64))
-    {
-        return false;
-    }
     match (quick, waits) {
+        // The pieces are memory of a guest or on the heap, never of the map.
+        (Quick::Read { offset, .. }, _)
+            // SAFETY: they are valid for writes (contract of `GuestView`).
+            if file.resident().is_some_and(|map| unsafe { map.read(offset, buf.parts()) }) =>
+        {
+            true
+        }
         (Quick::Read { offset, .. }, Waits::Always) => read(file, offset, buf),
         // The ring does those of the page cache at once, many with one call.
         (Quick::Read { .. }, Waits::Paced(_)) => false,
-        (Quick::Write { offset, .. }, Waits::Always) => write(file, offset, buf),
+        (Quick::Write { offset, .. }, Waits::Always) => write_now(file, offset, buf, true).is_some(),
         (Quick::Write { offset, .. }, Waits::Paced(pace)) => {
-            file.writes_need_a_thread() && pace.try_now(|| write(file, offset, buf))
+            file.writes_need_a_thread()
+                && pace.try_now(buf.len() as u64, |map_pays| write_now(file, offset, buf, map_pays))
         }
     }
+}
+
+/// Writes through the map, if that pays, or else by a system call, if the write is not better cut.
+fn write_now(file: &File, offset: u64, buf: GuestView<'_>, map_pays: bool) -> Option<Way> {
+    let map = file.resident();
+    // SAFETY: the pieces are valid for reads (contract of `GuestView`), and never of the map.
+    if map_pays && map.is_some_and(|map| unsafe { map.write(offset, buf.parts()) }) {
+        return Some(Way::Map);
+    }
+    // A long one would make a folio of its length, where that is not wanted and none is there yet.
+    let len = buf.len() as u64;
+    let is_whole = len <= file.write_max || map.is_some_and(|map| map.has(offset, len));
+    (is_whole && write(file, offset, buf)).then_some(Way::Call)
 }
 
 /// Has what lies at `offset` brought near the processor, if it is mapped.

@@ -6,8 +6,14 @@
 
 use std::time::{Duration, Instant};
 
+use crate::{
+    now::Way,
+    worth::{Worth, minor_faults},
+};
+
 /// A write that took longer than this had to wait for storage.
 const INLINE_WRITE_MAX: Duration = Duration::from_millis(1);
+const PAGE_SIZE: u64 = 4096;
 /// How long writes are left to the kernel's threads after one that had to wait.
 const THREADS_FOR: Duration = Duration::from_millis(100);
 
@@ -17,6 +23,8 @@ pub(crate) struct Pace {
     threads_until: Option<Instant>,
     /// When the write that was made last began.
     began: Option<Instant>,
+    /// Whether writes through a map pay.
+    worth: Worth,
 }
 
 impl Pace {
@@ -37,16 +45,31 @@ impl Pace {
         let began = self.began.take().filter(|_| goes_on).unwrap_or(now);
         self.began = Some(began);
         let outcome = write();
-        let now = Instant::now();
-        if now.duration_since(began) > INLINE_WRITE_MAX {
-            self.threads_until = Some(now + THREADS_FOR);
-        }
+        self.ended(began, Instant::now());
         outcome
     }
 
-    /// Makes a write in place if writes are quick; what it returns, or `false`.
-    pub(crate) fn try_now(&mut self, write: impl FnOnce() -> bool) -> bool {
-        self.is_quick() && self.timed(false, write)
+    /// Makes a write of `len` bytes in place if writes are quick. `write` is told whether a map pays, and tells which
+    /// way the write was made, if it was.
+    pub(crate) fn try_now(&mut self, len: u64, write: impl FnOnce(bool) -> Option<Way>) -> bool {
+        if !self.is_quick() {
+            return false;
+        }
+        let began = Instant::now();
+        self.began = Some(began);
+        let way = write(self.worth.pays(began));
+        let now = Instant::now();
+        if way == Some(Way::Map) {
+            self.worth.wrote(len.div_ceil(PAGE_SIZE), now, minor_faults);
+        }
+        self.ended(began, now);
+        way.is_some()
+    }
+
+    fn ended(&mut self, began: Instant, now: Instant) {
+        if now.duration_since(began) > INLINE_WRITE_MAX {
+            self.threads_until = Some(now + THREADS_FOR);
+        }
     }
 }
 
@@ -59,7 +82,7 @@ mod tests {
     fn write_in_parts_counts_as_one() {
         for goes_on in [false, true] {
             let began = Instant::now().checked_sub(2 * INLINE_WRITE_MAX);
-            let mut pace = Pace { threads_until: None, began };
+            let mut pace = Pace { began, ..Pace::default() };
             pace.timed(goes_on, || ());
             assert_eq!(pace.is_quick(), !goes_on);
         }

@@ -1,5 +1,5 @@
 //! Reads of what lies in the host's page cache, without a system call: a copy out of a mapping of the
-//! file. On tmpfs writes too: a copy into it.
+//! file. On tmpfs and ext4 writes too: a copy into it.
 //!
 //! # What is promised
 //! - **It can't kill the process.** A page that can't be had when it is touched (the file was cut from
@@ -24,11 +24,15 @@
 //!   that moment. Pages that have been read through the map are read without a lock.
 //! - **A page that was cut in its middle** shows zeros behind the cut, not an error, until the size is
 //!   looked at: once an epoch. Behind that page reads fail at once.
-//! - **Writes are what `pwrite` writes**, under the same conditions, where pages are all that a file is: on
-//!   tmpfs. (Elsewhere the first write of a page through a map tells the file system, which costs more than
-//!   `pwrite` does, and what cannot be written back later is told nobody.) Writes through a map leave the file's
-//!   times alone; so the first one after it was made or [forgotten](ResidentMap::forget) is refused. So are those into 128 KiB that
-//!   have hardly been written: to have pages mapped takes longer than one `pwrite`.
+//! - **Writes are what `pwrite` writes**, under the same conditions.
+//!   - On tmpfs pages are all that a file is. Writes through a map leave the file's times alone; so the first one after it was
+//!     made or [forgotten](ResidentMap::forget) is refused. So are those into 128 KiB that have hardly been written: to have
+//!     pages mapped takes longer than one `pwrite`.
+//!   - On ext4 the first write of a page through a map, and the first after it was written back, tells the file system,
+//!     which notes the time, and may wait as a `pwrite` may: for the journal, or because the host writes
+//!     more than its storage takes. What can't be written back is told whoever syncs the file, however it was written. Only what is
+//!     written [again and again](hot) is written through the map. There is room for it on the storage: it was
+//!     written by `pwrite` before, which says so if there is none.
 //!
 //! # What it costs
 //! Address space as large as the file; page tables of 1/512 of what is touched, and 1/16384 for what
@@ -42,10 +46,12 @@
 mod clock;
 mod copy;
 mod guard;
+mod hot;
 mod known;
 mod pace;
 #[cfg(test)]
 mod tests;
+mod words;
 
 use std::{
     ffi::c_void,
@@ -63,8 +69,10 @@ use rustix::{
 use crate::{File, FileKind, IoVec};
 use clock::{Epoch, Moment};
 use guard::Guarded;
-use known::{GROUP_PAGES, Known};
+use hot::{Hot, Prepared};
+use known::Known;
 use pace::Pace;
+use words::GROUP_PAGES;
 
 const PAGE_SIZE: u64 = 4096;
 /// Pages that the kernel maps at a fault, if they are resident (`fault_around_bytes`, unless it was changed).
@@ -83,13 +91,23 @@ pub struct ResidentMap {
     /// What is mapped: the file, and a page beyond its end.
     mapped: usize,
     guarded: Guarded,
-    /// Whether the map is for writes too.
-    writable: bool,
-    /// Whether the file's times tell of a write, since the map was made or forgotten.
-    dated: AtomicBool,
+    writes: Writes,
     known: Known,
     /// When the file was last seen to be as large as it was.
     whole: AtomicU32,
+}
+
+/// What is written through a map.
+#[derive(Debug)]
+enum Writes {
+    Nothing,
+    /// Everything, of a file that is nothing but pages.
+    Memory {
+        /// Whether the file's times tell of a write, since the map was made or forgotten.
+        dated: AtomicBool,
+    },
+    /// What pays, of a file on a disk.
+    Disk(Hot),
 }
 
 // SAFETY: the mapping belongs to the process, not to a thread; it is read and written through raw pointers only.
@@ -110,7 +128,7 @@ impl ResidentMap {
         if !usable || !fits || file.is_direct() || !guard::install() {
             return Ok(None);
         }
-        let Some(pages_are_all) = coherence(file)? else { return Ok(None) };
+        let Some(kept) = coherence(file)? else { return Ok(None) };
         let pages = bytes.div_ceil(PAGE_SIZE);
         let known = Known::new(pages)?;
         let fd = file.as_fd().try_clone_to_owned()?;
@@ -124,30 +142,25 @@ impl ResidentMap {
             }
         };
         let (read, both) = (ProtFlags::READ, ProtFlags::READ | ProtFlags::WRITE);
-        let (start, writable) = match if pages_are_all { map(both)? } else { None } {
-            Some(start) => (start, true),
+        let writes = match kept {
+            Kept::InMemory => Writes::Memory { dated: AtomicBool::new(false) },
+            Kept::OnExt4 => Writes::Disk(Hot::new(pages)?),
+            Kept::Elsewhere => Writes::Nothing,
+        };
+        let for_writes = if matches!(writes, Writes::Nothing) { None } else { map(both)? };
+        let (start, access, writes) = match for_writes {
+            Some(start) => (start, both, writes),
             // Of a file that is open for reads only, or sealed, that is all that can be had.
             None => match map(read)? {
-                Some(start) => (start, false),
+                Some(start) => (start, read, Writes::Nothing),
                 None => return Ok(None),
             },
         };
         // SAFETY: mapped above, and until this is dropped.
-        let guarded = unsafe { Guarded::new(start, mapped, if writable { both } else { read }) };
+        let guarded = unsafe { Guarded::new(start, mapped, access) };
         let start = NonNull::new(start.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
-        let (kind, dated) = (file.kind(), AtomicBool::new(false));
-        let map = Self {
-            fd,
-            kind,
-            start,
-            bytes,
-            mapped,
-            guarded,
-            writable,
-            dated,
-            known,
-            whole: AtomicU32::new(0),
-        };
+        let (kind, whole) = (file.kind(), AtomicU32::new(0));
+        let map = Self { fd, kind, start, bytes, mapped, guarded, writes, known, whole };
         // Nothing beyond the end is ever resident: who says it is, says so of everything.
         let truthful = map.look(pages..pages + 1) == Some(0);
         Ok(truthful.then_some(map))
@@ -175,15 +188,22 @@ impl ResidentMap {
         })
     }
 
-    /// Copies `parts` to the bytes from `offset` on, if those are known to be resident and the map is for writes;
-    /// false: do it another way, some of it may be written. Always false for what lies beyond the file's end.
+    /// Copies `parts` to the bytes from `offset` on, if those are known to be resident and the map is for writes of them;
+    /// false: do it another way, now, some of it may be written. Always false for what lies beyond the file's end.
+    /// On a disk this may wait as `pwrite` may.
     ///
     /// # Safety
     /// `parts` must be valid for reads while this runs, and not lie in this map. Others may change the bytes
     /// meanwhile.
     #[inline]
     pub unsafe fn write(&self, offset: u64, parts: &[IoVec]) -> bool {
-        if !self.writable || !self.is_dated() || !self.is_there(offset, len_of(parts), true) {
+        let len = len_of(parts);
+        let ready = match &self.writes {
+            Writes::Nothing => false,
+            Writes::Memory { dated } => is_dated(dated) && self.is_there(offset, len, true),
+            Writes::Disk(hot) => self.is_hot(hot, offset, len) && self.is_there(offset, len, false),
+        };
+        if !ready {
             return false;
         }
         self.guarded.copy(|| {
@@ -198,11 +218,30 @@ impl ResidentMap {
         })
     }
 
-    /// Whether another write has been left to `pwrite`, which notes the time: whoever asks the file whether it was
-    /// changed must be told of ours.
+    /// Whether it pays to write so many bytes at `offset` through the map, and their pages are ready for it.
     #[inline]
-    fn is_dated(&self) -> bool {
-        self.dated.load(Ordering::Relaxed) || self.dated.swap(true, Ordering::Relaxed)
+    fn is_hot(&self, hot: &Hot, offset: u64, len: u64) -> bool {
+        len <= self.bytes && offset <= self.bytes - len && {
+            let pages = offset / PAGE_SIZE..(offset + len).div_ceil(PAGE_SIZE);
+            hot.write(pages, Moment::now().spell(), |pages| self.prepare(pages))
+        }
+    }
+
+    /// Has the file system told that pages, which have a place on the disk, are about to be written, if they are resident.
+    #[cold]
+    fn prepare(&self, pages: std::ops::Range<u64>) -> Prepared {
+        let (offset, len) = (pages.start * PAGE_SIZE, (pages.end - pages.start) * PAGE_SIZE);
+        if !self.is_there(offset, len, false) {
+            return Prepared::NotNow;
+        }
+        let start = self.address(offset).cast_mut().cast::<c_void>();
+        // SAFETY: within the map. The pages' content stays as it is; what can't be had is an error here, not a signal.
+        match unsafe { rustix::mm::madvise(start, len as usize, Advice::LinuxPopulateWrite) } {
+            Ok(()) => Prepared::Ready,
+            // Linux before 5.14.
+            Err(Errno::INVAL) => Prepared::Never,
+            Err(_) => Prepared::NotNow,
+        }
     }
 
     /// Whether so many bytes at `offset` are there and known to be resident.
@@ -230,13 +269,29 @@ impl ResidentMap {
     pub fn punched(&self, offset: u64, len: u64) {
         if len > 0 {
             let end = offset.saturating_add(len).min(self.bytes);
-            self.known.forget(offset / PAGE_SIZE..end.div_ceil(PAGE_SIZE));
+            let pages = offset / PAGE_SIZE..end.div_ceil(PAGE_SIZE);
+            self.known.forget(pages.clone());
+            if let Writes::Disk(hot) = &self.writes {
+                hot.forget(pages);
+            }
+        }
+    }
+
+    /// Says that nobody who has written will write again. On a disk the file system is told of a page with those around it;
+    /// what somebody else does to those, such as deallocating them, must not be undone by that.
+    pub fn forget_writes(&self) {
+        if let Writes::Disk(hot) = &self.writes {
+            hot.forget_all();
         }
     }
 
     /// Gives back the memory that the map takes up; reads go on, and take it up again.
     pub fn forget(&self) {
-        self.dated.store(false, Ordering::Relaxed);
+        match &self.writes {
+            Writes::Nothing => {}
+            Writes::Memory { dated } => dated.store(false, Ordering::Relaxed),
+            Writes::Disk(hot) => hot.forget_all(),
+        }
         self.known.forget_all();
         // SAFETY: a shared mapping of ours: what was written through it is in the file's pages, and what is touched again comes
         // from there.
@@ -298,7 +353,7 @@ impl ResidentMap {
     fn look_at_group(&self, group: u64, wanted: u32) -> Option<u32> {
         let first = group * GROUP_PAGES;
         let found = self.look(first..(first + GROUP_PAGES).min(self.bytes.div_ceil(PAGE_SIZE)))?;
-        if self.writable {
+        if let Writes::Memory { .. } = self.writes {
             // No others: what nobody reads or writes may be punched at the moment, and a touch would fill it again. What
             // lies around them is mapped with them; of the rest nothing is said, so that it is asked about.
             self.map_around(first, found & wanted);
@@ -351,6 +406,13 @@ fn around(pages: u32) -> u32 {
         .sum()
 }
 
+/// Whether another write has been left to `pwrite`, which notes the time: whoever asks the file whether it was
+/// changed must be told of ours.
+#[inline]
+fn is_dated(dated: &AtomicBool) -> bool {
+    dated.load(Ordering::Relaxed) || dated.swap(true, Ordering::Relaxed)
+}
+
 fn len_of(parts: &[IoVec]) -> u64 {
     parts.iter().fold(0, |sum, part| sum.saturating_add(part.len as u64))
 }
@@ -360,19 +422,31 @@ fn page_size() -> Option<u64> {
     u64::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).ok()
 }
 
-/// Whether mappings of the file show what reads of it show, and `mincore` what they need; if so, whether its pages are
-/// all that there is of it.
-fn coherence(file: &File) -> io::Result<Option<bool>> {
+/// Where the pages of a file that can be mapped are kept.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kept {
+    /// Nowhere else.
+    InMemory,
+    OnExt4,
+    Elsewhere,
+}
+
+/// Where the file's pages are kept, if mappings of it show what reads of it show, and `mincore` what they need.
+fn coherence(file: &File) -> io::Result<Option<Kept>> {
     const TMPFS: u64 = 0x0102_1994;
-    const COHERENT: [u64; 4] = [
-        0xef53,      // ext2, ext3, ext4
+    const EXT4: u64 = 0xef53; // ext2 and ext3 too
+    const OTHERS: [u64; 3] = [
         0x5846_5342, // xfs
         0x9123_683e, // btrfs
         0xf2f5_2010, // f2fs
     ];
     if file.kind() == FileKind::BlockDevice {
-        return Ok(Some(false));
+        return Ok(Some(Kept::Elsewhere));
     }
     let kind = rustix::fs::fstatfs(file)?.f_type as u64;
-    Ok((kind == TMPFS || COHERENT.contains(&kind)).then_some(kind == TMPFS))
+    Ok(match kind {
+        TMPFS => Some(Kept::InMemory),
+        EXT4 => Some(Kept::OnExt4),
+        _ => OTHERS.contains(&kind).then_some(Kept::Elsewhere),
+    })
 }

@@ -30,6 +30,13 @@ impl Moment {
         Self((now.tv_sec as u64).wrapping_mul(1_000_000_000).wrapping_add(now.tv_nsec as u64))
     }
 
+    /// The number of the 8.6 s that this moment lies in; those of this and the last one differ, those of moments far apart
+    /// may not.
+    #[inline]
+    pub(super) fn spell(self) -> u32 {
+        (self.0 >> (Self::EPOCH_BITS + 3)) as u32
+    }
+
     #[inline]
     pub(super) fn epoch(self) -> Epoch {
         Epoch((self.0 >> Self::EPOCH_BITS) as u32 | Epoch::MARK)

@@ -2,35 +2,24 @@
 //!
 //! One word for each group of 32 pages (128 KiB), so that it is read and replaced as a whole: in the
 //! upper half the epoch in which the kernel was asked, in the lower a bit for each page; or, without the epoch's mark,
-//! for how many pages nobody was asked in that epoch. The words are anonymous memory, which takes up room where it was written only.
+//! for how many pages nobody was asked in that epoch.
 
 use std::{
     io,
     ops::Range,
-    ptr::NonNull,
     sync::atomic::{AtomicU64, Ordering},
 };
 
-use rustix::mm::{Advice, MapFlags, ProtFlags};
-
-use super::clock::Epoch;
+use super::{
+    clock::Epoch,
+    words::{GROUP_PAGES, Words, bits},
+};
 
 /// To look and to have pages mapped takes as long as writing so many of them another way.
 const PAGES_WORTH_A_LOOK: u32 = 4;
-/// Pages of a group.
-pub(super) const GROUP_PAGES: u64 = 32;
-
-/// A word for each group of pages.
+/// What is known of a file's pages.
 #[derive(Debug)]
-pub(super) struct Known {
-    first: NonNull<AtomicU64>,
-    groups: usize,
-}
-
-// SAFETY: the memory belongs to the process, not to a thread, and holds only atomics.
-unsafe impl Send for Known {}
-// SAFETY: as above.
-unsafe impl Sync for Known {}
+pub(super) struct Known(Words);
 
 impl Known {
     /// For a file of `pages` pages, of which nothing is known.
@@ -38,23 +27,7 @@ impl Known {
     /// # Errors
     /// If there is no address space.
     pub(super) fn new(pages: u64) -> io::Result<Self> {
-        let groups = usize::try_from(pages.div_ceil(GROUP_PAGES)).map_err(|_| io::ErrorKind::OutOfMemory)?;
-        let (access, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE | MapFlags::NORESERVE);
-        let bytes = groups.max(1) * size_of::<AtomicU64>();
-        // SAFETY: a new mapping where the kernel finds room, unmapped only in `drop`.
-        let address = unsafe { rustix::mm::mmap_anonymous(std::ptr::null_mut(), bytes, access, flags) }?;
-        let first = NonNull::new(address.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
-        Ok(Self { first, groups: groups.max(1) })
-    }
-
-    fn words(&self) -> &[AtomicU64] {
-        // SAFETY: the mapping holds as many aligned words, lives as long as `self`, and is only ever
-        // seen as atomics (every bit pattern is valid).
-        unsafe { std::slice::from_raw_parts(self.first.as_ptr(), self.groups) }
-    }
-
-    fn bytes(&self) -> usize {
-        self.groups * size_of::<AtomicU64>()
+        Words::new(pages).map(Self)
     }
 
     /// Whether all of `pages` are resident as far as is known in `epoch`; for groups where that is
@@ -74,7 +47,7 @@ impl Known {
             let group = page / GROUP_PAGES;
             let end = pages.end.min((group + 1) * GROUP_PAGES);
             let wanted = bits(page % GROUP_PAGES, end - page);
-            let Some(word) = self.words().get(group as usize) else { return false };
+            let Some(word) = self.0.of_group(group) else { return false };
             let seen = word.load(Ordering::Relaxed);
             let before = if (seen >> 32) as u32 == epoch.0 { seen as u32 } else { 0 };
             if before & wanted != wanted {
@@ -94,26 +67,12 @@ impl Known {
 
     /// Forgets what is known of `pages`.
     pub(super) fn forget(&self, pages: Range<u64>) {
-        let groups = pages.start / GROUP_PAGES..pages.end.div_ceil(GROUP_PAGES);
-        let words = self.words().get(groups.start as usize..(groups.end as usize).min(self.groups));
-        words.unwrap_or_default().iter().for_each(|word| word.store(0, Ordering::Relaxed));
+        self.0.clear(pages);
     }
 
     /// Forgets everything, and gives the memory back.
     pub(super) fn forget_all(&self) {
-        // SAFETY: our own anonymous memory, which reads as zeros afterwards: known to nobody.
-        let given =
-            unsafe { rustix::mm::madvise(self.first.as_ptr().cast(), self.bytes(), Advice::LinuxDontNeed) };
-        if given.is_err() {
-            self.forget(0..u64::MAX);
-        }
-    }
-}
-
-impl Drop for Known {
-    fn drop(&mut self) {
-        // SAFETY: mapped in `new` with this length; nothing borrows it any more.
-        let _ = unsafe { rustix::mm::munmap(self.first.as_ptr().cast(), self.bytes()) };
+        self.0.clear_all();
     }
 }
 
@@ -130,11 +89,6 @@ fn is_worth_a_look(word: &AtomicU64, seen: u64, epoch: Epoch, wanted: u32) -> bo
         word.store(u64::from(counting) << 32 | u64::from(asked), Ordering::Relaxed);
     }
     asked >= PAGES_WORTH_A_LOOK
-}
-
-/// `count` bits from bit `first` on, all within 32.
-fn bits(first: u64, count: u64) -> u32 {
-    ((((1u64 << count.min(GROUP_PAGES)) - 1) << first) & u64::from(u32::MAX)) as u32
 }
 
 #[cfg(test)]

@@ -35,13 +35,8 @@ fn disk() -> Option<TempDir> {
     places().into_iter().find(|dir| !is_memory(dir))
 }
 
-/// A place whose pages are all that there is: maps are for writes too.
-fn memory() -> Option<TempDir> {
-    places().into_iter().find(is_memory)
-}
-
 fn is_memory(dir: &TempDir) -> bool {
-    coherence(&made(dir.path(), "probe of memory", 1)).unwrap().unwrap()
+    coherence(&made(dir.path(), "probe of memory", 1)).unwrap() == Some(Kept::InMemory)
 }
 
 fn content(bytes: usize) -> Vec<u8> {

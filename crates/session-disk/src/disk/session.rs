@@ -112,6 +112,8 @@ impl SessionDisk {
                 log::warn!("write log {}: {}", writer.path().display(), describe(&error));
             }
         }
+        // Nobody writes, and what was written is drained from here on.
+        self.shared.disk.forget_writes();
         self.shared.claims.end_session(held, || {
             let set = if lifecycle.manifest.kept { &lifecycle.kept } else { &self.shared.pending };
             set.insert_set(&self.shared.owned);
