@@ -3,21 +3,30 @@
 //! A guest that is awake sees them by itself and wants no interrupt. One that sleeps takes a while to wake, and goes on
 //! asking for more then. So it is woken when what it has asked for and is left to do lasts about as long as that: earlier,
 //! it would find less done and sleep again, later, there would be nothing to do meanwhile. At the latest it is woken
-//! when nothing is left, or after [`DELAY_MAX`].
+//! when nothing is left, or after [`DELAY_MAX`]; where requests are long, after [`DELAY_REQUESTS`] of them.
 //!
-//! How long a request takes is measured between groups of them, and only when there is more to do: a request that is
-//! alone costs no look at a clock.
+//! That needs groups that are short compared with waking: [`group`](Interrupts::group) says how many requests to take
+//! at a time, one if they are long.
+//!
+//! How long a request takes is measured between groups of them and from an interrupt to the next group, and only when
+//! there is more to do: a request that is alone costs no look at a clock.
 
 use std::time::{Duration, Instant};
 
 use crate::worker::GROUP;
 
-/// What it takes until a guest that sleeps has asked for more: 12 to 16 us from one virtual core to another, less on real
-/// ones, and the interrupt before takes 5 to 8 us of ours.
-const WAKING: Duration = Duration::from_micros(20);
+/// What it takes until a guest that sleeps has asked for more: 12 to 16 us from one virtual core to another when it has
+/// just fallen asleep, 25 to 40 else, less on real ones. The interrupt before takes 1 to 25 us of ours.
+const WAKING: Duration = Duration::from_micros(30);
 /// An answer that was published is followed by an interrupt before this time, even if there is more to do, as far as can
 /// be foreseen: it is looked at between groups.
 const DELAY_MAX: Duration = Duration::from_micros(50);
+/// Or, if that is longer, before so many requests have been done: an interrupt may take as long as two long ones.
+const DELAY_REQUESTS: u32 = 16;
+/// But never longer than this.
+const DELAY_REQUESTS_MAX: Duration = Duration::from_micros(250);
+/// A group of requests takes no longer than this, if they are not longer themselves.
+const GROUP_TIME: Duration = Duration::from_micros(16);
 /// What a request takes as long as nothing is known.
 const REQUEST_FIRST: Duration = Duration::from_micros(1);
 /// No request is thought to take longer.
@@ -30,7 +39,9 @@ const WEIGHT: u32 = 8;
 pub(crate) struct Interrupts {
     /// How long a request takes, lately.
     request: Duration,
-    /// When the last group was done, if there was more to do then.
+    /// How many of them make a group.
+    group: usize,
+    /// When the last group was done, or the guest interrupted after it, if there was more to do then.
     grouped: Option<Instant>,
     /// Answers since then.
     answers: u16,
@@ -48,7 +59,12 @@ struct Untold {
 
 impl Interrupts {
     pub(crate) fn new() -> Self {
-        Self { request: REQUEST_FIRST, grouped: None, answers: 0, untold: None }
+        Self { request: REQUEST_FIRST, group: GROUP, grouped: None, answers: 0, untold: None }
+    }
+
+    /// How many requests to take at a time, while they are done at once.
+    pub(crate) fn group(&self) -> usize {
+        self.group
     }
 
     /// A group of answers was published, by which the used index went from `before` to `next`.
@@ -60,7 +76,9 @@ impl Interrupts {
     /// Whether an interrupt for what was published must not be put off any longer, when the guest has asked for `left`
     /// more that were not begun. To be asked once after each group.
     pub(crate) fn is_due(&mut self, left: u16, now: impl FnOnce() -> Instant) -> bool {
-        let Some(untold) = &mut self.untold else { return false };
+        if self.untold.is_none() {
+            return false;
+        }
         let answers = std::mem::take(&mut self.answers);
         if left == 0 {
             self.grouped = None;
@@ -69,20 +87,27 @@ impl Interrupts {
         let now = now();
         if let Some(before) = self.grouped.replace(now) {
             let each = now.saturating_duration_since(before) / u32::from(answers.max(1));
-            self.request = (self.request * (WEIGHT - 1) + each.min(REQUEST_MAX)) / WEIGHT;
+            self.learn((self.request * (WEIGHT - 1) + each.min(REQUEST_MAX)) / WEIGHT);
         }
-        let since = *untold.since.get_or_insert(now);
+        let since = self.untold.as_mut().map_or(now, |untold| *untold.since.get_or_insert(now));
         // Nobody asks again before the next group is done.
-        let group = self.request * u32::from(left).min(GROUP as u32);
-        // One request alone is not worth an interrupt before it.
-        self.request * (u32::from(left) + 1) <= WAKING
-            || now.saturating_duration_since(since) + group >= DELAY_MAX
+        let group = self.request * u32::from(left).min(self.group as u32);
+        let delay_max = (self.request * DELAY_REQUESTS).clamp(DELAY_MAX, DELAY_REQUESTS_MAX);
+        self.request * u32::from(left) <= WAKING || now.saturating_duration_since(since) + group >= delay_max
+    }
+
+    /// A request takes so long, as far as is known.
+    fn learn(&mut self, request: Duration) {
+        self.request = request;
+        // Much less than 2^64 ns, both.
+        let fit = GROUP_TIME.as_nanos() as u64 / (request.as_nanos() as u64).max(1);
+        self.group = usize::try_from(fit).unwrap_or(GROUP).clamp(1, GROUP);
     }
 
     /// Has requests take so long that no interrupt is worth it yet while ten or more are left.
     #[cfg(test)]
     pub(crate) fn put_off(&mut self) {
-        self.request = 2 * REQUEST_FIRST;
+        self.learn(4 * REQUEST_FIRST);
     }
 
     #[cfg(test)]
@@ -90,9 +115,15 @@ impl Interrupts {
         self.untold.is_some()
     }
 
+    /// The guest was asked, and interrupted if it wanted to be, until `now`, and there is more to do. Without this
+    /// nothing would be learnt from requests whose every group is followed by an interrupt.
+    pub(crate) fn goes_on(&mut self, now: Instant) {
+        self.grouped = Some(now);
+    }
+
     /// The guest is asked now. The used index before the first answer that it was not told of; `None`: there is none.
     pub(crate) fn take(&mut self) -> Option<u16> {
-        // An interrupt takes longer than a request.
+        // What that takes is not a request's time.
         self.grouped = None;
         self.untold.take().map(|untold| untold.before)
     }
@@ -130,7 +161,7 @@ mod tests {
 
     #[test]
     fn guest_is_told_when_what_is_left_takes_as_long_as_waking_it() {
-        for (each, last) in [(500, 39), (1000, 19), (4000, 4), (10_000, 1), (10_100, 0)] {
+        for (each, last) in [(500, 60), (1000, 30), (4000, 7), (13_000, 2), (29_900, 1), (30_100, 0)] {
             let (mut interrupts, mut now) = with_requests_of(Duration::from_nanos(each));
             let told = (0..last + 3).rev().find(|left| {
                 now += Duration::from_nanos(each);
@@ -165,11 +196,55 @@ mod tests {
         assert_eq!(due, Some(1 + 50 - 8));
     }
 
+    /// Each of them would have an interrupt of its own, which takes as long.
+    #[test]
+    fn answers_that_are_long_in_the_making_are_kept_for_as_many() {
+        for (each, answers) in [(13, 16), (15, 16), (52, 5), (300, 1)] {
+            let (mut interrupts, now) = with_requests_of(Duration::from_micros(each));
+            let due = (1..).find(|answer: &u32| {
+                interrupts.published(0, 1);
+                interrupts.is_due(u16::MAX, || now + Duration::from_micros(each) * *answer)
+            });
+            assert_eq!(due, Some(answers), "{each} us");
+        }
+    }
+
+    #[test]
+    fn group_of_requests_is_short_compared_with_waking() {
+        for (each, group) in [(100, GROUP), (1900, GROUP), (3000, 5), (7000, 2), (8100, 1), (2_000_000, 1)] {
+            let (interrupts, _) = with_requests_of(Duration::from_nanos(each));
+            assert_eq!(interrupts.group(), group, "requests of {each} ns");
+        }
+    }
+
+    /// As they are at first: thought to be short, each group followed by an interrupt.
+    #[test]
+    fn long_requests_are_known_though_each_group_is_told_of() {
+        let (mut interrupts, mut now) = (Interrupts::new(), Instant::now());
+        let told = (0..20).take_while(|_| {
+            now += Duration::from_micros(8 * 13);
+            interrupts.published(0, 8);
+            let due = interrupts.is_due(8, || now);
+            if due {
+                interrupts.take();
+                // It takes its time.
+                now += Duration::from_micros(25);
+                interrupts.goes_on(now);
+            }
+            due
+        });
+        assert!(told.count() < 10);
+        assert!(interrupts.request < Duration::from_micros(13), "{:?}", interrupts.request);
+    }
+
     #[test]
     fn answers_are_not_kept_from_the_guest_while_a_long_group_is_done() {
-        for (each, left, due) in [(13, 8, true), (13, 3, false), (30, 2, true), (5, 20, false), (7, 20, true)]
+        for (each, left, due) in
+            [(20, 5, false), (100, 9, false), (130, 2, true), (260, 2, true), (5, 20, false)]
         {
             let (mut interrupts, now) = with_requests_of(Duration::from_micros(each));
+            interrupts.published(0, 1);
+            interrupts.is_due(u16::MAX, || now);
             interrupts.published(0, 1);
             assert_eq!(
                 interrupts.is_due(left, || now + Duration::from_micros(each)),

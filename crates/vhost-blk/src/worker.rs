@@ -33,7 +33,7 @@ use crate::{
 
 /// How often the ring is looked at between two looks at the clock.
 const LOOKS_PER_TIME: u32 = 16;
-/// How many requests are taken at a time while they are done at once.
+/// How many requests are taken at a time while they are done at once, at most.
 pub(crate) const GROUP: usize = 8;
 
 /// The data path of one virtqueue.
@@ -227,6 +227,9 @@ impl Worker {
         let left = self.watch.as_ref().map_or(0, Watch::left);
         if self.interrupts.is_due(left, Instant::now) {
             self.tell(device, vring);
+            if left > 0 {
+                self.interrupts.goes_on(Instant::now());
+            }
         }
         match taken {
             None => Pass::Stopped,
@@ -277,7 +280,9 @@ impl Worker {
         if !queue.event_idx_enabled() {
             queue.disable_notification(memory.as_ref()).ok()?;
         }
-        let room = if self.all_at_once { self.slots.room().min(GROUP) } else { self.slots.room() }.min(count);
+        let room =
+            if self.all_at_once { self.slots.room().min(self.interrupts.group()) } else { self.slots.room() }
+                .min(count);
         if count > usize::from(queue.size()) {
             // More than there can be (2.7.13.3): what they are, nobody knows.
             device.warn(|| format!("the guest's available ring can't be used: it has {count} requests"));
