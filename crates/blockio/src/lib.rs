@@ -14,6 +14,7 @@ mod lock;
 mod mapping;
 mod now;
 mod pace;
+pub mod page_cache;
 mod probe;
 mod ranges;
 mod resident;

@@ -113,3 +113,25 @@ pub(crate) fn perform(files: &[Arc<File>], index: FileIndex, call: Call) -> io::
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{GuestBuf, OpenOptions};
+
+    /// What is cut when it is pushed is not made at once in one piece.
+    #[test]
+    fn write_that_is_too_long_for_small_folios_is_not_made_at_once() {
+        let temp = tempfile::NamedTempFile::new().unwrap();
+        let options = OpenOptions { write: true, ..OpenOptions::default() };
+        let mut file = File::open(temp.path(), options).unwrap();
+        file.write_max = 16 << 10;
+        let mut engine = SyncEngine::new(vec![Arc::new(file)]);
+        for (len, is_made) in [(16 << 10, true), ((16 << 10) + 512, false)] {
+            let buf = GuestBuf::zeroed(len);
+            let done = engine.perform_now(Quick::Write { file: FileIndex(0), offset: 0, buf: buf.view() });
+            assert_eq!(done, is_made, "{len}");
+            assert_eq!(temp.as_file().metadata().unwrap().len(), 16 << 10);
+        }
+    }
+}

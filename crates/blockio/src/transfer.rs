@@ -352,6 +352,76 @@ mod tests {
     }
 
     #[test]
+    fn write_that_is_just_as_long_as_can_be_is_not_cut() {
+        let (_temp, mut files) = file_in("/tmp").unwrap();
+        Arc::get_mut(&mut files[0]).unwrap().write_max = 16 << 10;
+        for (offset, len) in [(0, 16 << 10), (4 << 10, 16 << 10), (30 << 10, 512)] {
+            let buf = AlignedBuf::new_zeroed(len).into();
+            let cut = writes(Op::Write { file: FileIndex(0), offset, buf, dsync: false }, &files);
+            assert_eq!(cut, [(offset, vec![len])]);
+        }
+    }
+
+    /// Whatever is written, from whatever pieces of memory, and however little of it the kernel takes at once: each byte is
+    /// asked for once, out of its place, and what is cut is cut at multiples.
+    #[test]
+    fn parts_of_a_write_are_the_right_bytes_at_the_right_places() {
+        const UNIT: usize = 512;
+        let (_temp, mut files) = file_in("/tmp").unwrap();
+        let max = 4 * UNIT;
+        Arc::get_mut(&mut files[0]).unwrap().write_max = max as u64;
+        let lens = [&[1][..], &[4], &[5], &[9], &[1, 1, 1], &[3, 2], &[4, 4, 4], &[5, 1, 7], &[2, 11, 1]];
+        let cases = lens.iter().flat_map(|lens| (0..6).map(move |first| (*lens, first)));
+        for (lens, first, short) in
+            cases.flat_map(|(lens, first)| [0, 1, 3].map(|short| (lens, first, short)))
+        {
+            let (offset, len) = (first * UNIT, lens.iter().sum::<usize>() * UNIT);
+            // Each piece of memory lies apart from the one before; `places` are the bytes' addresses.
+            let mut memory = AlignedBuf::new_zeroed(2 * len + UNIT);
+            let (base, mut at, mut places) = (memory.as_mut_ptr(), 0, Vec::new());
+            let parts: Vec<IoVec> = lens
+                .iter()
+                .map(|units| {
+                    let part = IoVec { base: base.wrapping_add(at), len: units * UNIT };
+                    at += part.len + UNIT / 2;
+                    places.extend((0..part.len).map(|byte| part.base.wrapping_add(byte).addr()));
+                    part
+                })
+                .collect();
+            // SAFETY: the guard owns the memory.
+            let buf = unsafe { GuestBuf::new(parts, Arc::new(memory)) };
+            let mut work = Work::idle();
+            let op = Op::Write { file: FileIndex(0), offset: offset as u64, buf: buf.into(), dsync: false };
+            work.begin(1, op, &files);
+            let mut done = 0;
+            loop {
+                let Call::Transfer { write: true, offset: at, memory, .. } = work.call() else { panic!() };
+                let pieces = match memory {
+                    Memory::One(piece) => vec![piece],
+                    Memory::Many(pieces, count) => {
+                        // SAFETY: the work keeps them until it is told the outcome.
+                        unsafe { std::slice::from_raw_parts(pieces, count as usize) }.to_vec()
+                    }
+                };
+                let asked: Vec<usize> = pieces
+                    .iter()
+                    .flat_map(|p| (0..p.len).map(|byte| p.base.wrapping_add(byte).addr()))
+                    .collect();
+                assert_eq!(at, (offset + done) as u64);
+                let end = if len - done > max { (offset + done) / max * max + max - offset } else { len };
+                assert!(asked == places[done..end], "{lens:?} at {first}: {done} of {len}");
+                let taken = if short > 0 { asked.len().min(short * 100) } else { asked.len() };
+                done += taken;
+                if let Some(result) = work.advance(Ok(taken)) {
+                    result.unwrap();
+                    break;
+                }
+            }
+            assert_eq!(done, len);
+        }
+    }
+
+    #[test]
     fn writes_are_cut_where_folios_have_lists() {
         for dir in ["/tmp", "/dev/shm"] {
             let Some((temp, files)) = file_in(dir) else { continue };

@@ -316,7 +316,7 @@ impl Drain {
     fn start_write_back(&mut self, blocks: Extent, speed: Speed) {
         let Some(bytes) = self.shared.geometry.bytes_of(blocks) else { return };
         if speed.by_stints {
-            self.shared.disk.start_write_back(bytes.offset(), bytes.len());
+            self.write_back.begin(&self.shared.disk, bytes);
         } else {
             self.write_back.push(bytes);
         }
@@ -340,3 +340,6 @@ impl Drop for Drain {
         self.shared.claims.end_drain();
     }
 }
+
+#[cfg(test)]
+mod tests;

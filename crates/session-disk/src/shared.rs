@@ -135,6 +135,11 @@ impl Shared {
         }
     }
 
+    /// Whether engines do other things while an operation on the disk has to wait.
+    pub(crate) fn is_asynchronous(&self) -> bool {
+        self.engine != EngineKind::Sync
+    }
+
     /// An engine for [`DISK`] and [`BASE`] with up to `depth` operations at work. What is read of the base
     /// is urgent, or can wait for those that are.
     pub(crate) fn new_engine(&self, depth: u32, urgency: Urgency) -> Result<Box<dyn Engine>, Error> {

@@ -119,6 +119,7 @@ mod tests {
     use super::*;
 
     const KIB: u64 = 1 << 10;
+    const MIB: u64 = 1 << 20;
 
     #[test]
     fn read_that_follows_nothing_has_nothing_read_ahead() {
@@ -150,6 +151,116 @@ mod tests {
                 }
             }
             assert!(end <= 200 * len + 2 * WINDOW_MAX, "{len}");
+        }
+    }
+
+    fn window(first: u64, count: u64) -> Option<Window> {
+        Some(Window { offset: first * 4 * KIB, len: count * 4 * KIB })
+    }
+
+    /// In blocks of 4 KiB, one after the other: each window is asked for when half of the one before is used up, and is
+    /// twice as long, up to a bound.
+    #[test]
+    fn windows_of_a_sequence_double_and_are_asked_for_half_way() {
+        let mut ahead = Ahead::default();
+        assert_eq!(ahead.missed(0, 4 * KIB), None);
+        assert_eq!(ahead.missed(4 * KIB, 4 * KIB), window(2, 4));
+        let mut asked = Vec::new();
+        for block in 2..400 {
+            asked.extend(ahead.hit(block * 4 * KIB, 4 * KIB).map(|window| (block, window)));
+        }
+        let expected = [(3, 6, 8), (9, 14, 16), (21, 30, 32), (45, 62, 64), (93, 126, 128), (189, 254, 128)];
+        let expected = expected.map(|(block, first, count)| (block, window(first, count).unwrap()));
+        assert_eq!(asked[..6], expected);
+        assert_eq!(asked[6], (317, window(382, 128).unwrap()));
+    }
+
+    /// How much is asked for first goes by how much is read at once.
+    #[test]
+    fn first_window_is_four_reads_long_within_bounds() {
+        for (len, expected) in [(512, 16 * KIB), (4 * KIB, 16 * KIB), (8 * KIB, 32 * KIB), (MIB, 128 * KIB)] {
+            let mut ahead = Ahead::default();
+            ahead.missed(MIB, len);
+            assert_eq!(ahead.missed(MIB + len, len), Some(Window { offset: MIB + 2 * len, len: expected }));
+        }
+    }
+
+    /// A guest that reads beside a sequence, before it or after, does not read on.
+    #[test]
+    fn reads_beside_a_sequence_are_no_part_of_it() {
+        let begun = || {
+            let mut ahead = Ahead::default();
+            ahead.missed(100 * 4 * KIB, 4 * KIB);
+            ahead.missed(101 * 4 * KIB, 4 * KIB);
+            ahead
+        };
+        // It is at block 102, and 106 is the first that was not asked for.
+        for (block, is_part) in [(97, false), (98, true), (102, true), (106, true), (107, false)] {
+            let mut ahead = begun();
+            let hit = ahead.hit(block * 4 * KIB, 4 * KIB);
+            assert_eq!(hit, if block == 106 { window(107, 8) } else { None }, "{block}");
+            assert_eq!(ahead.strangers, u32::from(!is_part), "{block}");
+            // None: it may be the beginning of another one.
+            let mut ahead = begun();
+            let missed = ahead.missed(block * 4 * KIB, 4 * KIB);
+            assert_eq!(missed, if block == 106 { window(107, 8) } else { None }, "{block}");
+            let begins = ahead.streams.iter().filter(|stream| stream.used > 0).count() == 2;
+            assert_eq!(begins, !is_part, "{block}");
+        }
+        // One that has only begun goes on at one place.
+        for block in [0, 4, 6] {
+            let mut ahead = Ahead::default();
+            ahead.missed(4 * 4 * KIB, 4 * KIB);
+            assert_eq!(ahead.missed(block * 4 * KIB, 4 * KIB), None, "{block}");
+        }
+        // One that goes back read by read is not followed to anywhere.
+        let mut ahead = begun();
+        for (block, strangers) in [(98, 0), (97, 1), (99, 0), (97, 1)] {
+            assert_eq!(ahead.hit(block * 4 * KIB, 4 * KIB), None);
+            assert_eq!(ahead.strangers, strangers, "{block}");
+        }
+        // Nor are those that need not wait the second of one.
+        let mut ahead = begun();
+        ahead.missed(MIB, 4 * KIB);
+        assert_eq!(ahead.hit(MIB + 4 * KIB, 4 * KIB), None);
+    }
+
+    /// A read that is late does not have what was asked for asked for again.
+    #[test]
+    fn read_that_comes_late_does_not_set_a_sequence_back() {
+        let mut ahead = Ahead::default();
+        for block in 0..3 {
+            ahead.missed(block * 4 * KIB, 4 * KIB);
+        }
+        assert_eq!(ahead.missed(3 * 4 * KIB, 4 * KIB), window(6, 8));
+        assert_eq!(ahead.hit(2 * 4 * KIB, 4 * KIB), None);
+        assert_eq!(ahead.hit(9 * 4 * KIB, 4 * KIB), window(14, 16));
+        assert_eq!(ahead.hit(6 * 4 * KIB, 4 * KIB), None);
+        assert_eq!(ahead.hit(10 * 4 * KIB, 4 * KIB), None);
+    }
+
+    /// A new one takes the place of the one that was not seen for longest, whether its reads had to wait or not.
+    #[test]
+    fn sequence_that_was_not_seen_for_longest_makes_room() {
+        for seen_last in 0..STREAMS as u64 {
+            for by_hits in [false, true] {
+                let mut ahead = Ahead::default();
+                let at = |stream: u64, block: u64| (stream << 30) + block * 4 * KIB;
+                for stream in 0..STREAMS as u64 {
+                    ahead.missed(at(stream, 0), 4 * KIB);
+                    ahead.missed(at(stream, 1), 4 * KIB);
+                }
+                match by_hits {
+                    true => ahead.hit(at(seen_last, 2), 4 * KIB),
+                    false => ahead.missed(at(seen_last, 2), 4 * KIB),
+                };
+                ahead.missed(at(9, 0), 4 * KIB);
+                let goes = u64::from(seen_last == 0);
+                for stream in 0..STREAMS as u64 {
+                    let stays = ahead.streams.iter().any(|it| it.window > 0 && it.goes_on_at(at(stream, 3)));
+                    assert_eq!(stays, stream != goes, "{stream} of those of which {seen_last} was seen last");
+                }
+            }
         }
     }
 
@@ -186,10 +297,22 @@ mod tests {
         ahead.missed(0, 4 * KIB);
         ahead.missed(4 * KIB, 4 * KIB);
         assert!(ahead.follows());
-        for step in 0..u64::from(STRANGERS_MAX) {
+        // Each read of it counts anew: its own, and such as have to wait.
+        for step in [2, 3, 4] {
+            let of_others: Vec<u64> = (1..u64::from(STRANGERS_MAX)).map(|it| (100 + it * 3) << 20).collect();
+            of_others.iter().for_each(|offset| assert_eq!(ahead.hit(*offset, 4 * KIB), None));
+            assert!(ahead.follows());
+            if step == 3 {
+                ahead.missed(step * 4 * KIB, 4 * KIB)
+            } else {
+                ahead.hit(step * 4 * KIB, 4 * KIB)
+            };
+        }
+        for step in 1..=u64::from(STRANGERS_MAX) {
+            assert!(ahead.follows());
             assert_eq!(ahead.hit((100 + step * 3) << 20, 4 * KIB), None);
         }
-        assert!(!ahead.follows());
+        assert!(!ahead.follows() && ahead.streams.iter().all(|stream| stream.used == 0));
     }
 
     /// Numbers are a guest's.

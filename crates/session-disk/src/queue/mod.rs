@@ -96,7 +96,8 @@ impl DiskQueue {
     pub(crate) fn new(shared: Arc<Shared>, counters: Arc<QueueCounters>, depth: u32) -> Result<Self, Error> {
         let engine = shared.new_engine(depth, Urgency::Guest)?;
         shared.disk.map_resident();
-        let ahead = shared.disk.keep_folios_small().then(Ahead::default);
+        // An engine that waits would not show which reads have to: there the kernel goes on to read ahead.
+        let ahead = (shared.is_asynchronous() && shared.disk.keep_folios_small()).then(Ahead::default);
         let waker =
             Waker::new().map_err(|error| Error::state("make a wake-up for", shared.disk.path(), error))?;
         Ok(Self {
@@ -360,7 +361,7 @@ impl DiskQueue {
     /// blocks, for these are read from the base. Nor does it matter if it is lost.
     fn read_ahead(&mut self, window: Option<Window>) {
         let Some(Window { offset, len }) = window else { return };
-        let len = len.min(self.shared.geometry.size().saturating_sub(offset));
+        // It may end behind the disk, this does not.
         let range =
             self.shared.geometry.bytes_of(Extent::between(offset / BLOCK_SIZE, (offset + len) / BLOCK_SIZE));
         let Some(range) = range.filter(|range| self.is_clean(range.touched())) else { return };

@@ -9,6 +9,8 @@ use write_log::{DiskFile, LogFile, LogWriter};
 use super::*;
 use crate::{DiskOptions, ProvisionOptions, SessionDisk, provision};
 
+mod reading_ahead;
+
 const SIZE: usize = 1 << 20;
 
 /// A log's file that fails while it is told to.
