@@ -8,6 +8,8 @@
 
 use std::time::{Duration, Instant};
 
+use crate::pace::usage_of_thread;
+
 /// So long the map is given to prove itself, at least.
 const PERIOD: Duration = Duration::from_secs(4);
 /// Writes through the map in a period that tell something.
@@ -24,7 +26,9 @@ const WELL: u32 = 2;
 #[derive(Debug, Default)]
 pub(crate) struct Worth {
     period: Option<Period>,
-    /// Until when maps are not written, and for how long that was.
+    /// Whether maps are not written.
+    rests: bool,
+    /// Until when they are not, or were not last, and for how long that is.
     until: Option<Instant>,
     pause: Duration,
 }
@@ -39,44 +43,52 @@ struct Period {
 }
 
 impl Worth {
-    /// Whether what is written at `now` is written through a map if that is possible.
-    pub(crate) fn pays(&self, now: Instant) -> bool {
-        self.until.is_none_or(|until| now >= until)
+    /// Whether what is written now is written through a map if that is possible.
+    #[inline]
+    pub(crate) fn pays(&mut self, now: impl FnOnce() -> Instant) -> bool {
+        if self.rests && self.until.is_none_or(|until| now() >= until) {
+            self.rests = false;
+        }
+        !self.rests
     }
 
-    /// So many pages were written through a map until `now`. `faults` tells the thread's faults since it began.
-    pub(crate) fn wrote(&mut self, pages: u64, now: Instant, faults: impl FnOnce() -> i64) {
+    /// So many pages were written through a map. `faults` tells the thread's faults since it began.
+    #[inline]
+    pub(crate) fn wrote(&mut self, pages: u64, now: impl FnOnce() -> Instant, faults: impl FnOnce() -> i64) {
         let Some(period) = &mut self.period else {
-            self.period = Some(Period { since: now, faults: faults(), writes: 0, pages: 0 });
+            self.period = Some(Period { since: now(), faults: faults(), writes: 0, pages: 0 });
             return;
         };
-        period.writes = period.writes.saturating_add(1);
+        period.writes = period.writes.wrapping_add(1);
         period.pages = period.pages.saturating_add(pages);
-        if period.writes < WRITES_MIN || now.saturating_duration_since(period.since) < PERIOD {
+        // No need to look at the clock more often.
+        if period.writes.is_multiple_of(WRITES_MIN) {
+            self.judge(now(), faults);
+        }
+    }
+
+    #[cold]
+    fn judge(&mut self, now: Instant, faults: impl FnOnce() -> i64) {
+        let Some(period) =
+            self.period.take_if(|period| now.saturating_duration_since(period.since) >= PERIOD)
+        else {
+            return;
+        };
+        let faults = u64::try_from(faults().saturating_sub(period.faults)).unwrap_or(0);
+        if faults.saturating_mul(PAGES_FOR_FAULT) <= period.pages {
             return;
         }
-        let faults = u64::try_from(faults() - period.faults).unwrap_or(0);
-        let pays = faults.saturating_mul(PAGES_FOR_FAULT) <= period.pages;
-        self.period = None;
-        if !pays {
-            let well = self.until.is_none_or(|until| {
-                now.saturating_duration_since(until) > (self.pause * WELL).max(2 * PERIOD)
-            });
-            self.pause = if well { PAUSE_MIN } else { (self.pause * 2).clamp(PAUSE_MIN, PAUSE_MAX) };
-            self.until = Some(now + self.pause);
-        }
+        let well = self
+            .until
+            .is_none_or(|until| now.saturating_duration_since(until) > (self.pause * WELL).max(2 * PERIOD));
+        self.pause = if well { PAUSE_MIN } else { (self.pause * 2).clamp(PAUSE_MIN, PAUSE_MAX) };
+        (self.rests, self.until) = (true, Some(now + self.pause));
     }
 }
 
 /// Faults of the calling thread since it began, without those that waited for a disk.
 pub(crate) fn minor_faults() -> i64 {
-    let mut usage = std::mem::MaybeUninit::<libc::rusage>::uninit();
-    // SAFETY: `usage` has room for the answer.
-    if unsafe { libc::getrusage(libc::RUSAGE_THREAD, usage.as_mut_ptr()) } != 0 {
-        return 0;
-    }
-    // SAFETY: filled by the call above, which succeeded.
-    unsafe { usage.assume_init() }.ru_minflt
+    usage_of_thread().map_or(0, |usage| usage.ru_minflt)
 }
 
 #[cfg(test)]
@@ -102,18 +114,18 @@ mod tests {
             let (end, mut made) = (self.now + time, 0);
             while self.now < end {
                 self.now += MS;
-                if self.worth.pays(self.now) {
+                if self.worth.pays(|| self.now) {
                     made += 1;
                     self.faults += i64::from(made % every == 0);
                     let faults = self.faults;
-                    self.worth.wrote(1, self.now, || faults);
+                    self.worth.wrote(1, || self.now, || faults);
                 }
             }
             made
         }
 
-        fn pays(&self) -> bool {
-            self.worth.pays(self.now)
+        fn pays(&mut self) -> bool {
+            self.worth.pays(|| self.now)
         }
     }
 
@@ -123,8 +135,11 @@ mod tests {
         for pause in [8, 16, 32, 64, 128, 128] {
             thread.write(PERIOD / 2, 2);
             assert!(thread.pays(), "{pause}");
-            thread.write(PERIOD / 2 + MS, 2);
-            assert!(!thread.pays(), "{pause}");
+            let made = (0..).find(|_| !thread.pays() || thread.write(MS, 2) == 0);
+            assert!(
+                made.is_some_and(|made| made < PERIOD.as_millis() / 2 + u128::from(WRITES_MIN)),
+                "{pause}"
+            );
             assert_eq!(thread.write(Duration::from_secs(pause) - MS, 1), 0);
             assert!(!thread.pays(), "{pause}");
             thread.now += MS;
@@ -134,7 +149,9 @@ mod tests {
         thread.write(WELL * PAUSE_MAX + 2 * PERIOD, 100);
         assert!(thread.pays());
         thread.write(2 * PERIOD, 1);
-        assert!(!thread.pays() && thread.worth.pays(thread.now + PAUSE_MIN));
+        assert!(!thread.pays());
+        thread.now += PAUSE_MIN;
+        assert!(thread.pays());
     }
 
     #[test]
@@ -150,14 +167,14 @@ mod tests {
     #[test]
     fn few_writes_tell_nothing_and_faults_are_asked_for_twice_in_a_period() {
         let (mut worth, mut now) = (Worth::default(), Instant::now());
-        worth.wrote(1, now, || 0);
+        worth.wrote(1, || now, || 0);
         for _ in 1..WRITES_MIN {
             now += PERIOD;
-            worth.wrote(1, now, || unreachable!("asked without need"));
+            worth.wrote(1, || now, || unreachable!("asked without need"));
         }
-        assert!(worth.pays(now));
-        worth.wrote(1, now, || 1_000_000);
-        assert!(!worth.pays(now));
+        assert!(worth.pays(|| now));
+        worth.wrote(1, || now, || 1_000_000);
+        assert!(!worth.pays(|| now));
     }
 
     #[test]
