@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use blockio::EngineKind;
 use blockio::fault::{Fault, FaultPlan, OpClass};
-use common::{Bench, end, read, write, write_sparse};
+use common::{Bench, end, read, wait_until, write, write_sparse};
 use rustix::io::Errno;
 use session_disk::{
     CopyCounts, DiskOptions, DrainObserver, DrainPolicy, DrainWhen, Drainer, ProvisionOptions, SessionDisk,
@@ -20,7 +20,6 @@ use session_disk::{
 
 const MIB: usize = 1 << 20;
 const SIZE: usize = 64 * MIB;
-const PATIENCE: Duration = Duration::from_secs(60);
 
 struct Quiet;
 
@@ -30,15 +29,6 @@ impl DrainObserver for Quiet {
 
 fn drain(disk: &SessionDisk) {
     disk.drain(&AtomicBool::new(false), &mut |_| ()).unwrap();
-}
-
-#[track_caller]
-fn wait_until(mut condition: impl FnMut() -> bool) {
-    let begin = Instant::now();
-    while !condition() {
-        assert!(begin.elapsed() < PATIENCE, "waited in vain");
-        std::thread::sleep(Duration::from_millis(2));
-    }
 }
 
 /// A lazily made disk, half of it data, all of whose attempts to share meet `fault`.

@@ -6,19 +6,18 @@ mod common;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use blockio::EngineKind;
 use blockio::fault::{Fault, FaultPlan, OpClass};
 use blockio::tape::{Io, Tape};
-use common::{Bench, write};
+use common::{Bench, open, wait_until, write};
 use session_disk::{
     CopyCounts, DiskOptions, DiskState, DrainObserver, Drainer, Error, HoldReason, Manifest, ProcessId,
     ProvisionOptions, SessionDisk, left_open, provision, status,
 };
 
 const MIB: usize = 1 << 20;
-const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A disk that was pristine, and whose session is open and has written 5 blocks.
 fn in_session() -> (Bench, Arc<SessionDisk>) {
@@ -64,15 +63,6 @@ struct Watch {
 impl DrainObserver for Watch {
     fn restored(&self, blocks: u64, _how: CopyCounts, _duration: Duration) {
         self.restored.fetch_add(blocks, Ordering::SeqCst);
-    }
-}
-
-#[track_caller]
-fn wait_until(mut condition: impl FnMut() -> bool) {
-    let begin = Instant::now();
-    while !condition() {
-        assert!(begin.elapsed() < PATIENCE, "waited in vain");
-        std::thread::sleep(Duration::from_millis(2));
     }
 }
 
@@ -133,7 +123,7 @@ fn held_session_that_is_taken_up_goes_on_and_is_kept_at_its_end() {
     begin_and_write(&disk, 800, 0x52);
     hold(&disk).unwrap();
     drop(disk);
-    let disk = SessionDisk::open(&options).unwrap();
+    let disk = open(&options);
     assert!(disk.session_is_open() && disk.held().is_some());
     // Of the session before: restored, for the hold has not begun.
     assert_eq!(drain(&disk).unwrap(), 5);
@@ -263,7 +253,7 @@ fn hold_after_restoring_has_begun_is_refused_by_this_server_and_the_next() {
         let plan = FaultPlan::new();
         plan.on_every(OpClass::Write, Fault::Fail(5));
         let options = DiskOptions { faults: Some(Arc::clone(&plan)), ..bench.options.clone() };
-        let disk = SessionDisk::open(&options).unwrap();
+        let disk = open(&options);
         assert!(drain(&disk).is_err());
         let refused = |disk: &SessionDisk| match hold(disk) {
             Err(Error::Refused(why)) => assert!(why.contains("has begun"), "{kind}: {why}"),
@@ -358,7 +348,7 @@ fn session_whose_log_is_damaged_is_held_until_its_process_is_gone() {
     let bench = Bench::new(4 * MIB, None, false, EngineKind::Sync);
     let mut vm = std::process::Command::new("sleep").arg("600").spawn().unwrap();
     let options = DiskOptions { resume: true, ..bench.options.clone() };
-    let disk = SessionDisk::open(&options).unwrap();
+    let disk = open(&options);
     disk.begin_session(ProcessId::of(vm.id())).unwrap();
     let mut queue = disk.queue(8).unwrap();
     write(&disk, &mut queue, 80, &[0x51; 4096]);
@@ -370,7 +360,7 @@ fn session_whose_log_is_damaged_is_held_until_its_process_is_gone() {
     std::fs::write(&log, bytes).unwrap();
     let content = bench.disk_content();
     for _restart in 0..2 {
-        let disk = SessionDisk::open(&options).unwrap();
+        let disk = open(&options);
         assert!(!disk.session_is_open() && disk.held_for() == ProcessId::of(vm.id()));
         assert!(disk.begin_session(None).is_err() && drain(&disk).is_err());
         assert_eq!((disk.pending_blocks(), bench.disk_content() == content), ((4 * MIB) as u64 / 4096, true));
@@ -379,7 +369,7 @@ fn session_whose_log_is_damaged_is_held_until_its_process_is_gone() {
     }
     vm.kill().unwrap();
     vm.wait().unwrap();
-    let disk = SessionDisk::open(&options).unwrap();
+    let disk = open(&options);
     assert_eq!(disk.held(), None);
     bench.assert_restores_exactly(&disk);
 }

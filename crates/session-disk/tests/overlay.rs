@@ -11,7 +11,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use blockio::EngineKind;
-use common::{Bench, write};
+use common::{Bench, open, write};
 use session_disk::{
     Changes, DiskOptions, Error, HoldReason, Kept, Portion, ProcessId, SessionDisk, keep,
     set_hold_of_open_session,
@@ -297,7 +297,7 @@ fn kept_changes_of_several_sessions_are_kept_together() {
     let _alone = alone();
     let bench = bench();
     let options = DiskOptions { changes: Changes::Keep, ..bench.options.clone() };
-    let disk = SessionDisk::open(&options).unwrap();
+    let disk = open(&options);
     session(&bench, &disk, None, FIRST);
     disk.end_session().unwrap();
     session(&bench, &disk, None, SECOND);

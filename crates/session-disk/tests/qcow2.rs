@@ -7,9 +7,9 @@ use std::process::Command;
 use std::sync::atomic::AtomicBool;
 
 use blockio::{EngineKind, GuestBuf};
-use session_disk::{DiskOptions, Done, ProvisionOptions, Request, SessionDisk, provision};
+use session_disk::{DiskOptions, Done, ProvisionOptions, Request, provision};
 
-use common::{base_content, end, read, run, write, write_sparse};
+use common::{base_content, end, open, read, run, write, write_sparse};
 
 /// Not a multiple of the block size: the last block is partly the base's.
 const SIZE: usize = (2 << 20) + 1536;
@@ -45,7 +45,7 @@ fn lab(kind: EngineKind) -> (tempfile::TempDir, DiskOptions, Vec<u8>) {
 fn session_on_pending_blocks_reads_base_and_own_writes_and_restores_exactly() {
     for kind in [EngineKind::Sync, EngineKind::IoUring] {
         let (_dir, options, content) = lab(kind);
-        let disk = SessionDisk::open(&options).unwrap();
+        let disk = open(&options);
         disk.begin_session(None).unwrap();
         let mut queue = disk.queue(64).unwrap();
         let mut model = content.clone();
@@ -83,7 +83,7 @@ fn session_on_pending_blocks_reads_base_and_own_writes_and_restores_exactly() {
 #[test]
 fn hundreds_of_reads_at_once_are_answered_while_the_drain_reads_as_well() {
     let (_dir, options, content) = lab(EngineKind::IoUring);
-    let disk = SessionDisk::open(&options).unwrap();
+    let disk = open(&options);
     disk.begin_session(None).unwrap();
     let mut queue = disk.queue(64).unwrap();
     std::thread::scope(|scope| {
@@ -126,7 +126,7 @@ fn image_that_was_damaged_fails_reads_and_restore_and_nothing_else() {
     let wanted = ProvisionOptions { adopt: true, ..ProvisionOptions::new(&image, options.clone()) };
     let wanted = ProvisionOptions { size: Some(DISK_SIZE as u64), ..wanted };
     provision(&wanted).unwrap();
-    let disk = SessionDisk::open(&options).unwrap();
+    let disk = open(&options);
     disk.begin_session(None).unwrap();
     let mut queue = disk.queue(64).unwrap();
     let mut failed = 0;

@@ -269,7 +269,7 @@ fn copy_of_a_disk_with_its_state_is_wholly_pending() {
         assert!(status.success());
     }
     let options = session_disk::DiskOptions { disk: copy.clone(), ..bench.options.clone() };
-    let disk = session_disk::SessionDisk::open(&options).unwrap();
+    let disk = common::open(&options);
     assert_eq!(*disk.basis(), Basis::Everything(Distrust::AnotherFile));
     // While the copy is served the original's status is its own.
     assert_eq!(status(&bench.options).unwrap().state, DiskState::Pristine);

@@ -14,10 +14,11 @@ pub(crate) mod watchdog;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
 
 use blockio::{EngineKind, GuestBuf};
 use session_disk::{
-    DiskOptions, DiskQueue, Done, ProvisionOptions, Request, SessionDisk, SessionSummary, provision,
+    DiskOptions, DiskQueue, Done, Error, ProvisionOptions, Request, SessionDisk, SessionSummary, provision,
 };
 
 /// A directory with a base and a disk.
@@ -25,6 +26,33 @@ pub(crate) struct Bench {
     pub(crate) dir: tempfile::TempDir,
     pub(crate) base: Vec<u8>,
     pub(crate) options: DiskOptions,
+}
+
+/// How long anything may take.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+
+#[track_caller]
+pub(crate) fn wait_until(mut condition: impl FnMut() -> bool) {
+    let begin = Instant::now();
+    while !condition() {
+        assert!(begin.elapsed() < PATIENCE, "waited in vain");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// Opens a disk that nobody has open. A program that another test starts has all that this process had open until it is
+/// executed, and so for a moment the locks of disks that are closed here.
+#[track_caller]
+pub(crate) fn open(options: &DiskOptions) -> Arc<SessionDisk> {
+    let mut disk = None;
+    wait_until(|| match SessionDisk::open(options) {
+        Err(Error::InUse { .. }) => false,
+        opened => {
+            disk = Some(opened.unwrap());
+            true
+        }
+    });
+    disk.unwrap()
 }
 
 /// Copies a directory with all that is in it; `to` must not be there.
@@ -95,7 +123,7 @@ impl Bench {
     }
 
     pub(crate) fn open(&self) -> Arc<SessionDisk> {
-        SessionDisk::open(&self.options).unwrap()
+        open(&self.options)
     }
 
     pub(crate) fn disk_content(&self) -> Vec<u8> {
