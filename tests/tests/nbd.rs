@@ -153,6 +153,45 @@ fn stop_does_not_wait_for_a_server_that_is_away() {
     lab.assert_pristine();
 }
 
+/// Invariant 3: a guest's read that waits for the base's server when its own is stopped is not failed. The next one has it
+/// in its in-flight table, and answers it when the base's server is back.
+#[test]
+fn read_that_waits_when_the_server_is_stopped_is_answered_by_the_next() {
+    let (lab, mut nbd) = served(Kind::QemuNbd, 0);
+    provision(&lab, &nbd.uri(), &["--lazy"]).ok();
+    // So slow that it has not come to the block when the guest has.
+    let args = ["--base-timeout", "3600", "--rate", "64K"];
+    let mut server = lab.serve(&args);
+    // Past its page cache: that would ask again.
+    let script = "
+        say ready
+        read go
+        dd if=/dev/vda of=/block iflag=direct bs=4096 skip=12000 count=1 &
+        until read reads writes </sys/block/vda/inflight && [ $reads -gt 0 ]; do :; done
+        say waits
+        if wait $!; then say block $(sha256sum </block); else say failed; fi";
+    let mut guest = Guest::boot(&lab.socket(), Options { reconnects: true, ..Options::default() }, script);
+    guest.said("ready");
+    nbd.kill();
+    guest.type_line("go");
+    guest.said("waits");
+    server.0.wait_line("the missing server", PATIENCE, |line| line.contains("connection lost"));
+    server.0.signal(Signal::TERM);
+    assert!(server.0.wait(Duration::from_secs(20)).success(), "{}", server.0.output());
+    drop(server);
+
+    nbd.start_again(&lab.base());
+    let server = lab.serve(&[&args[..], &["-v"]].concat());
+    let block = lab.path("block");
+    fs::write(&block, &fs::read(lab.base()).unwrap()[12000 * 4096..][..4096]).unwrap();
+    assert_eq!(guest.next_said(PATIENCE), Ok(format!("block {} -", images::sha256(&block))));
+    assert!(server.0.output().contains("done again"), "{}", server.0.output());
+    guest.finish();
+    server.stop();
+    lab.run("restore", NONE).ok();
+    lab.assert_pristine();
+}
+
 /// Invariants 2 and 6: a server that is away for longer than is waited for makes reads of pending blocks fail, and
 /// nothing else; the drain says why it fails. When it is back all is exact.
 #[test]

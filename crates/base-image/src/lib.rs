@@ -41,7 +41,7 @@ pub use generation::{
 pub use identity::{BackingIdentity, BaseIdentity, Change, FileIdentity};
 pub use image::{BadChunk, BaseImage, Content};
 pub use location::BaseLocation;
-pub use nbd::{NbdUri, stop_waiting_for_servers};
+pub use nbd::{NbdUri, is_ending, stop_waiting_for_servers};
 pub use pool::Urgency;
 pub use qcow2::{CLUSTER_SIZE, Overlay};
 pub use seal::{CHUNK_SIZE, Root, Seal, manifest_path, seal, seal_to};

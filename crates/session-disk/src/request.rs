@@ -52,6 +52,15 @@ pub struct Done {
     pub result: io::Result<()>,
 }
 
+impl Done {
+    /// Whether it has failed since the program is to end, as may be for that alone: what would wait for a base's server fails
+    /// then. The next program can do what this one could not, so whoever asked is better told nothing, if that one
+    /// gets to know of it.
+    pub fn is_left(&self) -> bool {
+        self.result.is_err() && base_image::is_ending()
+    }
+}
+
 /// What is written: a guest's bytes, or zeroes.
 #[derive(Debug)]
 pub(crate) enum Data {

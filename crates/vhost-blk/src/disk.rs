@@ -53,8 +53,18 @@ pub(crate) trait Disk: Send + Sync {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Finished {
     pub(crate) token: u64,
-    /// Whether every byte was transferred.
-    pub(crate) ok: bool,
+    pub(crate) outcome: Outcome,
+}
+
+/// How a request ended, or a part of it; of several the last one of these counts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Outcome {
+    /// Every byte was transferred.
+    #[default]
+    Done,
+    Failed,
+    /// It failed because the program is to end: the next one can do it.
+    Left,
 }
 
 /// The data path of one virtqueue.
@@ -151,10 +161,18 @@ struct SessionIo {
 impl SessionIo {
     fn report(&mut self, finished: &mut Vec<Finished>) {
         for done in self.done.drain(..) {
-            if let Err(error) = &done.result {
-                self.errors.warn(|| format!("the guest gets an I/O error: {}", chain(error)));
-            }
-            finished.push(Finished { token: done.token, ok: done.result.is_ok() });
+            let outcome = match &done.result {
+                Ok(()) => Outcome::Done,
+                Err(error) if done.is_left() => {
+                    self.errors.warn(|| format!("a guest's request is not done any more: {}", chain(error)));
+                    Outcome::Left
+                }
+                Err(error) => {
+                    self.errors.warn(|| format!("the guest gets an I/O error: {}", chain(error)));
+                    Outcome::Failed
+                }
+            };
+            finished.push(Finished { token: done.token, outcome });
         }
     }
 }

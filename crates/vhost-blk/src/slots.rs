@@ -4,7 +4,10 @@ use std::sync::Arc;
 
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::request::{Memory, Status};
+use crate::{
+    disk::Outcome,
+    request::{Memory, Status},
+};
 
 /// A request that was taken from the ring and is not yet answered.
 #[derive(Debug)]
@@ -30,7 +33,8 @@ pub(crate) struct Used {
 #[derive(Debug)]
 struct Entry {
     slot: Option<Slot>,
-    failed: bool,
+    /// The worst one of the parts that are finished.
+    outcome: Outcome,
     /// Told apart from earlier requests in the same place.
     generation: u32,
 }
@@ -45,7 +49,7 @@ pub(crate) struct Slots {
 impl Slots {
     /// Room for `capacity` requests.
     pub(crate) fn new(capacity: u16) -> Self {
-        let entry = |_| Entry { slot: None, failed: false, generation: 0 };
+        let entry = |_| Entry { slot: None, outcome: Outcome::Done, generation: 0 };
         Self { entries: (0..capacity).map(entry).collect(), free: (0..capacity).rev().collect() }
     }
 
@@ -67,33 +71,34 @@ impl Slots {
         let index = self.free.pop()?;
         let entry = self.entries.get_mut(usize::from(index))?;
         entry.slot = Some(slot);
-        entry.failed = false;
+        entry.outcome = Outcome::Done;
         entry.generation = entry.generation.wrapping_add(1) & GENERATION_MASK;
         Some(u64::from(entry.generation) << GENERATION_SHIFT | u64::from(index))
     }
 
     /// Notes that one part is finished. With the last one, the status is written to the guest and
-    /// the element for the used ring is returned.
-    pub(crate) fn finish(&mut self, token: u64, ok: bool) -> Option<Used> {
+    /// the element for the used ring is returned; of a request that was left nothing is.
+    pub(crate) fn finish(&mut self, token: u64, outcome: Outcome) -> Option<Used> {
         let index = token as u16;
         let entry = self.entries.get_mut(usize::from(index))?;
         if (token >> GENERATION_SHIFT) as u32 & GENERATION_MASK != entry.generation {
             return None;
         }
-        entry.failed |= !ok;
+        entry.outcome = entry.outcome.max(outcome);
         let slot = entry.slot.as_mut()?;
         slot.parts = slot.parts.saturating_sub(1);
         if slot.parts > 0 {
             return None;
         }
-        let failed = entry.failed;
+        let outcome = entry.outcome;
         let slot = entry.slot.take()?;
         self.free.push(index);
-        Some(if failed {
-            answer(&slot.memory, slot.head, Some(slot.status_at), Status::IoError, 0)
-        } else {
-            answer(&slot.memory, slot.head, Some(slot.status_at), Status::Ok, slot.written)
-        })
+        let (status, written) = match outcome {
+            Outcome::Done => (Status::Ok, slot.written),
+            Outcome::Failed => (Status::IoError, 0),
+            Outcome::Left => return None,
+        };
+        Some(answer(&slot.memory, slot.head, Some(slot.status_at), status, written))
     }
 }
 
@@ -136,11 +141,27 @@ mod tests {
         let memory = memory();
         let mut slots = Slots::new(2);
         let token = slots.insert(slot(&memory, 3)).unwrap();
-        assert_eq!(slots.finish(part_token(token, 1), true), None);
-        assert_eq!(slots.finish(part_token(token, 0), false), None);
-        assert_eq!(slots.finish(part_token(token, 2), true), Some(Used { head: 7, len: 1 }));
+        assert_eq!(slots.finish(part_token(token, 1), Outcome::Done), None);
+        assert_eq!(slots.finish(part_token(token, 0), Outcome::Failed), None);
+        assert_eq!(slots.finish(part_token(token, 2), Outcome::Done), Some(Used { head: 7, len: 1 }));
         assert_eq!(memory.read_obj::<u8>(GuestAddress(9)).unwrap(), Status::IoError.byte());
         assert!(slots.is_empty());
+    }
+
+    /// Its memory is let go, and its place, and the guest is told nothing, whatever became of its other parts.
+    #[test]
+    fn slot_of_which_a_part_was_left_is_not_answered() {
+        let memory = memory();
+        memory.write_obj(0xee_u8, GuestAddress(9)).unwrap();
+        let mut slots = Slots::new(1);
+        let token = slots.insert(slot(&memory, 3)).unwrap();
+        for (part, outcome) in [Outcome::Left, Outcome::Failed, Outcome::Done].into_iter().enumerate() {
+            assert_eq!(slots.finish(part_token(token, part as u16), outcome), None);
+        }
+        assert_eq!(memory.read_obj::<u8>(GuestAddress(9)).unwrap(), 0xee);
+        assert!(slots.is_empty() && Arc::strong_count(&memory) == 1);
+        let token = slots.insert(slot(&memory, 1)).unwrap();
+        assert_eq!(slots.finish(token, Outcome::Done), Some(Used { head: 7, len: 513 }));
     }
 
     #[test]
@@ -148,13 +169,13 @@ mod tests {
         let memory = memory();
         let mut slots = Slots::new(1);
         let old = slots.insert(slot(&memory, 1)).unwrap();
-        assert_eq!(slots.finish(old, true), Some(Used { head: 7, len: 513 }));
-        assert_eq!(slots.finish(old, true), None);
+        assert_eq!(slots.finish(old, Outcome::Done), Some(Used { head: 7, len: 513 }));
+        assert_eq!(slots.finish(old, Outcome::Done), None);
         let new = slots.insert(slot(&memory, 1)).unwrap();
-        assert_eq!(slots.finish(old, true), None);
+        assert_eq!(slots.finish(old, Outcome::Done), None);
         assert!(slots.is_full() && slots.insert(slot(&memory, 1)).is_none());
-        assert!(slots.finish(new, true).is_some());
-        assert_eq!(slots.finish(u64::MAX, true), None);
+        assert!(slots.finish(new, Outcome::Done).is_some());
+        assert_eq!(slots.finish(u64::MAX, Outcome::Done), None);
     }
 
     #[test]
@@ -163,7 +184,7 @@ mod tests {
         let mut slots = Slots::new(1);
         let token = slots.insert(slot(&memory, 1)).unwrap();
         assert_eq!(Arc::strong_count(&memory), 2);
-        slots.finish(token, true);
+        slots.finish(token, Outcome::Done);
         assert_eq!(Arc::strong_count(&memory), 1);
     }
 }

@@ -21,7 +21,7 @@ use vm_memory::{GuestAddress, GuestMemoryBackend};
 use crate::{
     backend::Device,
     chain::{Table, avail_head},
-    disk::{DiskIo, Finished},
+    disk::{DiskIo, Finished, Outcome},
     inflight::InflightQueue,
     interrupts::Interrupts,
     poll::{PollWindow, Polling},
@@ -433,15 +433,18 @@ impl Worker {
             }
             // Not reached either: data of this batch has a view, and answers are given before.
             (Action::Read { .. } | Action::Write { .. } | Action::Answer { .. }, _) => {
-                self.answers.extend(self.slots.finish(token, false));
+                self.answers.extend(self.slots.finish(token, Outcome::Failed));
             }
         }
     }
 
-    /// Turns finished disk requests into answers.
+    /// Turns finished disk requests into answers. Those that were left stay in the in-flight table, and the next
+    /// server does them again. Without one, nobody knows which they are: the rings only tell how many were answered.
     fn collect(&mut self) {
-        for finished in self.finished.drain(..) {
-            self.answers.extend(self.slots.finish(finished.token, finished.ok));
+        for Finished { token, outcome } in self.finished.drain(..) {
+            let is_noted = self.inflight.is_some();
+            let outcome = if is_noted { outcome } else { outcome.min(Outcome::Failed) };
+            self.answers.extend(self.slots.finish(token, outcome));
         }
     }
 

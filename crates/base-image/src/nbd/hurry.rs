@@ -12,6 +12,11 @@ pub fn stop_waiting_for_servers() {
     ENDING.store(true, Ordering::Release);
 }
 
+/// Whether the program is to end, and so nobody waits for a server: a read that has failed since may have failed for that alone.
+pub fn is_ending() -> bool {
+    ENDING.load(Ordering::Acquire)
+}
+
 /// Whether who uses a base can't wait for its server, or nobody can.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Hurry(Arc<AtomicBool>);
@@ -24,6 +29,6 @@ impl Hurry {
 
     /// Whether nothing is to be waited for. To be looked at again and again by who waits.
     pub(super) fn is_set(&self) -> bool {
-        self.0.load(Ordering::Acquire) || ENDING.load(Ordering::Acquire)
+        self.0.load(Ordering::Acquire) || is_ending()
     }
 }

@@ -35,7 +35,7 @@ use self::holes::Holes;
 use self::hurry::Hurry;
 use self::outage::{Line, Step};
 
-pub use self::hurry::stop_waiting_for_servers;
+pub use self::hurry::{is_ending, stop_waiting_for_servers};
 pub use self::uri::NbdUri;
 
 /// How long an attempt to connect may take.

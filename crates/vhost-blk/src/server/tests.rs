@@ -17,8 +17,8 @@ use vhost::{
     vhost_user::{VhostUserFrontend, message::VhostUserConfigFlags},
 };
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
-    VIRTIO_BLK_T_WRITE_ZEROES,
+    VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
+    VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vm_memory::{Bytes, GuestAddress};
@@ -26,6 +26,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::*;
 use crate::{
     Polling, SocketPermissions,
+    disk::Outcome,
     testing::{DATA_AT, Driver, MemoryDisk},
 };
 

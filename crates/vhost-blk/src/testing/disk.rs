@@ -15,7 +15,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use session_disk::{ProcessId, Request, SessionStart, SessionSummary};
 use uuid::Uuid;
 
-use crate::disk::{AnyError, Disk, DiskIo, DiskTraits, Finished};
+use crate::disk::{AnyError, Disk, DiskIo, DiskTraits, Finished, Outcome};
 
 /// See the module. Shared by the server and the test.
 #[derive(Default)]
@@ -40,7 +40,7 @@ struct State {
     held: bool,
     /// Writes that begin here are held back, others are not.
     held_at: Option<u64>,
-    fail_io: bool,
+    outcome: Outcome,
     wakers: Vec<Arc<OwnedFd>>,
 }
 
@@ -88,8 +88,9 @@ impl MemoryDisk {
         self.state().turns_away = away;
     }
 
-    pub(crate) fn fail_io(&self, fail: bool) {
-        self.state().fail_io = fail;
+    /// How I/O ends from now on, whatever became of it.
+    pub(crate) fn end_io(&self, outcome: Outcome) {
+        self.state().outcome = outcome;
     }
 
     pub(crate) fn in_flight(&self) -> usize {
@@ -260,14 +261,14 @@ impl DiskIo for MemoryIo {
             return;
         }
         let held_at = state.held_at;
-        let (fail, bytes) = (state.fail_io, &mut state.bytes);
+        let (failure, bytes) = (state.outcome, &mut state.bytes);
         for (token, request) in std::mem::take(&mut self.submitted) {
             if matches!(&request, Request::Write { range, .. } if Some(range.offset()) == held_at) {
                 self.submitted.push((token, request));
                 continue;
             }
-            let ok = self.perform(bytes, request) && !fail;
-            done.push(Finished { token, ok });
+            let outcome = if self.perform(bytes, request) { failure } else { Outcome::Failed };
+            done.push(Finished { token, outcome });
             self.disk.in_flight.fetch_sub(1, Ordering::SeqCst);
         }
     }

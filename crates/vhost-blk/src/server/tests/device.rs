@@ -68,9 +68,9 @@ fn discard_and_write_zeroes_of_several_segments_are_done_before_the_answer() {
 fn disk_error_becomes_the_guests_io_error() {
     let server = Running::new(|_| {});
     let mut driver = Driver::start(&server.path, 1);
-    server.disk.fail_io(true);
+    server.disk.end_io(Outcome::Failed);
     assert_eq!(driver.write(0, 0, &[1; 512]), 1);
-    server.disk.fail_io(false);
+    server.disk.end_io(Outcome::Done);
     assert_eq!(driver.write(0, 0, &[1; 512]), 0);
 }
 

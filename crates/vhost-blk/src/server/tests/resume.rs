@@ -57,6 +57,43 @@ fn requests_that_a_dead_server_had_taken_are_done_again_in_order() {
     }
 }
 
+/// Invariant 3: what a server that stops could not do any more is not failed, but done by the next one.
+#[test]
+fn requests_that_a_server_has_left_are_done_by_the_next() {
+    let server = Running::new(|_| {});
+    let mut driver = start_with_inflight(&server);
+    assert_eq!(driver.write(0, 0, &[1; 512]), 0);
+    server.disk.end_io(Outcome::Left);
+    server.disk.hold_at(8 * 512);
+    offer_write(&mut driver, 1, 8, 2);
+    offer_write(&mut driver, 2, 24, 3);
+    driver.kick(0);
+    wait_until("the second one was left", || server.disk.in_flight() == 1);
+    server.disk.end_io(Outcome::Done);
+    driver.skip_descriptors(0, 3);
+    // One that is done after them is answered, and only that.
+    assert_eq!(driver.write(0, 16, &[4; 512]), 0);
+    assert_eq!(driver.used_index(0), 2);
+    let next = successor(driver.token());
+    let mut driver = driver.survive(&next.path);
+    driver.start_queue_at(0, 2).unwrap();
+    (0..2).for_each(|_| assert_eq!(driver.wait_used(0), 1));
+    let bytes = next.disk.bytes();
+    assert_eq!([8, 24, 16].map(|sector| bytes[sector * 512]), [2, 3, 0]);
+    server.disk.hold(false);
+}
+
+/// Without a table nobody would ever do them: they fail.
+#[test]
+fn requests_that_a_server_has_left_fail_where_the_next_would_not_know_of_them() {
+    let server = Running::new(|_| {});
+    let mut driver = Driver::start(&server.path, 1);
+    server.disk.end_io(Outcome::Left);
+    assert_eq!(u32::from(driver.write(0, 8, &[1; 512])), VIRTIO_BLK_S_IOERR);
+    server.disk.end_io(Outcome::Done);
+    assert_eq!(driver.write(0, 8, &[1; 512]), 0);
+}
+
 /// Invariant 3: a ring that was stopped and started over one connection goes on where it was.
 #[test]
 fn ring_with_an_inflight_table_goes_on_after_a_stop() {
