@@ -9,10 +9,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use blockio::tape::{Io, Tape};
-use blockio::{EngineKind, File, OpenOptions};
+use blockio::{EngineKind, File, GuestBuf, OpenOptions};
 use common::{Bench, copy_dir, end, write};
 use session_disk::{
-    Basis, DiskOptions, Distrust, HoldReason, Manifest, ProvisionOptions, SessionDisk, provision, status,
+    Basis, DiskOptions, DiskQueue, Distrust, HoldReason, Manifest, ProvisionOptions, SessionDisk, provision,
+    status,
 };
 
 const MIB: usize = 1 << 20;
@@ -275,5 +276,53 @@ fn disk_whose_file_can_have_no_attributes_has_no_witness() {
             assert_eq!(named(&bench), None);
         }
         bench.assert_restores_exactly(&bench.open());
+    }
+}
+
+/// Writes a block as a queue's worker does: without waiting if that can be, and logged before.
+fn write_at_once(disk: &SessionDisk, queue: &mut DiskQueue, sector: u64) {
+    let (range, buf) = (disk.geometry().sectors_at(sector, 4096).unwrap(), GuestBuf::zeroed(4096));
+    if queue.announce(range) {
+        queue.log_announced();
+    }
+    if !queue.write_now(range, buf.view(), false) {
+        write(disk, queue, sector, &[0x55; 4096]);
+    }
+    queue.reap(&mut Vec::new());
+}
+
+/// Invariant 6: a session's writes are seen in the disk's times, by which a manifest that calls the disk pristine is
+/// judged, also where they go through a map (tmpfs), which leaves the times alone, and one session follows the other
+/// at once.
+#[test]
+fn first_write_of_a_session_is_seen_in_the_times_of_the_disk() {
+    let dir = common::fast_dir();
+    let base = dir.path().join("base.raw");
+    std::fs::write(&base, vec![7; MIB]).unwrap();
+    let options = DiskOptions {
+        runtime_dir: Some(dir.path().join("run")),
+        ..DiskOptions::new(dir.path().join("disk.raw"))
+    };
+    provision(&ProvisionOptions::new(base, options.clone())).unwrap();
+    let disk = common::open(&options);
+    let drain = || disk.drain(&AtomicBool::new(false), &mut |_| ()).unwrap();
+    let changed = |path: &Path| std::fs::metadata(path).unwrap().modified().unwrap();
+    drain();
+    for session in 0..3 {
+        let pristine = changed(&options.disk);
+        // Not in the same tick of the kernel's clock.
+        let clock = dir.path().join("clock");
+        common::wait_until(|| {
+            std::fs::write(&clock, b"tick").unwrap();
+            changed(&clock) > pristine
+        });
+        disk.begin_session(None).unwrap();
+        let mut queue = disk.queue(16).unwrap();
+        for _ in 0..2 {
+            (0..128).for_each(|block| write_at_once(&disk, &mut queue, block * 8));
+            assert!(changed(&options.disk) > pristine, "in session {session}");
+        }
+        end(&disk, queue);
+        drain();
     }
 }
