@@ -7,7 +7,7 @@
 use std::{
     io,
     ops::Range,
-    sync::atomic::{AtomicU64, Ordering},
+    sync::atomic::{AtomicU32, AtomicU64, Ordering},
 };
 
 use super::{
@@ -19,7 +19,11 @@ use super::{
 const PAGES_WORTH_A_LOOK: u32 = 4;
 /// What is known of a file's pages.
 #[derive(Debug)]
-pub(super) struct Known(Words);
+pub(super) struct Known {
+    words: Words,
+    /// How often anything was forgotten.
+    forgets: AtomicU32,
+}
 
 impl Known {
     /// For a file of `pages` pages, of which nothing is known.
@@ -27,7 +31,7 @@ impl Known {
     /// # Errors
     /// If there is no address space.
     pub(super) fn new(pages: u64) -> io::Result<Self> {
-        Words::new(pages).map(Self)
+        Ok(Self { words: Words::new(pages)?, forgets: AtomicU32::new(0) })
     }
 
     /// Whether all of `pages` are resident as far as is known in `epoch`; for groups where that is
@@ -47,15 +51,20 @@ impl Known {
             let group = page / GROUP_PAGES;
             let end = pages.end.min((group + 1) * GROUP_PAGES);
             let wanted = bits(page % GROUP_PAGES, end - page);
-            let Some(word) = self.0.of_group(group) else { return false };
+            let Some(word) = self.words.of_group(group) else { return false };
             let seen = word.load(Ordering::Relaxed);
             let before = if (seen >> 32) as u32 == epoch.0 { seen as u32 } else { 0 };
             if before & wanted != wanted {
                 if thrift && !is_worth_a_look(word, seen, epoch, wanted) {
                     return false;
                 }
+                let forgets = self.forgets.load(Ordering::SeqCst);
                 let Some(found) = look(group, wanted) else { return false };
-                word.store(u64::from(epoch.0) << 32 | u64::from(before | found), Ordering::Relaxed);
+                word.store(u64::from(epoch.0) << 32 | u64::from(before | found), Ordering::SeqCst);
+                // It may have been punched after the look: then either this is seen, or the store is undone there.
+                if self.forgets.load(Ordering::SeqCst) != forgets {
+                    word.store(0, Ordering::SeqCst);
+                }
                 if found & wanted != wanted {
                     return false;
                 }
@@ -67,12 +76,13 @@ impl Known {
 
     /// Forgets what is known of `pages`.
     pub(super) fn forget(&self, pages: Range<u64>) {
-        self.0.clear(pages);
+        self.forgets.fetch_add(1, Ordering::SeqCst);
+        self.words.clear(pages);
     }
 
     /// Forgets everything, and gives the memory back.
     pub(super) fn forget_all(&self) {
-        self.0.clear_all();
+        self.words.clear_all();
     }
 }
 
@@ -141,6 +151,28 @@ mod tests {
         assert_eq!([looks(32..34, 5), looks(40..42, 5), looks(64..68, 5), looks(96..128, 5)], [0, 1, 1, 1]);
         known.forget(0..32);
         assert_eq!([ask(5, 3), ask(5, 1)], [0, 1]);
+    }
+
+    /// What was seen before a page was punched is not believed after that.
+    #[test]
+    fn pages_that_are_forgotten_while_they_are_looked_at_are_looked_at_again() {
+        let known = Known::new(64).unwrap();
+        for round in 0..3 {
+            let mut looks = 0;
+            let mut ask = |pages: Range<u64>, forgets: bool| {
+                known.all_resident(pages, looked(1), false, |_, _| {
+                    looks += 1;
+                    if forgets {
+                        known.forget(5..6);
+                    }
+                    Some(u32::MAX)
+                })
+            };
+            assert!(ask(0..1, true));
+            assert!(ask(5..6, false));
+            assert_eq!(looks, 2, "round {round}");
+            known.forget(0..1);
+        }
     }
 
     /// Only of these it is said that they may be touched.

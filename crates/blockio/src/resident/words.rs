@@ -60,7 +60,7 @@ impl Words {
     pub(super) fn clear(&self, pages: Range<u64>) {
         let groups = pages.start / GROUP_PAGES..pages.end.div_ceil(GROUP_PAGES);
         let words = self.all().get(groups.start as usize..(groups.end as usize).min(self.groups));
-        words.unwrap_or_default().iter().for_each(|word| word.store(0, Ordering::Relaxed));
+        words.unwrap_or_default().iter().for_each(|word| word.store(0, Ordering::SeqCst));
     }
 
     /// Sets all words to 0, and gives their memory back.
