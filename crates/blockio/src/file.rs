@@ -230,10 +230,17 @@ impl File {
         });
     }
 
-    /// Gives back the memory that [`map_resident`](Self::map_resident) has come to use.
-    pub fn forget_resident(&self) {
+    /// Gives back the memory that [`map_resident`](Self::map_resident) has come to use, for as long as `goes_on` says so.
+    pub fn forget_resident(&self, goes_on: impl Fn() -> bool) {
         if let Some(map) = self.resident() {
-            map.forget();
+            map.forget_while(goes_on);
+        }
+    }
+
+    /// Makes sure that the file's times tell of a write that follows, though none of those through a map changes them.
+    pub fn date_next_write(&self) {
+        if let Some(map) = self.resident() {
+            map.date_next_write();
         }
     }
 

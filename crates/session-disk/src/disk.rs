@@ -217,8 +217,6 @@ impl SessionDisk {
         if manifest.logs.is_empty() {
             manifest.kept = false;
             self.shared.sync_disk_and_times()?;
-            // What comes through the map later has to set the times again, also if the next session begins at once.
-            self.shared.disk.forget_resident();
             manifest.pristine_since = disk_witness(&self.shared.disk)?;
         }
         self.replace_manifest(&mut manifest)?;

@@ -137,8 +137,8 @@ fn run(disk: &SessionDisk, control: &Control, observer: &dyn DrainObserver) {
                 *control.trouble() = None;
                 disk.shared().live.set_drain_failing(false);
                 if !disk.session_is_open() {
-                    // What the last session read is no use to an idle disk.
-                    disk.shared().disk.forget_resident();
+                    // What the last session read is no use to an idle disk. The next one is not to wait for that.
+                    disk.shared().disk.forget_resident(|| !disk.session_is_open());
                 }
             }
             Err(Error::Stopped) => {}

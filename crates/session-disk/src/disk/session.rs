@@ -55,6 +55,8 @@ impl SessionDisk {
         if self.without_log {
             self.shared.owned.insert(self.shared.geometry.all());
         }
+        // Whether or not the map was forgotten since the last session: what compares the disk's times must see this one.
+        self.shared.disk.date_next_write();
         self.shared.open.store(true, Ordering::SeqCst);
         Ok(SessionStart { sequence: entry.sequence, pending_blocks: self.shared.pending.count() })
     }

@@ -117,18 +117,42 @@ fn write_of_a_map_after_a_sync_is_noted_in_the_times_of_a_file_on_a_disk() {
 #[test]
 fn first_write_after_a_map_was_made_or_forgotten_is_refused() {
     for dir in places() {
+        let is_memory = is_memory(&dir);
         let file = made(dir.path(), "file", 8 * PAGE);
         let map = mapped(&file);
         resident(&map, 0, &[8 * PAGE]);
-        for _ in 0..2 {
-            assert!(!write_parts(&map, 0, &[1; 8 * PAGE], &[8 * PAGE]));
-            write_resident(&map, 0, &[1; 8 * PAGE], &[8 * PAGE]);
-            map.forget();
+        // So many that it is worth a look at once whether they are resident.
+        let data = vec![1; 8 * PAGE];
+        // The last two are a matter of memory and of disks only.
+        type Forget = fn(&ResidentMap);
+        let forgets: [(Forget, bool); 4] = [
+            (ResidentMap::forget, true),
+            (|map| map.forget_while(|| false), true),
+            (ResidentMap::date_next_write, is_memory),
+            (ResidentMap::forget_writes, !is_memory),
+        ];
+        assert!(!write_parts(&map, 0, &data, &[8 * PAGE]));
+        for (forget, refused) in forgets {
+            write_resident(&map, 0, &data, &[8 * PAGE]);
+            forget(&map);
+            assert_ne!(write_parts(&map, 0, &data, &[8 * PAGE]), refused);
         }
-        // Other writers, whose pages may lie beside those: a matter of disks only.
-        write_resident(&map, 0, &[1; 8 * PAGE], &[8 * PAGE]);
-        map.forget_writes();
-        assert_eq!(write_parts(&map, 0, &[1; 8 * PAGE], &[8 * PAGE]), is_memory(&dir));
+    }
+}
+
+/// Whoever needs the processor does not wait for all of it, and finds what was written either way.
+#[test]
+fn forgetting_is_done_in_parts_and_ends_when_it_is_not_to_go_on() {
+    let Some(dir) = places().pop() else { return };
+    let bytes = 2 * FORGOTTEN_AT_ONCE + PAGE;
+    let file = made(dir.path(), "file", bytes);
+    let map = mapped(&file);
+    resident(&map, 0, &[bytes]);
+    for parts in [0, 1, 2, 3] {
+        let asked = Cell::new(0);
+        map.forget_while(|| asked.replace(asked.get() + 1) < parts);
+        assert_eq!(asked.get(), (parts + 1).min(3));
+        assert!(resident(&map, 0, &[bytes]) == content(bytes));
     }
 }
 
