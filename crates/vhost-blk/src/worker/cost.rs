@@ -4,7 +4,10 @@
 //! clock's.
 
 use std::{
-    sync::{Arc, atomic::AtomicBool},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -19,6 +22,7 @@ use vm_memory::{Bytes, GuestAddress};
 use crate::{
     backend::Backend,
     config::DeviceConfig,
+    interrupts::IS_COUNTED,
     poll::Polling,
     request::Memory,
     vring::{SharedMemory, Vring},
@@ -134,6 +138,7 @@ impl Scene {
 
     /// All rounds, each of [`DEPTH`] blocks spread over the disk.
     fn rounds(&mut self, kind: u32, count: impl Fn(&Backend, &Vring)) {
+        IS_COUNTED.store(true, Ordering::Relaxed);
         for round in 0..u64::from(ROUNDS) {
             self.offer(kind, (0..u64::from(DEPTH)).map(|n| n * u64::from(ROUNDS) + round));
             self.serve(&count);
