@@ -60,8 +60,10 @@ pub(crate) fn perform_now(files: &[Arc<File>], waits: Waits<'_>, quick: Quick<'_
 /// Writes through the map, if that pays, or else by a system call, if the write is not better cut.
 fn write_now(file: &File, offset: u64, buf: GuestView<'_>, map_pays: bool) -> Option<Way> {
     let map = file.resident();
+    // Not on a disk for now: a server that is killed in the middle of a copy leaves a part of a sector, which a call does
+    // not, and what is on a disk may outlast the VM that would ask for it again.
     // SAFETY: the pieces are valid for reads (contract of `GuestView`), and never of the map.
-    if map_pays && map.is_some_and(|map| unsafe { map.write(offset, buf.parts()) }) {
+    if map_pays && map.is_some_and(|map| map.is_memory() && unsafe { map.write(offset, buf.parts()) }) {
         return Some(Way::Map);
     }
     // A long one would make a folio of its length, where that is not wanted and none is there yet.
