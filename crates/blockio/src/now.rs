@@ -9,7 +9,7 @@ use std::{
 };
 
 use crate::{
-    File, FileIndex, GuestView, Quick,
+    File, FileIndex, GuestView, Quick, ResidentMap,
     pace::Pace,
     transfer::{PIECES_MAX, TRANSFER_MAX},
 };
@@ -21,6 +21,10 @@ pub(crate) enum Waits<'a> {
     /// It does so for buffered writes only, as long as they are quick.
     Paced(&'a mut Pace),
 }
+
+/// Whether guests' writes are copied into maps. Not for now: a server that is killed in the middle of such a copy leaves a
+/// part of a sector, which a system call does not, and a disk may outlast the VM that would ask for the write again.
+const WRITES_THROUGH_MAPS: bool = false;
 
 /// How a write was made.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -60,10 +64,9 @@ pub(crate) fn perform_now(files: &[Arc<File>], waits: Waits<'_>, quick: Quick<'_
 /// Writes through the map, if that pays, or else by a system call, if the write is not better cut.
 fn write_now(file: &File, offset: u64, buf: GuestView<'_>, map_pays: bool) -> Option<Way> {
     let map = file.resident();
-    // Not on a disk for now: a server that is killed in the middle of a copy leaves a part of a sector, which a call does
-    // not, and what is on a disk may outlast the VM that would ask for it again.
     // SAFETY: the pieces are valid for reads (contract of `GuestView`), and never of the map.
-    if map_pays && map.is_some_and(|map| map.is_memory() && unsafe { map.write(offset, buf.parts()) }) {
+    let through = |map: &ResidentMap| unsafe { map.write(offset, buf.parts()) };
+    if WRITES_THROUGH_MAPS && map_pays && map.is_some_and(through) {
         return Some(Way::Map);
     }
     // A long one would make a folio of its length, where that is not wanted and none is there yet.

@@ -220,11 +220,6 @@ impl ResidentMap {
         })
     }
 
-    /// Whether the map is of a file that is nothing but pages, and for writes.
-    pub(crate) fn is_memory(&self) -> bool {
-        matches!(self.writes, Writes::Memory { .. })
-    }
-
     /// Whether it pays to write so many bytes at `offset` through the map, and their pages are ready for it.
     #[inline]
     fn is_hot(&self, hot: &Hot, offset: u64, len: u64) -> bool {
