@@ -16,6 +16,12 @@ use crate::process::Process;
 use crate::program::{Finished, pristine, run, scratch_dir, scratch_root};
 use crate::wait_until;
 
+/// A directory on tmpfs, if there is one.
+pub fn memory_root() -> Option<PathBuf> {
+    let shm = std::env::var_os("PRISTINE_SHM").map_or_else(|| PathBuf::from("/dev/shm"), PathBuf::from);
+    shm.is_dir().then_some(shm)
+}
+
 /// A directory of its own for one test, with short paths for its sockets. Goes with its owner.
 #[derive(Debug)]
 pub struct Lab {
@@ -39,8 +45,7 @@ impl Lab {
     /// A lab whose images lie in `parent`.
     pub fn in_dir(parent: &Path) -> Self {
         // Who has named a directory there cleans up what a signal leaves.
-        let shm = std::env::var_os("PRISTINE_SHM").map_or_else(|| PathBuf::from("/dev/shm"), PathBuf::from);
-        let runtime = if shm.is_dir() { shm } else { std::env::temp_dir() };
+        let runtime = memory_root().unwrap_or_else(std::env::temp_dir);
         Self::in_dirs(parent, &runtime)
     }
 

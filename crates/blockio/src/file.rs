@@ -237,20 +237,6 @@ impl File {
         }
     }
 
-    /// Makes sure that the file's times tell of a write that follows, though none of those through a map changes them.
-    pub fn date_next_write(&self) {
-        if let Some(map) = self.resident() {
-            map.date_next_write();
-        }
-    }
-
-    /// See [`ResidentMap::forget_writes`].
-    pub fn forget_writes(&self) {
-        if let Some(map) = self.resident() {
-            map.forget_writes();
-        }
-    }
-
     pub(crate) fn resident(&self) -> Option<&ResidentMap> {
         self.resident.get()?.as_ref()
     }

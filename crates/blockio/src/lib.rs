@@ -23,7 +23,6 @@ mod sync;
 pub mod tape;
 mod transfer;
 mod uring;
-mod worth;
 
 pub use buffer::{AlignedBuf, BUF_ALIGNMENT, Buffer, GuestBuf, GuestView, IoVec};
 pub use deadline::Deadline;

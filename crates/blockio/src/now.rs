@@ -9,7 +9,7 @@ use std::{
 };
 
 use crate::{
-    File, FileIndex, GuestView, Quick, ResidentMap,
+    File, FileIndex, GuestView, Quick,
     pace::Pace,
     transfer::{PIECES_MAX, TRANSFER_MAX},
 };
@@ -20,17 +20,6 @@ pub(crate) enum Waits<'a> {
     Always,
     /// It does so for buffered writes only, as long as they are quick.
     Paced(&'a mut Pace),
-}
-
-/// Whether guests' writes are copied into maps. Not for now: a server that is killed in the middle of such a copy leaves a
-/// part of a sector, which a system call does not, and a disk may outlast the VM that would ask for the write again.
-const WRITES_THROUGH_MAPS: bool = false;
-
-/// How a write was made.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Way {
-    Map,
-    Call,
 }
 
 /// Makes `quick` on one of `files` if it need not wait; whether it was done wholly.
@@ -53,26 +42,20 @@ pub(crate) fn perform_now(files: &[Arc<File>], waits: Waits<'_>, quick: Quick<'_
         (Quick::Read { offset, .. }, Waits::Always) => read(file, offset, buf),
         // The ring does those of the page cache at once, many with one call.
         (Quick::Read { .. }, Waits::Paced(_)) => false,
-        (Quick::Write { offset, .. }, Waits::Always) => write_now(file, offset, buf, true).is_some(),
+        (Quick::Write { offset, .. }, Waits::Always) => write_now(file, offset, buf),
         (Quick::Write { offset, .. }, Waits::Paced(pace)) => {
-            file.writes_need_a_thread()
-                && pace.try_now(buf.len() as u64, |map_pays| write_now(file, offset, buf, map_pays))
+            file.writes_need_a_thread() && pace.try_now(|| write_now(file, offset, buf))
         }
     }
 }
 
-/// Writes through the map, if that pays, or else by a system call, if the write is not better cut.
-fn write_now(file: &File, offset: u64, buf: GuestView<'_>, map_pays: bool) -> Option<Way> {
-    let map = file.resident();
-    // SAFETY: the pieces are valid for reads (contract of `GuestView`), and never of the map.
-    let through = |map: &ResidentMap| unsafe { map.write(offset, buf.parts()) };
-    if WRITES_THROUGH_MAPS && map_pays && map.is_some_and(through) {
-        return Some(Way::Map);
-    }
+/// Writes, if that is not better cut. Never through a map: a process that is killed in the middle of such a copy leaves a part
+/// of a sector, which a system call does not.
+fn write_now(file: &File, offset: u64, buf: GuestView<'_>) -> bool {
     // A long one would make a folio of its length, where that is not wanted and none is there yet.
     let len = buf.len() as u64;
-    let is_whole = len <= file.write_max || map.is_some_and(|map| map.has(offset, len));
-    (is_whole && write(file, offset, buf)).then_some(Way::Call)
+    let is_whole = len <= file.write_max || file.resident().is_some_and(|map| map.has(offset, len));
+    is_whole && write(file, offset, buf)
 }
 
 /// Has what lies at `offset` brought near the processor, if it is mapped.

@@ -1,6 +1,4 @@
-//! Copying out of a map and into it, and telling the processor early what will be copied.
-
-use std::sync::atomic::{Ordering, fence};
+//! Copying out of a map, and telling the processor early what will be copied.
 
 /// Bytes of a processor's cache line.
 #[cfg(target_arch = "x86_64")]
@@ -75,51 +73,6 @@ unsafe fn copy_abreast(from: *const u8, to: *mut u8) {
             unsafe { std::ptr::copy_nonoverlapping(from, to, PIECE) };
         }
     }
-}
-
-/// Copies `len` bytes to where they will not be looked at soon: past the processor's caches where it can, which
-/// halves the traffic, since what is overwritten need not be read. [`end_stores`] has to follow.
-///
-/// # Safety
-/// As [`copy`].
-#[inline]
-pub(super) unsafe fn store(from: *const u8, to: *mut u8, len: usize) {
-    #[cfg(target_arch = "x86_64")]
-    if len >= PAGE && to.addr().is_multiple_of(LINE) {
-        let lines = len - len % LINE;
-        for at in (0..lines).step_by(LINE) {
-            // SAFETY: a part of what the contract is about.
-            unsafe { store_line(from.wrapping_add(at), to.wrapping_add(at)) };
-        }
-        let (from, to) = (from.wrapping_add(lines), to.wrapping_add(lines));
-        // SAFETY: the rest of it.
-        return unsafe { std::ptr::copy_nonoverlapping(from, to, len - lines) };
-    }
-    // SAFETY: the contract of this function.
-    unsafe { std::ptr::copy_nonoverlapping(from, to, len) };
-}
-
-/// Copies a line of the cache.
-///
-/// # Safety
-/// As [`copy`], of [`LINE`] bytes; `to` must be a multiple of that.
-#[cfg(target_arch = "x86_64")]
-#[inline]
-unsafe fn store_line(from: *const u8, to: *mut u8) {
-    use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_stream_si128};
-    for at in (0..LINE).step_by(size_of::<__m128i>()) {
-        // SAFETY: a part of what the contract is about; every x86-64 processor has the instruction.
-        let part = unsafe { _mm_loadu_si128(from.wrapping_add(at).cast()) };
-        // SAFETY: as above, and it is aligned.
-        unsafe { _mm_stream_si128(to.wrapping_add(at).cast(), part) };
-    }
-}
-
-/// Whoever sees what is written next sees what was [`store`]d; and what is read next is read after it was.
-#[inline]
-pub(super) fn end_stores() {
-    // Stronger than what other stores need: those past the caches are in no order.
-    fence(Ordering::SeqCst);
 }
 
 /// Has the beginning of what lies at `from` brought near. Never faults: an address that is not mapped

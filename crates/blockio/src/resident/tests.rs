@@ -1,4 +1,5 @@
 use std::{
+    cell::Cell,
     collections::HashSet,
     os::unix::process::ExitStatusExt,
     path::{Path, PathBuf},
@@ -17,8 +18,6 @@ use tempfile::TempDir;
 use super::*;
 use crate::OpenOptions;
 
-mod writes;
-
 const PAGE: usize = PAGE_SIZE as usize;
 
 /// Directories on the build's file system, and on tmpfs if there is one. Not all can be mapped (an
@@ -27,16 +26,12 @@ fn places() -> Vec<TempDir> {
     let built = std::env::current_exe().unwrap().parent().unwrap().to_owned();
     let places =
         [built, PathBuf::from("/dev/shm")].into_iter().filter_map(|dir| tempfile::tempdir_in(dir).ok());
-    places.filter(|dir| coherence(&made(dir.path(), "probe", 1)).unwrap().is_some()).collect()
+    places.filter(|dir| is_coherent(&made(dir.path(), "probe", 1)).unwrap()).collect()
 }
 
 /// A place whose pages are those of a disk: they can be dropped, and read again.
 fn disk() -> Option<TempDir> {
-    places().into_iter().find(|dir| !is_memory(dir))
-}
-
-fn is_memory(dir: &TempDir) -> bool {
-    coherence(&made(dir.path(), "probe of memory", 1)).unwrap() == Some(Kept::InMemory)
+    places().into_iter().find(|dir| rustix::fs::statfs(dir.path()).unwrap().f_type as u64 != 0x0102_1994)
 }
 
 fn content(bytes: usize) -> Vec<u8> {
@@ -147,6 +142,22 @@ fn write_is_seen_by_the_next_read() {
     }
 }
 
+/// Whoever needs the processor does not wait for all of it.
+#[test]
+fn forgetting_is_done_in_parts_and_ends_when_it_is_not_to_go_on() {
+    for dir in places() {
+        let bytes = 2 * FORGOTTEN_AT_ONCE + PAGE;
+        let file = made(dir.path(), "file", bytes);
+        let map = mapped(&file);
+        for parts in [0, 1, 2, 3] {
+            assert!(resident(&map, 0, &[bytes]) == content(bytes));
+            let asked = Cell::new(0);
+            map.forget_while(|| asked.replace(asked.get() + 1) < parts);
+            assert_eq!(asked.get(), (parts + 1).min(3));
+        }
+    }
+}
+
 /// On tmpfs a hole that is read through a map becomes a page: the drained disk would not have the
 /// base's holes (invariant 4).
 #[test]
@@ -191,7 +202,7 @@ fn read_that_waited_for_the_disk_turns_the_map_off() {
     let missed = |map: &ResidentMap| {
         map.forget();
         drop_from_memory(&file, map, 0..32);
-        map.known.all_resident(0..32, Moment::now().epoch(), false, |_, _| Some(u32::MAX));
+        map.known.all_resident(0..32, Moment::now().epoch(), |_| Some(u32::MAX));
         assert_eq!(map.look(0..32), Some(0));
         read(map, 5 * PAGE_SIZE, PAGE)
     };

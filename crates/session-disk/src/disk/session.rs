@@ -55,8 +55,6 @@ impl SessionDisk {
         if self.without_log {
             self.shared.owned.insert(self.shared.geometry.all());
         }
-        // Whether or not the map was forgotten since the last session: what compares the disk's times must see this one.
-        self.shared.disk.date_next_write();
         self.shared.open.store(true, Ordering::SeqCst);
         Ok(SessionStart { sequence: entry.sequence, pending_blocks: self.shared.pending.count() })
     }
@@ -114,8 +112,6 @@ impl SessionDisk {
                 log::warn!("write log {}: {}", writer.path().display(), describe(&error));
             }
         }
-        // Nobody writes, and what was written is drained from here on.
-        self.shared.disk.forget_writes();
         self.shared.claims.end_session(held, || {
             let set = if lifecycle.manifest.kept { &lifecycle.kept } else { &self.shared.pending };
             set.insert_set(&self.shared.owned);
