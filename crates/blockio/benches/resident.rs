@@ -52,7 +52,7 @@ impl Disk {
             file.write_all_at(&block, offset).map_err(io::Error::other)?;
         }
         file.sync_all().map_err(io::Error::other)?;
-        let Some(map) = ResidentMap::new(&file)? else { return Ok(None) };
+        let Some(map) = ResidentMap::new(&file, None)? else { return Ok(None) };
         // SAFETY: a new mapping, never unmapped.
         let raw = unsafe {
             rustix::mm::mmap(

@@ -7,7 +7,7 @@ use std::{
     ops::Range,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
-    sync::OnceLock,
+    sync::{Arc, OnceLock},
 };
 
 use rustix::{
@@ -15,7 +15,7 @@ use rustix::{
     io::Errno,
 };
 
-use crate::{AlignedBuf, Error, ResidentMap, probe, share};
+use crate::{AlignedBuf, Error, Redo, ResidentMap, probe, share};
 
 /// No extended attribute is longer: `XATTR_SIZE_MAX`.
 const ATTRIBUTE_SIZE_MAX: usize = 65536;
@@ -220,10 +220,10 @@ impl File {
     }
 
     /// Has reads of what is in the page cache served from a mapping from now on, where that is sound (see
-    /// [`ResidentMap`]); elsewhere this does nothing.
-    pub fn map_resident(&self) {
+    /// [`ResidentMap`]), and with a `redo` writes too, where they pay; elsewhere this does nothing.
+    pub fn map_resident(&self, redo: Option<&Arc<Redo>>) {
         self.resident.get_or_init(|| {
-            ResidentMap::new(self).unwrap_or_else(|error| {
+            ResidentMap::new(self, redo).unwrap_or_else(|error| {
                 log::debug!("{} is not mapped: {error}", self.path.display());
                 None
             })
@@ -234,6 +234,20 @@ impl File {
     pub fn forget_resident(&self, goes_on: impl Fn() -> bool) {
         if let Some(map) = self.resident() {
             map.forget_while(goes_on);
+        }
+    }
+
+    /// Makes sure that the file's times tell of a write that follows, though none of those through a map changes them.
+    pub fn date_next_write(&self) {
+        if let Some(map) = self.resident() {
+            map.date_next_write();
+        }
+    }
+
+    /// See [`ResidentMap::forget_writes`].
+    pub fn forget_writes(&self) {
+        if let Some(map) = self.resident() {
+            map.forget_writes();
         }
     }
 
@@ -479,10 +493,24 @@ impl File {
     pub fn reopen_direct(&self) -> Result<File, Error> {
         let options = OpenOptions { direct: true, ..OpenOptions::default() };
         let fail = |errno: Errno| self.error("open for direct I/O", errno);
-        // By its descriptor: its path may be another file's by now.
-        let path = format!("/proc/self/fd/{}", self.fd.as_raw_fd());
-        let fd = rustix::fs::open(path, flags(options), Mode::empty()).map_err(fail)?;
+        let fd = rustix::fs::open(self.own_path(), flags(options), Mode::empty()).map_err(fail)?;
         Self::finish(fd, &self.path, self.kind, options)
+    }
+
+    /// The same file, for writing through the page cache.
+    ///
+    /// # Errors
+    /// What `open` says.
+    pub fn reopen_for_writes(&self) -> Result<File, Error> {
+        let options = OpenOptions { write: true, ..OpenOptions::default() };
+        let fail = |errno: Errno| self.error("open for writing", errno);
+        let fd = rustix::fs::open(self.own_path(), flags(options), Mode::empty()).map_err(fail)?;
+        Self::finish(fd, &self.path, self.kind, options)
+    }
+
+    /// Its path may be another file's by now; this one is its descriptor's.
+    fn own_path(&self) -> String {
+        format!("/proc/self/fd/{}", self.fd.as_raw_fd())
     }
 
     /// Makes a range read as zeros; the file keeps its size. With `may_unmap` it may be

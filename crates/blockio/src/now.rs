@@ -22,6 +22,13 @@ pub(crate) enum Waits<'a> {
     Paced(&'a mut Pace),
 }
 
+/// How a write was made.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Way {
+    Map,
+    Call,
+}
+
 /// Makes `quick` on one of `files` if it need not wait; whether it was done wholly.
 pub(crate) fn perform_now(files: &[Arc<File>], waits: Waits<'_>, quick: Quick<'_>) -> bool {
     let (index, buf) = match quick {
@@ -42,20 +49,25 @@ pub(crate) fn perform_now(files: &[Arc<File>], waits: Waits<'_>, quick: Quick<'_
         (Quick::Read { offset, .. }, Waits::Always) => read(file, offset, buf),
         // The ring does those of the page cache at once, many with one call.
         (Quick::Read { .. }, Waits::Paced(_)) => false,
-        (Quick::Write { offset, .. }, Waits::Always) => write_now(file, offset, buf),
+        (Quick::Write { offset, .. }, Waits::Always) => write_now(file, offset, buf, true).is_some(),
         (Quick::Write { offset, .. }, Waits::Paced(pace)) => {
-            file.writes_need_a_thread() && pace.try_now(|| write_now(file, offset, buf))
+            file.writes_need_a_thread()
+                && pace.try_now(buf.len() as u64, |map_pays| write_now(file, offset, buf, map_pays))
         }
     }
 }
 
-/// Writes, if that is not better cut. Never through a map: a process that is killed in the middle of such a copy leaves a part
-/// of a sector, which a system call does not.
-fn write_now(file: &File, offset: u64, buf: GuestView<'_>) -> bool {
+/// Writes through the map, if that pays, or else by a system call, if the write is not better cut.
+fn write_now(file: &File, offset: u64, buf: GuestView<'_>, map_pays: bool) -> Option<Way> {
+    let map = file.resident();
+    // SAFETY: the pieces are valid for reads (contract of `GuestView`), and never of the map.
+    if map_pays && map.is_some_and(|map| unsafe { map.write(offset, buf.parts()) }) {
+        return Some(Way::Map);
+    }
     // A long one would make a folio of its length, where that is not wanted and none is there yet.
     let len = buf.len() as u64;
-    let is_whole = len <= file.write_max || file.resident().is_some_and(|map| map.has(offset, len));
-    is_whole && write(file, offset, buf)
+    let is_whole = len <= file.write_max || map.is_some_and(|map| map.has(offset, len));
+    (is_whole && write(file, offset, buf)).then_some(Way::Call)
 }
 
 /// Has what lies at `offset` brought near the processor, if it is mapped.

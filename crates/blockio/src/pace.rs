@@ -11,8 +11,14 @@
 
 use std::time::{Duration, Instant};
 
+use crate::{
+    now::Way,
+    worth::{Worth, minor_faults},
+};
+
 /// A write that took longer than this had to wait: for storage, or for a processor.
 const INLINE_WRITE_MAX: Duration = Duration::from_millis(1);
+const PAGE_SIZE: u64 = 4096;
 /// How long writes are left to the kernel's threads after one that had to wait.
 const THREADS_FOR: Duration = Duration::from_millis(100);
 /// How long after a write that took long its thread is watched.
@@ -27,6 +33,8 @@ pub(crate) struct Pace {
     /// When the write that was made last began.
     began: Option<Instant>,
     watch: Option<Watch>,
+    /// Whether writes through a map pay.
+    worth: Worth,
 }
 
 /// What is known of a watched thread.
@@ -125,9 +133,18 @@ impl Pace {
         }
     }
 
-    /// Makes a write in place if writes are quick; what it returns, or `false`.
-    pub(crate) fn try_now(&mut self, write: impl FnOnce() -> bool) -> bool {
-        self.is_quick() && self.timed(false, write)
+    /// Makes a write of `len` bytes in place if writes are quick. `write` is told whether a map pays, and tells which
+    /// way the write was made, if it was.
+    pub(crate) fn try_now(&mut self, len: u64, write: impl FnOnce(bool) -> Option<Way>) -> bool {
+        if !self.is_quick() {
+            return false;
+        }
+        let map_pays = self.worth.pays(Instant::now);
+        let way = self.timed(false, || write(map_pays));
+        if way == Some(Way::Map) {
+            self.worth.wrote(len.div_ceil(PAGE_SIZE), Instant::now, minor_faults);
+        }
+        way.is_some()
     }
 }
 

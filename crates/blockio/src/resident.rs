@@ -1,5 +1,5 @@
 //! Reads of what lies in the host's page cache, without a system call: a copy out of a mapping of the
-//! file.
+//! file. On tmpfs and ext4 writes too: a copy into it.
 //!
 //! # What is promised
 //! - **It can't kill the process.** A page that can't be had when it is touched (the file was cut from
@@ -24,6 +24,16 @@
 //!   that moment. Pages that have been read through the map are read without a lock.
 //! - **A page that was cut in its middle** shows zeros behind the cut, not an error, until the size is
 //!   looked at: once an epoch. Behind that page reads fail at once.
+//! - **Writes are what `pwrite` writes**, under the same conditions; nor does a kill [cut](crate::Redo) them in the middle of a
+//!   sector.
+//!   - On tmpfs pages are all that a file is. Writes through a map leave the file's times alone; so the first one after it was
+//!     made or [forgotten](ResidentMap::forget) is refused. So are those into 128 KiB that have hardly been written: to have
+//!     pages mapped takes longer than one `pwrite`.
+//!   - On ext4 the first write of a page through a map, and the first after it was written back, tells the file system,
+//!     which notes the time, and may wait as a `pwrite` may: for the journal, or because the host writes
+//!     more than its storage takes. What can't be written back is told whoever syncs the file, however it was written. Only what is
+//!     written [again and again](hot) is written through the map. There is room for it on the storage: it was
+//!     written by `pwrite` before, which says so if there is none.
 //!
 //! # What it costs
 //! Address space as large as the file; page tables of 1/512 of what is touched, and 1/16384 for what
@@ -37,17 +47,22 @@
 mod clock;
 mod copy;
 mod guard;
+mod hot;
 mod known;
 mod pace;
 #[cfg(test)]
 mod tests;
+mod words;
 
 use std::{
     ffi::c_void,
     io,
     os::fd::{AsFd, OwnedFd},
     ptr::{self, NonNull},
-    sync::atomic::{AtomicU32, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU32, Ordering},
+    },
 };
 
 use rustix::{
@@ -55,13 +70,18 @@ use rustix::{
     mm::{Advice, MapFlags, ProtFlags},
 };
 
-use crate::{File, FileKind, IoVec};
+use crate::{File, FileKind, IoVec, Redo};
 use clock::{Epoch, Moment};
+pub(crate) use copy::{copy as read_copy, end_stores, prefetch, store};
 use guard::Guarded;
-use known::{GROUP_PAGES, Known};
+use hot::{Hot, Prepared};
+use known::Known;
 use pace::Pace;
+use words::GROUP_PAGES;
 
 const PAGE_SIZE: u64 = 4096;
+/// Pages that the kernel maps at a fault, if they are resident (`fault_around_bytes`, unless it was changed).
+const AROUND_PAGES: u64 = 16;
 /// So much of a map is forgotten at once, bytes: if all of it is mapped, that takes 0.6 ms.
 const FORGOTTEN_AT_ONCE: usize = 16 << 20;
 /// No larger file is mapped, bytes: half of what a process can address.
@@ -78,46 +98,83 @@ pub struct ResidentMap {
     /// What is mapped: the file, and a page beyond its end.
     mapped: usize,
     guarded: Guarded,
+    writes: Option<Writes>,
     known: Known,
     /// When the file was last seen to be as large as it was.
     whole: AtomicU32,
 }
 
-// SAFETY: the mapping belongs to the process, not to a thread; it is only read, through raw pointers.
+/// How a map is written.
+#[derive(Debug)]
+struct Writes {
+    redo: Arc<Redo>,
+    what: Written,
+}
+
+/// What is written through a map.
+#[derive(Debug)]
+enum Written {
+    /// Everything, of a file that is nothing but pages.
+    Memory {
+        /// Whether the file's times tell of a write, since the map was made or forgotten.
+        dated: AtomicBool,
+    },
+    /// What pays, of a file on a disk.
+    Disk(Hot),
+}
+
+// SAFETY: the mapping belongs to the process, not to a thread; it is read and written through raw pointers only.
 unsafe impl Send for ResidentMap {}
 // SAFETY: as above.
 unsafe impl Sync for ResidentMap {}
 
 impl ResidentMap {
-    /// Maps all of `file`, which must keep its size. `None` where reads from a map would not be sound
-    /// or never succeed, see above.
+    /// Maps all of `file`, which must keep its size; with a `redo`, which must be of this file alone, for writes too.
+    /// `None` where reads from a map would not be sound or never succeed, see above.
     ///
     /// # Errors
     /// What the kernel says, such as that there is no address space left.
-    pub fn new(file: &File) -> io::Result<Option<Self>> {
+    pub fn new(file: &File, redo: Option<&Arc<Redo>>) -> io::Result<Option<Self>> {
         let usable = cfg!(target_pointer_width = "64") && page_size() == Some(PAGE_SIZE);
         let bytes = file.size().map_err(|error| io::Error::from(error.io_error().kind()))?;
         let fits = (1..=FILE_BYTES_MAX).contains(&bytes);
-        if !usable || !fits || file.is_direct() || !is_coherent(file)? || !guard::install() {
+        if !usable || !fits || file.is_direct() || !guard::install() {
             return Ok(None);
         }
+        let Some(kept) = coherence(file)? else { return Ok(None) };
         let pages = bytes.div_ceil(PAGE_SIZE);
         let known = Known::new(pages)?;
         let fd = file.as_fd().try_clone_to_owned()?;
         let mapped = ((pages + 1) * PAGE_SIZE) as usize;
-        // SAFETY: a new mapping where the kernel finds room, unmapped only in `drop`.
-        let start = match unsafe {
-            rustix::mm::mmap(ptr::null_mut(), mapped, ProtFlags::READ, MapFlags::SHARED, &fd, 0)
-        } {
-            Ok(start) => start,
-            Err(Errno::NODEV | Errno::ACCESS | Errno::PERM | Errno::OPNOTSUPP) => return Ok(None),
-            Err(errno) => return Err(errno.into()),
+        let map = |access| {
+            // SAFETY: a new mapping where the kernel finds room, unmapped only in `drop`.
+            match unsafe { rustix::mm::mmap(ptr::null_mut(), mapped, access, MapFlags::SHARED, &fd, 0) } {
+                Ok(start) => Ok(Some(start)),
+                Err(Errno::NODEV | Errno::ACCESS | Errno::PERM | Errno::OPNOTSUPP) => Ok(None),
+                Err(errno) => Err(errno),
+            }
+        };
+        let (read, both) = (ProtFlags::READ, ProtFlags::READ | ProtFlags::WRITE);
+        let what = match kept {
+            Kept::InMemory => Some(Written::Memory { dated: AtomicBool::new(false) }),
+            Kept::OnExt4 => Some(Written::Disk(Hot::new(pages)?)),
+            Kept::Elsewhere => None,
+        };
+        let writes = what.zip(redo).map(|(what, redo)| Writes { redo: Arc::clone(redo), what });
+        let for_writes = if writes.is_some() { map(both)? } else { None };
+        let (start, access, writes) = match for_writes {
+            Some(start) => (start, both, writes),
+            // Of a file that is open for reads only, or sealed, that is all that can be had.
+            None => match map(read)? {
+                Some(start) => (start, read, None),
+                None => return Ok(None),
+            },
         };
         // SAFETY: mapped above, and until this is dropped.
-        let guarded = unsafe { Guarded::new(start, mapped) };
+        let guarded = unsafe { Guarded::new(start, mapped, access) };
         let start = NonNull::new(start.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
-        let kind = file.kind();
-        let map = Self { fd, kind, start, bytes, mapped, guarded, known, whole: AtomicU32::new(0) };
+        let (kind, whole) = (file.kind(), AtomicU32::new(0));
+        let map = Self { fd, kind, start, bytes, mapped, guarded, writes, known, whole };
         // Nothing beyond the end is ever resident: who says it is, says so of everything.
         let truthful = map.look(pages..pages + 1) == Some(0);
         Ok(truthful.then_some(map))
@@ -132,8 +189,7 @@ impl ResidentMap {
     /// the bytes meanwhile.
     #[inline]
     pub unsafe fn read(&self, offset: u64, parts: &[IoVec]) -> bool {
-        let len = parts.iter().fold(0, |sum: u64, part| sum.saturating_add(part.len as u64));
-        if !self.has(offset, len) {
+        if !self.has(offset, len_of(parts)) {
             return false;
         }
         self.guarded.copy(|| {
@@ -146,10 +202,66 @@ impl ResidentMap {
         })
     }
 
+    /// Copies `parts` to the bytes from `offset` on, if those are known to be resident and the map is for writes of them;
+    /// false: do it another way, now, some of it may be written. Always false for what lies beyond the file's end.
+    /// On a disk this may wait as `pwrite` may.
+    ///
+    /// # Safety
+    /// `parts` must be valid for reads while this runs, and not lie in this map. Others may change the bytes
+    /// meanwhile.
+    #[inline]
+    pub unsafe fn write(&self, offset: u64, parts: &[IoVec]) -> bool {
+        let Some(Writes { redo, what }) = &self.writes else { return false };
+        let len = len_of(parts);
+        let ready = match what {
+            Written::Memory { dated } => is_dated(dated) && self.is_there(offset, len, true),
+            Written::Disk(hot) => self.is_hot(hot, offset, len) && self.is_there(offset, len, false),
+        };
+        if !ready {
+            return false;
+        }
+        let Some(mut slot) = redo.slot() else { return false };
+        self.guarded.copy(|| {
+            // SAFETY: all of it lies in the map, which is for writes; the parts are valid (contract of this function).
+            unsafe { slot.write(offset, self.address(offset).cast_mut(), parts) };
+        })
+    }
+
+    /// Whether it pays to write so many bytes at `offset` through the map, and their pages are ready for it.
+    #[inline]
+    fn is_hot(&self, hot: &Hot, offset: u64, len: u64) -> bool {
+        len <= self.bytes && offset <= self.bytes - len && {
+            let pages = offset / PAGE_SIZE..(offset + len).div_ceil(PAGE_SIZE);
+            hot.write(pages, Moment::now().spell(), |pages| self.prepare(pages))
+        }
+    }
+
+    /// Has the file system told that pages, which have a place on the disk, are about to be written, if they are resident.
+    #[cold]
+    fn prepare(&self, pages: std::ops::Range<u64>) -> Prepared {
+        let (offset, len) = (pages.start * PAGE_SIZE, (pages.end - pages.start) * PAGE_SIZE);
+        if !self.is_there(offset, len, false) {
+            return Prepared::NotNow;
+        }
+        let start = self.address(offset).cast_mut().cast::<c_void>();
+        // SAFETY: within the map. The pages' content stays as it is; what can't be had is an error here, not a signal.
+        match unsafe { rustix::mm::madvise(start, len as usize, Advice::LinuxPopulateWrite) } {
+            Ok(()) => Prepared::Ready,
+            // Linux before 5.14.
+            Err(Errno::INVAL) => Prepared::Never,
+            Err(_) => Prepared::NotNow,
+        }
+    }
+
     /// Whether so many bytes at `offset` are there and known to be resident.
     #[inline]
     pub(crate) fn has(&self, offset: u64, len: u64) -> bool {
-        len <= self.bytes && offset <= self.bytes - len && self.is_resident(offset, len)
+        self.is_there(offset, len, false)
+    }
+
+    #[inline]
+    fn is_there(&self, offset: u64, len: u64, thrift: bool) -> bool {
+        len <= self.bytes && offset <= self.bytes - len && self.is_resident(offset, len, thrift)
     }
 
     /// Has the beginning of what lies at `offset` brought near, for a [`read`](Self::read) that comes
@@ -166,7 +278,26 @@ impl ResidentMap {
     pub fn punched(&self, offset: u64, len: u64) {
         if len > 0 {
             let end = offset.saturating_add(len).min(self.bytes);
-            self.known.forget(offset / PAGE_SIZE..end.div_ceil(PAGE_SIZE));
+            let pages = offset / PAGE_SIZE..end.div_ceil(PAGE_SIZE);
+            self.known.forget(pages.clone());
+            if let Some(hot) = self.hot() {
+                hot.forget(pages);
+            }
+        }
+    }
+
+    /// Says that nobody who has written will write again. On a disk the file system is told of a page with those around it;
+    /// what somebody else does to those, such as deallocating them, must not be undone by that.
+    pub fn forget_writes(&self) {
+        if let Some(hot) = self.hot() {
+            hot.forget_all();
+        }
+    }
+
+    fn hot(&self) -> Option<&Hot> {
+        match &self.writes {
+            Some(Writes { what: Written::Disk(hot), .. }) => Some(hot),
+            _ => None,
         }
     }
 
@@ -177,15 +308,27 @@ impl ResidentMap {
 
     /// [`forget`](Self::forget) for as long as `goes_on` says so, asked about once a millisecond: a GiB takes 40.
     pub fn forget_while(&self, goes_on: impl Fn() -> bool) {
+        self.date_next_write();
+        self.forget_writes();
         self.known.forget_all();
         for at in (0..self.mapped).step_by(FORGOTTEN_AT_ONCE) {
             if !goes_on() {
                 return;
             }
-            let start = self.start.as_ptr().wrapping_add(at).cast();
             let len = FORGOTTEN_AT_ONCE.min(self.mapped - at);
-            // SAFETY: a part of a mapping of ours that is only read: what is read again comes from the file.
-            let _ = unsafe { rustix::mm::madvise(start, len, Advice::LinuxDontNeed) };
+            // SAFETY: a part of a shared mapping of ours: what was written through it is in the file's pages, and what is
+            // touched again comes from there.
+            let _ = unsafe {
+                rustix::mm::madvise(self.start.as_ptr().wrapping_add(at).cast(), len, Advice::LinuxDontNeed)
+            };
+        }
+    }
+
+    /// Has the next write refused where those through the map leave the file's times alone, so that they tell of one from
+    /// now on.
+    pub fn date_next_write(&self) {
+        if let Some(Writes { what: Written::Memory { dated }, .. }) = &self.writes {
+            dated.store(false, Ordering::Relaxed);
         }
     }
 
@@ -194,7 +337,7 @@ impl ResidentMap {
     }
 
     #[inline]
-    fn is_resident(&self, offset: u64, len: u64) -> bool {
+    fn is_resident(&self, offset: u64, len: u64, thrift: bool) -> bool {
         if self.guarded.is_broken() {
             return false;
         }
@@ -211,7 +354,9 @@ impl ResidentMap {
         let pages = offset / PAGE_SIZE..(offset + len).div_ceil(PAGE_SIZE);
         pace::is_fit(epoch)
             && self.is_whole(epoch)
-            && self.known.all_resident(pages, epoch, |group| self.look_at_group(group))
+            && self
+                .known
+                .all_resident(pages, epoch, thrift, |group, wanted| self.look_at_group(group, wanted))
     }
 
     /// Whether the file still has its size, looked at once an epoch; gives the map up if not.
@@ -238,9 +383,31 @@ impl ResidentMap {
     }
 
     #[cold]
-    fn look_at_group(&self, group: u64) -> Option<u32> {
+    fn look_at_group(&self, group: u64, wanted: u32) -> Option<u32> {
         let first = group * GROUP_PAGES;
-        self.look(first..(first + GROUP_PAGES).min(self.bytes.div_ceil(PAGE_SIZE)))
+        let found = self.look(first..(first + GROUP_PAGES).min(self.bytes.div_ceil(PAGE_SIZE)))?;
+        if let Some(Writes { what: Written::Memory { .. }, .. }) = self.writes {
+            // No others: what nobody reads or writes may be punched at the moment, and a touch would fill it again. What
+            // lies around them is mapped with them; of the rest nothing is said, so that it is asked about.
+            self.map_around(first, found & wanted);
+            return Some(found & around(wanted));
+        }
+        Some(found)
+    }
+
+    /// Has the kernel map pages of a group, which are resident: at a read it maps those around it too, if they are, at
+    /// a write the page alone, which costs more than the write.
+    fn map_around(&self, first: u64, pages: u32) {
+        self.guarded.copy(|| {
+            for window in (0..GROUP_PAGES).step_by(AROUND_PAGES as usize) {
+                let page = u64::from((pages >> window).trailing_zeros());
+                if page < AROUND_PAGES {
+                    let address = self.address((first + window + page) * PAGE_SIZE);
+                    // SAFETY: within the map, and guarded. Whatever is there, nobody looks at it.
+                    unsafe { address.read_volatile() };
+                }
+            }
+        });
     }
 
     /// Which of at most 32 mapped pages are resident.
@@ -262,22 +429,57 @@ impl Drop for ResidentMap {
     }
 }
 
+/// The pages that are mapped with `pages` of a group.
+fn around(pages: u32) -> u32 {
+    const WINDOW: u32 = (1 << AROUND_PAGES) - 1;
+    (0..GROUP_PAGES)
+        .step_by(AROUND_PAGES as usize)
+        .map(|first| WINDOW << first)
+        .filter(|window| pages & window != 0)
+        .sum()
+}
+
+/// Whether another write has been left to `pwrite`, which notes the time: whoever asks the file whether it was
+/// changed must be told of ours.
+#[inline]
+fn is_dated(dated: &AtomicBool) -> bool {
+    dated.load(Ordering::Relaxed) || dated.swap(true, Ordering::Relaxed)
+}
+
+fn len_of(parts: &[IoVec]) -> u64 {
+    parts.iter().fold(0, |sum, part| sum.saturating_add(part.len as u64))
+}
+
 fn page_size() -> Option<u64> {
     // SAFETY: only asks.
     u64::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).ok()
 }
 
-/// Whether mappings of the file show what reads of it show, and `mincore` what they need.
-fn is_coherent(file: &File) -> io::Result<bool> {
-    const COHERENT: [u64; 5] = [
-        0xef53,      // ext2, ext3, ext4
+/// Where the pages of a file that can be mapped are kept.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kept {
+    /// Nowhere else.
+    InMemory,
+    OnExt4,
+    Elsewhere,
+}
+
+/// Where the file's pages are kept, if mappings of it show what reads of it show, and `mincore` what they need.
+fn coherence(file: &File) -> io::Result<Option<Kept>> {
+    const TMPFS: u64 = 0x0102_1994;
+    const EXT4: u64 = 0xef53; // ext2 and ext3 too
+    const OTHERS: [u64; 3] = [
         0x5846_5342, // xfs
         0x9123_683e, // btrfs
         0xf2f5_2010, // f2fs
-        0x0102_1994, // tmpfs
     ];
-    Ok(match file.kind() {
-        FileKind::BlockDevice => true,
-        FileKind::Regular => COHERENT.contains(&(rustix::fs::fstatfs(file)?.f_type as u64)),
+    if file.kind() == FileKind::BlockDevice {
+        return Ok(Some(Kept::Elsewhere));
+    }
+    let kind = rustix::fs::fstatfs(file)?.f_type as u64;
+    Ok(match kind {
+        TMPFS => Some(Kept::InMemory),
+        EXT4 => Some(Kept::OnExt4),
+        _ => OTHERS.contains(&kind).then_some(Kept::Elsewhere),
     })
 }

@@ -14,7 +14,7 @@ use crate::overlay::{last_session_of, lock};
 use crate::recover::{Basis, Verdict};
 use crate::storage::Storage;
 use crate::verify::{Comparer, Comparison};
-use crate::{DiskOptions, Error, Paths};
+use crate::{DiskOptions, Error, Paths, redo};
 
 /// A disk that nobody serves, with changes of sessions.
 #[derive(Debug)]
@@ -39,7 +39,8 @@ pub(crate) struct Differences {
 }
 
 impl ChangedDisk {
-    /// Takes a disk to look at its changes. It stays as it is.
+    /// Takes a disk to look at its changes. It stays as it is, but for what a killed server was writing, which is written to its
+    /// end.
     ///
     /// # Errors
     /// If it is in use, has a session that goes on, has no changes that are kept or held, or what a session has changed can't be
@@ -66,6 +67,7 @@ impl ChangedDisk {
         let live = look(manifest.disk);
         refuse_open_session(options, live.as_ref())?;
         let base = open_base(&manifest, options.base_patience)?;
+        redo::finish_for_reader(&storage, &paths, &manifest, geometry, &file, live.as_ref())?;
         let live = Before::of(live.as_ref());
         let verdict = judge(&storage, &paths, &manifest, geometry, &file, live.session_over())?;
         let taken = taken(options, &paths, &storage, &manifest, geometry, live, verdict)?;

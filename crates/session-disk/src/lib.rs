@@ -44,6 +44,7 @@ mod provision;
 mod queue;
 mod rebase;
 mod recover;
+mod redo;
 mod request;
 mod shared;
 mod status;

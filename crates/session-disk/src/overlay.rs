@@ -1,6 +1,6 @@
 //! Keeping what a session has written: as a qcow2 image on the base.
 //!
-//! Nothing of the disk or its state is changed. While it is copied nobody else may change the disk: either no server
+//! Nothing of the disk or its state is changed (but what a killed server was writing is written to its end). While it is copied nobody else may change the disk: either no server
 //! runs, and it is locked, or the disk is held. That it still was so at the end is looked at before the new
 //! image gets its name; a hold's end is durable before anything is restored.
 
@@ -24,7 +24,7 @@ use crate::open::{
 use crate::process::ProcessId;
 use crate::recover::Basis;
 use crate::storage::Storage;
-use crate::{DiskOptions, Error, Paths};
+use crate::{DiskOptions, Error, Paths, redo};
 
 const CLUSTER_BLOCKS: u64 = CLUSTER_SIZE / BLOCK_SIZE;
 
@@ -154,6 +154,9 @@ impl<'a> Disk<'a> {
             )));
         }
         let geometry = check_size(&file, &manifest)?;
+        if locked {
+            redo::finish_for_reader(&Storage::default(), &paths, &manifest, geometry, &file, live.as_ref())?;
+        }
         Ok(Self { options, file, geometry, manifest, live, locked })
     }
 

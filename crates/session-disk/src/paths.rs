@@ -63,6 +63,11 @@ impl Paths {
         self.runtime.join(format!("{disk}.live"))
     }
 
+    /// What a killed server may not have written to its end; like the live page, it survives the process only.
+    pub(crate) fn redo(&self, disk: Uuid) -> PathBuf {
+        self.runtime.join(format!("{disk}.redo"))
+    }
+
     /// The socket over which a running server takes the operator's commands.
     pub fn control(&self, disk: Uuid) -> PathBuf {
         self.runtime.join(format!("{disk}.control"))

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use base_image::{BaseIdentity, BaseImage, Urgency};
 use blockio::fault::{FaultEngine, FaultPlan};
-use blockio::{Engine, EngineKind, File, FileIndex};
+use blockio::{Engine, EngineKind, File, FileIndex, Redo};
 use blocks::{BlockSet, Extent, Geometry};
 use write_log::LogWriter;
 
@@ -67,6 +67,8 @@ pub(crate) struct Shared {
     pub(crate) claims: Claims,
     pub(crate) intents: Intents,
     pub(crate) live: LivePage,
+    /// What makes copies into a map of the disk whole; `None`: nothing is copied into it.
+    pub(crate) redo: Option<Arc<Redo>>,
     /// The open session's log.
     log: Mutex<Option<LogWriter>>,
     /// Whether requests are taken.
@@ -104,6 +106,7 @@ pub(crate) struct Parts {
     pub(crate) pending: BlockSet,
     pub(crate) intents: Intents,
     pub(crate) live: LivePage,
+    pub(crate) redo: Option<Arc<Redo>>,
 }
 
 impl Shared {
@@ -127,6 +130,7 @@ impl Shared {
             pending: parts.pending,
             intents: parts.intents,
             live: parts.live,
+            redo: parts.redo,
             log: Mutex::new(None),
             open: AtomicBool::new(false),
             poisoned: AtomicBool::new(false),

@@ -292,7 +292,8 @@ fn write_at_once(disk: &SessionDisk, queue: &mut DiskQueue, sector: u64) {
 }
 
 /// Invariant 6: a session's writes are seen in the disk's times, by which a manifest that calls the disk pristine is
-/// judged, also if one session follows the other at once.
+/// judged, also where they go through a map (tmpfs), which leaves the times alone, and one session follows the other
+/// at once.
 #[test]
 fn first_write_of_a_session_is_seen_in_the_times_of_the_disk() {
     let dir = common::fast_dir();

@@ -12,6 +12,11 @@ pub(super) struct Moment(pub(super) u64);
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Epoch(pub(super) u32);
 
+impl Epoch {
+    /// Set in all of them.
+    pub(super) const MARK: u32 = 1 << 31;
+}
+
 impl Moment {
     /// 2 to this power of nanoseconds are an epoch: 1.1 s.
     const EPOCH_BITS: u32 = 30;
@@ -25,8 +30,15 @@ impl Moment {
         Self((now.tv_sec as u64).wrapping_mul(1_000_000_000).wrapping_add(now.tv_nsec as u64))
     }
 
+    /// The number of the 8.6 s that this moment lies in; those of this and the last one differ, those of moments far apart
+    /// may not.
+    #[inline]
+    pub(super) fn spell(self) -> u32 {
+        (self.0 >> (Self::EPOCH_BITS + 3)) as u32
+    }
+
     #[inline]
     pub(super) fn epoch(self) -> Epoch {
-        Epoch((self.0 >> Self::EPOCH_BITS) as u32 | 1 << 31)
+        Epoch((self.0 >> Self::EPOCH_BITS) as u32 | Epoch::MARK)
     }
 }

@@ -1,4 +1,6 @@
-//! Copying out of a map, and telling the processor early what will be copied.
+//! Copying out of a map and into it, and telling the processor early what will be copied.
+
+use std::sync::atomic::{Ordering, fence};
 
 /// Bytes of a processor's cache line.
 #[cfg(target_arch = "x86_64")]
@@ -21,7 +23,7 @@ const ABREAST: usize = 4;
 /// `from` must be valid for reads and `to` for writes of `len` bytes, and they must not overlap.
 /// Others may change both meanwhile.
 #[inline]
-pub(super) unsafe fn copy(from: *const u8, to: *mut u8, len: usize) {
+pub(crate) unsafe fn copy(from: *const u8, to: *mut u8, len: usize) {
     #[cfg(target_arch = "x86_64")]
     if len == PAGE && is_x86_feature_detected!("avx512f") {
         // SAFETY: the contract of this function; the processor has the instructions.
@@ -75,10 +77,55 @@ unsafe fn copy_abreast(from: *const u8, to: *mut u8) {
     }
 }
 
+/// Copies `len` bytes to where they will not be looked at soon: past the processor's caches where it can, which
+/// halves the traffic, since what is overwritten need not be read. [`end_stores`] has to follow.
+///
+/// # Safety
+/// As [`copy`].
+#[inline]
+pub(crate) unsafe fn store(from: *const u8, to: *mut u8, len: usize) {
+    #[cfg(target_arch = "x86_64")]
+    if len >= PAGE && to.addr().is_multiple_of(LINE) {
+        let lines = len - len % LINE;
+        for at in (0..lines).step_by(LINE) {
+            // SAFETY: a part of what the contract is about.
+            unsafe { store_line(from.wrapping_add(at), to.wrapping_add(at)) };
+        }
+        let (from, to) = (from.wrapping_add(lines), to.wrapping_add(lines));
+        // SAFETY: the rest of it.
+        return unsafe { std::ptr::copy_nonoverlapping(from, to, len - lines) };
+    }
+    // SAFETY: the contract of this function.
+    unsafe { std::ptr::copy_nonoverlapping(from, to, len) };
+}
+
+/// Copies a line of the cache.
+///
+/// # Safety
+/// As [`copy`], of [`LINE`] bytes; `to` must be a multiple of that.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+unsafe fn store_line(from: *const u8, to: *mut u8) {
+    use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_stream_si128};
+    for at in (0..LINE).step_by(size_of::<__m128i>()) {
+        // SAFETY: a part of what the contract is about; every x86-64 processor has the instruction.
+        let part = unsafe { _mm_loadu_si128(from.wrapping_add(at).cast()) };
+        // SAFETY: as above, and it is aligned.
+        unsafe { _mm_stream_si128(to.wrapping_add(at).cast(), part) };
+    }
+}
+
+/// Whoever sees what is written next sees what was [`store`]d; and what is read next is read after it was.
+#[inline]
+pub(crate) fn end_stores() {
+    // Stronger than what other stores need: those past the caches are in no order.
+    fence(Ordering::SeqCst);
+}
+
 /// Has the beginning of what lies at `from` brought near. Never faults: an address that is not mapped
 /// is ignored.
 #[inline]
-pub(super) fn prefetch(from: *const u8) {
+pub(crate) fn prefetch(from: *const u8) {
     #[cfg(target_arch = "x86_64")]
     for line in 0..LINES_AHEAD {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};

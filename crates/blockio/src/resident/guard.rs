@@ -1,4 +1,4 @@
-//! The `SIGBUS` guard: a copy out of a mapped file that can't kill the process.
+//! The `SIGBUS` guard: a copy out of a mapped file, or into it, that can't kill the process.
 //!
 //! Touching a page of a mapped file that can't be had (the file was cut, the device fails, the memory
 //! is broken) raises `SIGBUS` on the very thread that touched it. So all that the handler has to know
@@ -7,9 +7,9 @@
 //! other threads do.
 //!
 //! If the address lies in the map that is being copied from, the handler marks the map broken and
-//! puts zeros (anonymous memory) in its place, all of it, for good: the copy goes on, and says at its
-//! end that it was worth nothing. Other threads that copy from the same map at the time may get
-//! zeros too; the mark was made before the first zero could be read, so they see it at their end.
+//! puts zeros (anonymous memory) in the file's place, for good: the copy goes on, and says at its
+//! end that it was worth nothing. Other threads that copy from the same map, or into it, at the time may get
+//! zeros or write there too; the mark was made before, so they see it at their end.
 //! Every other `SIGBUS` goes to who handled it before.
 //!
 //! What the handler uses is safe in a signal handler: atomics, a thread-local that needs no set-up
@@ -27,21 +27,24 @@ use std::{
 
 use rustix::mm::{MapFlags, ProtFlags};
 
+const PAGE_SIZE: usize = super::PAGE_SIZE as usize;
+
 /// Address space that a mapped file takes up, and whether it still is that file's.
 #[derive(Debug)]
 pub(super) struct Guarded {
     start: usize,
     bytes: usize,
+    access: ProtFlags,
     broken: AtomicBool,
 }
 
 impl Guarded {
-    /// Of `bytes` bytes from `start` on, whole pages.
+    /// Of `bytes` bytes from `start` on, whole pages, for `access`.
     ///
     /// # Safety
     /// They must be a mapping that nobody has a reference into, and that stays until this is dropped.
-    pub(super) unsafe fn new(start: *mut c_void, bytes: usize) -> Self {
-        Self { start: start.expose_provenance(), bytes, broken: AtomicBool::new(false) }
+    pub(super) unsafe fn new(start: *mut c_void, bytes: usize, access: ProtFlags) -> Self {
+        Self { start: start.expose_provenance(), bytes, access, broken: AtomicBool::new(false) }
     }
 
     pub(super) fn is_broken(&self) -> bool {
@@ -68,13 +71,19 @@ impl Guarded {
         address.wrapping_sub(self.start) < self.bytes
     }
 
-    /// Puts zeros in the place of the file; false if that can't be done.
-    fn isolate(&self) -> bool {
+    /// Puts zeros in the place of the file, all of it, or of the page at `address` only: memory that can be written
+    /// counts for what may be had, and where all of it may not, what was there is gone on older kernels. False if that can't be
+    /// done.
+    fn isolate(&self, address: usize) -> bool {
         self.give_up();
-        let start = ptr::with_exposed_provenance_mut(self.start);
+        let (start, bytes) = match self.access.contains(ProtFlags::WRITE) {
+            true => (address - address % PAGE_SIZE, PAGE_SIZE),
+            false => (self.start, self.bytes),
+        };
+        let start = ptr::with_exposed_provenance_mut(start);
         let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE;
-        // SAFETY: the range is a mapping of ours that nobody has a reference into (contract of `new`).
-        unsafe { rustix::mm::mmap_anonymous(start, self.bytes, ProtFlags::READ, flags) }.is_ok()
+        // SAFETY: the range is in a mapping of ours that nobody has a reference into (contract of `new`).
+        unsafe { rustix::mm::mmap_anonymous(start, bytes, self.access, flags) }.is_ok()
     }
 }
 
@@ -171,7 +180,7 @@ extern "C" fn on_sigbus(signal: c_int, info: *mut libc::siginfo_t, context: *mut
         let source = SOURCE.with(|source| source.load(Ordering::Relaxed));
         // SAFETY: null, or what this very thread has borrowed while it is in `Guarded::copy`.
         let source = unsafe { source.as_ref() };
-        if source.is_some_and(|map| map.contains(address) && map.isolate()) {
+        if source.is_some_and(|map| map.contains(address) && map.isolate(address)) {
             return;
         }
     }

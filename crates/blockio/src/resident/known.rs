@@ -1,36 +1,29 @@
 //! What was seen of a file's pages lately: which were resident.
 //!
 //! One word for each group of 32 pages (128 KiB), so that it is read and replaced as a whole: in the
-//! upper half the epoch in which the kernel was asked, in the lower a bit for each page. The words
-//! are anonymous memory, which takes up room where it was written only.
+//! upper half the epoch in which the kernel was asked, in the lower a bit for each page; or, without the epoch's mark,
+//! for how many pages nobody was asked in that epoch.
 
 use std::{
     io,
     ops::Range,
-    ptr::NonNull,
     sync::atomic::{AtomicU32, AtomicU64, Ordering},
 };
 
-use rustix::mm::{Advice, MapFlags, ProtFlags};
+use super::{
+    clock::Epoch,
+    words::{GROUP_PAGES, Words, bits},
+};
 
-use super::clock::Epoch;
-
-/// Pages of a group.
-pub(super) const GROUP_PAGES: u64 = 32;
-
-/// A word for each group of pages.
+/// To look and to have pages mapped takes as long as writing so many of them another way.
+const PAGES_WORTH_A_LOOK: u32 = 4;
+/// What is known of a file's pages.
 #[derive(Debug)]
 pub(super) struct Known {
-    first: NonNull<AtomicU64>,
-    groups: usize,
+    words: Words,
     /// How often anything was forgotten.
     forgets: AtomicU32,
 }
-
-// SAFETY: the memory belongs to the process, not to a thread, and holds only atomics.
-unsafe impl Send for Known {}
-// SAFETY: as above.
-unsafe impl Sync for Known {}
 
 impl Known {
     /// For a file of `pages` pages, of which nothing is known.
@@ -38,45 +31,36 @@ impl Known {
     /// # Errors
     /// If there is no address space.
     pub(super) fn new(pages: u64) -> io::Result<Self> {
-        let groups = usize::try_from(pages.div_ceil(GROUP_PAGES)).map_err(|_| io::ErrorKind::OutOfMemory)?;
-        let (access, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE | MapFlags::NORESERVE);
-        let bytes = groups.max(1) * size_of::<AtomicU64>();
-        // SAFETY: a new mapping where the kernel finds room, unmapped only in `drop`.
-        let address = unsafe { rustix::mm::mmap_anonymous(std::ptr::null_mut(), bytes, access, flags) }?;
-        let first = NonNull::new(address.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
-        Ok(Self { first, groups: groups.max(1), forgets: AtomicU32::new(0) })
-    }
-
-    fn words(&self) -> &[AtomicU64] {
-        // SAFETY: the mapping holds as many aligned words, lives as long as `self`, and is only ever
-        // seen as atomics (every bit pattern is valid).
-        unsafe { std::slice::from_raw_parts(self.first.as_ptr(), self.groups) }
-    }
-
-    fn bytes(&self) -> usize {
-        self.groups * size_of::<AtomicU64>()
+        Ok(Self { words: Words::new(pages)?, forgets: AtomicU32::new(0) })
     }
 
     /// Whether all of `pages` are resident as far as is known in `epoch`; for groups where that is
-    /// not so, `look` (given a group's number) says which of its pages are, and that is kept.
+    /// not so, `look` (given a group's number, and the pages of it that are wanted) says which of its pages are, or at least which of these, and that is
+    /// kept. Unless there is `thrift`: then a group that was never looked at is so only when it has been asked about
+    /// for [`PAGES_WORTH_A_LOOK`] in this epoch.
     #[inline]
     pub(super) fn all_resident(
         &self,
         pages: Range<u64>,
         epoch: Epoch,
-        mut look: impl FnMut(u64) -> Option<u32>,
+        thrift: bool,
+        mut look: impl FnMut(u64, u32) -> Option<u32>,
     ) -> bool {
         let mut page = pages.start;
         while page < pages.end {
             let group = page / GROUP_PAGES;
             let end = pages.end.min((group + 1) * GROUP_PAGES);
             let wanted = bits(page % GROUP_PAGES, end - page);
-            let Some(word) = self.words().get(group as usize) else { return false };
+            let Some(word) = self.words.of_group(group) else { return false };
             let seen = word.load(Ordering::Relaxed);
-            if (seen >> 32) as u32 != epoch.0 || seen as u32 & wanted != wanted {
+            let before = if (seen >> 32) as u32 == epoch.0 { seen as u32 } else { 0 };
+            if before & wanted != wanted {
+                if thrift && !is_worth_a_look(word, seen, epoch, wanted) {
+                    return false;
+                }
                 let forgets = self.forgets.load(Ordering::SeqCst);
-                let Some(found) = look(group) else { return false };
-                word.store(u64::from(epoch.0) << 32 | u64::from(found), Ordering::SeqCst);
+                let Some(found) = look(group, wanted) else { return false };
+                word.store(u64::from(epoch.0) << 32 | u64::from(before | found), Ordering::SeqCst);
                 // It may have been punched after the look: then either this is seen, or the store is undone there.
                 if self.forgets.load(Ordering::SeqCst) != forgets {
                     word.store(0, Ordering::SeqCst);
@@ -93,37 +77,37 @@ impl Known {
     /// Forgets what is known of `pages`.
     pub(super) fn forget(&self, pages: Range<u64>) {
         self.forgets.fetch_add(1, Ordering::SeqCst);
-        let groups = pages.start / GROUP_PAGES..pages.end.div_ceil(GROUP_PAGES);
-        let words = self.words().get(groups.start as usize..(groups.end as usize).min(self.groups));
-        words.unwrap_or_default().iter().for_each(|word| word.store(0, Ordering::SeqCst));
+        self.words.clear(pages);
     }
 
     /// Forgets everything, and gives the memory back.
     pub(super) fn forget_all(&self) {
-        // SAFETY: our own anonymous memory, which reads as zeros afterwards: known to nobody.
-        let given =
-            unsafe { rustix::mm::madvise(self.first.as_ptr().cast(), self.bytes(), Advice::LinuxDontNeed) };
-        if given.is_err() {
-            self.forget(0..u64::MAX);
-        }
+        self.words.clear_all();
     }
 }
 
-impl Drop for Known {
-    fn drop(&mut self) {
-        // SAFETY: mapped in `new` with this length; nothing borrows it any more.
-        let _ = unsafe { rustix::mm::munmap(self.first.as_ptr().cast(), self.bytes()) };
+/// Whether a group was looked at before, or has been asked about often enough; counts that.
+#[cold]
+fn is_worth_a_look(word: &AtomicU64, seen: u64, epoch: Epoch, wanted: u32) -> bool {
+    let (upper, counting) = ((seen >> 32) as u32, epoch.0 & !Epoch::MARK);
+    if upper & Epoch::MARK != 0 {
+        return true;
     }
-}
-
-/// `count` bits from bit `first` on, all within 32.
-fn bits(first: u64, count: u64) -> u32 {
-    ((((1u64 << count.min(GROUP_PAGES)) - 1) << first) & u64::from(u32::MAX)) as u32
+    let before = if upper == counting { seen as u32 } else { 0 };
+    let asked = before.saturating_add(wanted.count_ones());
+    if asked < PAGES_WORTH_A_LOOK {
+        word.store(u64::from(counting) << 32 | u64::from(asked), Ordering::Relaxed);
+    }
+    asked >= PAGES_WORTH_A_LOOK
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn looked(epoch: u32) -> Epoch {
+        Epoch(epoch | Epoch::MARK)
+    }
 
     #[test]
     fn page_is_resident_only_if_seen_so_in_this_epoch() {
@@ -131,7 +115,8 @@ mod tests {
         let mut looks = Vec::new();
         let mut ask = |pages: Range<u64>, epoch: u32, found: u32| {
             looks.clear();
-            let resident = known.all_resident(pages, Epoch(epoch), |group| {
+            let resident = known.all_resident(pages, looked(epoch), false, |group, wanted| {
+                assert_ne!(wanted, 0);
                 looks.push(group);
                 Some(found)
             });
@@ -149,6 +134,25 @@ mod tests {
         assert_eq!(ask(90..129, 9, u32::MAX), (false, vec![]));
     }
 
+    #[test]
+    fn group_is_looked_at_with_thrift_when_it_is_asked_about_often() {
+        let known = Known::new(128).unwrap();
+        let looks = |pages: Range<u64>, epoch| {
+            let mut looks = 0;
+            known.all_resident(pages, looked(epoch), true, |_, _| {
+                looks += 1;
+                Some(u32::MAX)
+            });
+            looks
+        };
+        let ask = |epoch, times| (0..times).map(|_| looks(7..8, epoch)).sum::<i32>();
+        // Not often enough in any epoch, then so; after that in each.
+        assert_eq!([ask(1, 3), ask(2, 3), ask(3, 9), ask(4, 9), ask(5, 1)], [0, 0, 1, 1, 1]);
+        assert_eq!([looks(32..34, 5), looks(40..42, 5), looks(64..68, 5), looks(96..128, 5)], [0, 1, 1, 1]);
+        known.forget(0..32);
+        assert_eq!([ask(5, 3), ask(5, 1)], [0, 1]);
+    }
+
     /// What was seen before a page was punched is not believed after that.
     #[test]
     fn pages_that_are_forgotten_while_they_are_looked_at_are_looked_at_again() {
@@ -156,7 +160,7 @@ mod tests {
         for round in 0..3 {
             let mut looks = 0;
             let mut ask = |pages: Range<u64>, forgets: bool| {
-                known.all_resident(pages, Epoch(1), |_| {
+                known.all_resident(pages, looked(1), false, |_, _| {
                     looks += 1;
                     if forgets {
                         known.forget(5..6);
@@ -171,12 +175,24 @@ mod tests {
         }
     }
 
+    /// Only of these it is said that they may be touched.
+    #[test]
+    fn pages_that_are_looked_for_are_those_that_were_asked_about() {
+        let known = Known::new(100).unwrap();
+        let mut wanted = Vec::new();
+        known.all_resident(30..66, looked(1), false, |group, pages| {
+            wanted.push((group, pages));
+            Some(u32::MAX)
+        });
+        assert_eq!(wanted, [(0, 0b11 << 30), (1, u32::MAX), (2, 0b11)]);
+    }
+
     #[test]
     fn forgotten_pages_are_looked_at_again() {
         let known = Known::new(128).unwrap();
         let looks = |pages: Range<u64>| {
             let mut looks = 0;
-            known.all_resident(pages, Epoch(1), |_| {
+            known.all_resident(pages, looked(1), false, |_, _| {
                 looks += 1;
                 Some(u32::MAX)
             });

@@ -1,5 +1,4 @@
 use std::{
-    cell::Cell,
     collections::HashSet,
     os::unix::process::ExitStatusExt,
     path::{Path, PathBuf},
@@ -18,6 +17,8 @@ use tempfile::TempDir;
 use super::*;
 use crate::OpenOptions;
 
+mod writes;
+
 const PAGE: usize = PAGE_SIZE as usize;
 
 /// Directories on the build's file system, and on tmpfs if there is one. Not all can be mapped (an
@@ -26,12 +27,16 @@ fn places() -> Vec<TempDir> {
     let built = std::env::current_exe().unwrap().parent().unwrap().to_owned();
     let places =
         [built, PathBuf::from("/dev/shm")].into_iter().filter_map(|dir| tempfile::tempdir_in(dir).ok());
-    places.filter(|dir| is_coherent(&made(dir.path(), "probe", 1)).unwrap()).collect()
+    places.filter(|dir| coherence(&made(dir.path(), "probe", 1)).unwrap().is_some()).collect()
 }
 
 /// A place whose pages are those of a disk: they can be dropped, and read again.
 fn disk() -> Option<TempDir> {
-    places().into_iter().find(|dir| rustix::fs::statfs(dir.path()).unwrap().f_type as u64 != 0x0102_1994)
+    places().into_iter().find(|dir| !is_memory(dir))
+}
+
+fn is_memory(dir: &TempDir) -> bool {
+    coherence(&made(dir.path(), "probe of memory", 1)).unwrap() == Some(Kept::InMemory)
 }
 
 fn content(bytes: usize) -> Vec<u8> {
@@ -46,8 +51,12 @@ fn made(dir: &Path, name: &str, bytes: usize) -> File {
     file
 }
 
+/// For writes too.
 fn mapped(file: &File) -> ResidentMap {
-    ResidentMap::new(file).unwrap().expect("a file that can be mapped")
+    // The file goes at once, what was mapped of it stays.
+    let dir = tempfile::tempdir().unwrap();
+    let redo = Arc::new(Redo::open(&dir.path().join("redo")).unwrap());
+    ResidentMap::new(file, Some(&redo)).unwrap().expect("a file that can be mapped")
 }
 
 /// Reads into parts of these lengths.
@@ -142,22 +151,6 @@ fn write_is_seen_by_the_next_read() {
     }
 }
 
-/// Whoever needs the processor does not wait for all of it.
-#[test]
-fn forgetting_is_done_in_parts_and_ends_when_it_is_not_to_go_on() {
-    for dir in places() {
-        let bytes = 2 * FORGOTTEN_AT_ONCE + PAGE;
-        let file = made(dir.path(), "file", bytes);
-        let map = mapped(&file);
-        for parts in [0, 1, 2, 3] {
-            assert!(resident(&map, 0, &[bytes]) == content(bytes));
-            let asked = Cell::new(0);
-            map.forget_while(|| asked.replace(asked.get() + 1) < parts);
-            assert_eq!(asked.get(), (parts + 1).min(3));
-        }
-    }
-}
-
 /// On tmpfs a hole that is read through a map becomes a page: the drained disk would not have the
 /// base's holes (invariant 4).
 #[test]
@@ -202,7 +195,7 @@ fn read_that_waited_for_the_disk_turns_the_map_off() {
     let missed = |map: &ResidentMap| {
         map.forget();
         drop_from_memory(&file, map, 0..32);
-        map.known.all_resident(0..32, Moment::now().epoch(), |_| Some(u32::MAX));
+        map.known.all_resident(0..32, Moment::now().epoch(), false, |_, _| Some(u32::MAX));
         assert_eq!(map.look(0..32), Some(0));
         read(map, 5 * PAGE_SIZE, PAGE)
     };
@@ -354,16 +347,18 @@ fn thread_that_blocks_the_signal_reads_another_way() {
 fn file_that_cannot_be_mapped_soundly_has_no_map() {
     for dir in places() {
         let empty = File::create_new(&dir.path().join("empty"), 0, OpenOptions::default()).unwrap();
-        assert!(ResidentMap::new(&empty).unwrap().is_none());
+        assert!(ResidentMap::new(&empty, None).unwrap().is_none());
         let path = made(dir.path(), "file", 4 * PAGE).path().to_owned();
         let direct = OpenOptions { direct: true, ..OpenOptions::default() };
         if let Ok(direct) = File::open(&path, direct) {
-            assert!(ResidentMap::new(&direct).unwrap().is_none());
+            assert!(ResidentMap::new(&direct, None).unwrap().is_none());
         }
-        assert!(ResidentMap::new(&File::open(&path, OpenOptions::default()).unwrap()).unwrap().is_some());
+        assert!(
+            ResidentMap::new(&File::open(&path, OpenOptions::default()).unwrap(), None).unwrap().is_some()
+        );
     }
     let elsewhere = File::open(Path::new("/proc/self/maps"), OpenOptions::default()).unwrap();
-    assert!(ResidentMap::new(&elsewhere).unwrap().is_none());
+    assert!(ResidentMap::new(&elsewhere, None).unwrap().is_none());
 }
 
 /// To a caller who could not write to the file the kernel says that all of it is resident.
@@ -379,7 +374,7 @@ fn file_of_somebody_else_has_no_map() {
             unsafe { libc::setfsuid(65534) };
             // SAFETY: as above; answers who it was.
             let changed = unsafe { libc::setfsuid(65534) } == 65534;
-            changed.then(|| ResidentMap::new(&file).unwrap().is_none())
+            changed.then(|| ResidentMap::new(&file, None).unwrap().is_none())
         };
         thread::scope(|scope| assert_ne!(scope.spawn(stranger).join().unwrap(), Some(false)));
     }

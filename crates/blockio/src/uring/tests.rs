@@ -265,7 +265,7 @@ fn long_write_is_made_at_once_only_where_it_makes_no_folio() {
     };
     assert!(!write(&buf));
     assert!(write(&buf.slice(0, 16 << 10).unwrap()));
-    file.map_resident();
+    file.map_resident(None);
     if file.resident().is_some() {
         assert!(write(&buf));
     }

@@ -55,6 +55,8 @@ impl SessionDisk {
         if self.without_log {
             self.shared.owned.insert(self.shared.geometry.all());
         }
+        // Whether or not the map was forgotten since the last session: what compares the disk's times must see this one.
+        self.shared.disk.date_next_write();
         self.shared.open.store(true, Ordering::SeqCst);
         Ok(SessionStart { sequence: entry.sequence, pending_blocks: self.shared.pending.count() })
     }
@@ -111,6 +113,11 @@ impl SessionDisk {
             if let Err(error) = sealed {
                 log::warn!("write log {}: {}", writer.path().display(), describe(&error));
             }
+        }
+        // Nobody writes, and what was written is drained from here on.
+        self.shared.disk.forget_writes();
+        if let Some(redo) = &self.shared.redo {
+            redo.wipe();
         }
         self.shared.claims.end_session(held, || {
             let set = if lifecycle.manifest.kept { &lifecycle.kept } else { &self.shared.pending };

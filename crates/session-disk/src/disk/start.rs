@@ -18,7 +18,7 @@ use crate::open::{
 use crate::recover::{Basis, GoesOn};
 use crate::shared::{FlushPolicy, Parts, Shared};
 use crate::storage::Storage;
-use crate::{Changes, DiskOptions, Error, Paths, witness};
+use crate::{Changes, DiskOptions, Error, Paths, redo, witness};
 
 impl SessionDisk {
     /// Takes the disk over: locks it, finds out what is pending, and makes that durable.
@@ -86,6 +86,7 @@ impl SessionDisk {
             manifest.held = manifest.held.or_else(|| HoldReason::untrusted(why, live.owner()));
         }
         let held = manifest.held.is_some();
+        let redo = redo::open(&paths, disk_id)?;
         let says_more = left.is_some() || manifest.held != hold_before || manifest.kept != kept_before;
         let shared = Arc::new(Shared::new(Parts {
             geometry,
@@ -105,12 +106,21 @@ impl SessionDisk {
             pending,
             intents: Intents::open(&storage, &paths.intents(), geometry)?,
             live,
+            redo,
         }));
         // An open session that goes on is held from its end on.
         let rests = held && verdict.session.is_none();
         shared.claims.set_drain(rests, !(held || is_untouched));
         let session = verdict.session.map(|session| take_up(&shared, &paths, session)).transpose()?;
         let resumed = session.is_some();
+        if let Some(redo) = shared.redo.as_ref().filter(|_| before.same_boot) {
+            // Before anybody reads or writes the disk, and as long as the live page names who was killed.
+            redo::finish(redo, &shared.live, geometry, &shared.disk, |extent| {
+                Ok(shared.owned.contains_all(extent)
+                    || shared.pending.contains_all(extent)
+                    || kept.contains_all(extent))
+            })?;
+        }
         let lifecycle = Lifecycle { manifest, session, kept, queues: Vec::new() };
         let disk = Self {
             shared,
@@ -125,8 +135,10 @@ impl SessionDisk {
             _state_lock: state_lock,
         };
         let live = &disk.shared.live;
+        let begin = || disk.shared.redo.as_deref().map_or((), redo::begin);
         if resumed {
             // Nothing is concluded that the next start could not conclude again: the logs stay.
+            begin();
             live.go_on();
             live.set_pending(disk.shared.pending.count());
             live.set_dirty(disk.shared.owned.count());
@@ -149,6 +161,7 @@ impl SessionDisk {
             disk.name_generation_again(named)?;
         }
         // From here on no log needs the page to be exact; before, a failure must leave it as it was.
+        begin();
         live.take_over(disk_id, number)?;
         live.set_dirty(disk.kept_blocks());
         live.set_pending(disk.shared.pending.count());

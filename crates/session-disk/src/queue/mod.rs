@@ -95,7 +95,7 @@ fn failed(kind: io::ErrorKind) -> io::Error {
 impl DiskQueue {
     pub(crate) fn new(shared: Arc<Shared>, counters: Arc<QueueCounters>, depth: u32) -> Result<Self, Error> {
         let engine = shared.new_engine(depth, Urgency::Guest)?;
-        shared.disk.map_resident();
+        shared.disk.map_resident(shared.redo.as_ref());
         // An engine that waits would not show which reads have to: there the kernel goes on to read ahead.
         let ahead = (shared.is_asynchronous() && shared.disk.keep_folios_small()).then(Ahead::default);
         let waker =

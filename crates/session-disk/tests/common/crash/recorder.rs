@@ -196,8 +196,9 @@ fn times(identity: &BaseIdentity) -> (i64, i64) {
 
 /// The bytes of the live page in `root`.
 pub(crate) fn live_page(root: &Path) -> Option<Vec<u8>> {
-    let entry = std::fs::read_dir(root.join(RUNTIME)).ok()?.next()?.ok()?;
-    std::fs::read(entry.path()).ok().filter(|bytes| bytes.len() == 4096)
+    let mut entries = std::fs::read_dir(root.join(RUNTIME)).ok()?.flatten().map(|entry| entry.path());
+    let live = entries.find(|path| path.extension().is_some_and(|extension| extension == "live"))?;
+    std::fs::read(live).ok().filter(|bytes| bytes.len() == 4096)
 }
 
 impl Tape for Recorder {
