@@ -7,6 +7,7 @@ pub mod machine;
 pub mod options;
 mod plot;
 pub mod points;
+pub mod profile;
 pub mod report;
 pub mod suite;
 
