@@ -9,15 +9,22 @@
 //! at a time, one if they are long.
 //!
 //! How long a request takes is measured between groups of them and from an interrupt to the next group, and only when
-//! there is more to do: a request that is alone costs no look at a clock.
+//! there is more to do: a request that is alone costs no look at a clock. How long waking takes is measured as well, for it is
+//! not the same on any two machines: from an interrupt that the guest wanted to the group after which it has asked for more.
 
 use std::time::{Duration, Instant};
 
 use crate::worker::GROUP;
 
-/// What it takes until a guest that sleeps has asked for more: 12 to 16 us from one virtual core to another when it has
-/// just fallen asleep, 25 to 40 else, less on real ones. The interrupt before takes 1 to 25 us of ours.
-const WAKING: Duration = Duration::from_micros(30);
+/// What it takes, after an interrupt, until a guest that slept has asked for more, as long as nothing is known. From one
+/// virtual core to another that halts it is 12 to 16 us when the guest has just fallen asleep and 25 to 40 else; where idle cores do not
+/// halt, 5 to 8. The interrupt before takes 1 to 25 us of ours.
+const WAKING_FIRST: Duration = Duration::from_micros(30);
+/// It is thought to be no less and no more than this.
+const WAKING_MIN: Duration = Duration::from_micros(4);
+const WAKING_MAX: Duration = Duration::from_micros(45);
+/// Who takes longer has not been woken late, but had nothing to ask for.
+const ASKING_MAX: Duration = Duration::from_micros(200);
 /// An answer that was published is followed by an interrupt before this time, even if there is more to do, as far as can
 /// be foreseen: it is looked at between groups.
 const DELAY_MAX: Duration = Duration::from_micros(50);
@@ -51,6 +58,18 @@ pub(crate) struct Interrupts {
     /// Answers since then.
     answers: u16,
     untold: Option<Untold>,
+    /// How long a guest that sleeps takes to ask for more, lately.
+    waking: Duration,
+    woken: Option<Woken>,
+}
+
+/// A guest that was interrupted and has not been seen to ask for more.
+#[derive(Debug)]
+struct Woken {
+    /// When the interrupt was sent.
+    since: Instant,
+    /// What is left of what it had asked for before.
+    left: u16,
 }
 
 /// Published answers after which nobody has asked whether the guest wants an interrupt.
@@ -64,7 +83,15 @@ struct Untold {
 
 impl Interrupts {
     pub(crate) fn new() -> Self {
-        Self { request: REQUEST_FIRST, group: GROUP, grouped: None, answers: 0, untold: None }
+        Self {
+            request: REQUEST_FIRST,
+            group: GROUP,
+            grouped: None,
+            answers: 0,
+            untold: None,
+            waking: WAKING_FIRST,
+            woken: None,
+        }
     }
 
     /// How many requests to take at a time, while they are done at once.
@@ -85,11 +112,18 @@ impl Interrupts {
             return false;
         }
         let answers = std::mem::take(&mut self.answers);
+        let asked = self.woken.as_mut().is_some_and(|woken| {
+            woken.left = woken.left.saturating_sub(answers);
+            left > woken.left
+        });
         if left == 0 {
             self.grouped = None;
             return true;
         }
         let now = now();
+        if asked {
+            self.learn_waking(now, answers);
+        }
         if let Some(before) = self.grouped.replace(now) {
             let each = now.saturating_duration_since(before) / u32::from(answers.max(1));
             self.learn((self.request * (WEIGHT - 1) + each.min(REQUEST_MAX)) / WEIGHT);
@@ -98,7 +132,32 @@ impl Interrupts {
         // Nobody asks again before the next group is done.
         let group = self.request * u32::from(left).min(self.group as u32);
         let delay_max = (self.request * DELAY_REQUESTS).clamp(DELAY_MAX, DELAY_REQUESTS_MAX);
-        self.request * u32::from(left) <= WAKING || now.saturating_duration_since(since) + group >= delay_max
+        self.request * u32::from(left) <= self.early()
+            || now.saturating_duration_since(since) + group >= delay_max
+    }
+
+    /// How long what is left lasts, at most, when the guest is woken.
+    fn early(&self) -> Duration {
+        // It is looked at after each group, so half a group late on average. And not always is the guest as quick as usual.
+        let early = self.waking * 5 / 4 + self.request * self.group as u32 / 2;
+        // With the last one, however long it takes: then there is something to do meanwhile.
+        early.max(self.request)
+    }
+
+    /// A guest that was woken has asked for more until `now`, in the time of the last `answers`.
+    fn learn_waking(&mut self, now: Instant, answers: u16) {
+        let Some(woken) = self.woken.take() else { return };
+        #[cfg(test)]
+        if IS_COUNTED.load(std::sync::atomic::Ordering::Relaxed) {
+            return;
+        }
+        let seen = now.saturating_duration_since(woken.since);
+        if seen <= ASKING_MAX {
+            // It may have been at any time since it was last looked at.
+            let asked = seen.saturating_sub(self.request * u32::from(answers) / 2);
+            let waking = (self.waking * (WEIGHT - 1) + asked) / WEIGHT;
+            self.waking = waking.clamp(WAKING_MIN, WAKING_MAX);
+        }
     }
 
     /// A request takes so long, as far as is known.
@@ -113,7 +172,7 @@ impl Interrupts {
         self.group = usize::try_from(fit).unwrap_or(GROUP).clamp(1, GROUP);
     }
 
-    /// Has requests take so long that no interrupt is worth it yet while ten or more are left.
+    /// Has requests take so long that no interrupt is worth it yet while twelve or more are left.
     #[cfg(test)]
     pub(crate) fn put_off(&mut self) {
         self.learn(4 * REQUEST_FIRST);
@@ -124,16 +183,20 @@ impl Interrupts {
         self.untold.is_some()
     }
 
-    /// The guest was asked, and interrupted if it wanted to be, until `now`, and there is more to do. Without this
-    /// nothing would be learnt from requests whose every group is followed by an interrupt.
-    pub(crate) fn goes_on(&mut self, now: Instant) {
+    /// The guest was asked, and interrupted if it `wanted` to be, until `now`, and `left` requests are still to be begun.
+    /// Without this nothing would be learnt from requests whose every group is followed by an interrupt.
+    pub(crate) fn goes_on(&mut self, now: Instant, wanted: bool, left: u16) {
         self.grouped = Some(now);
+        if wanted {
+            self.woken = Some(Woken { since: now, left });
+        }
     }
 
     /// The guest is asked now. The used index before the first answer that it was not told of; `None`: there is none.
     pub(crate) fn take(&mut self) -> Option<u16> {
         // What that takes is not a request's time.
         self.grouped = None;
+        self.woken = None;
         self.untold.take().map(|untold| untold.before)
     }
 }
@@ -168,9 +231,10 @@ mod tests {
         assert!(!interrupts.is_due(0, never));
     }
 
+    /// A quarter more than waking, and half a group.
     #[test]
     fn guest_is_told_when_what_is_left_takes_as_long_as_waking_it() {
-        for (each, last) in [(500, 60), (1000, 30), (4000, 7), (13_000, 2), (29_900, 1), (30_100, 0)] {
+        for (each, last) in [(500, 79), (1000, 41), (4000, 11), (13_000, 3), (37_400, 1), (80_000, 1)] {
             let (mut interrupts, mut now) = with_requests_of(Duration::from_nanos(each));
             let told = (0..last + 3).rev().find(|left| {
                 now += Duration::from_nanos(each);
@@ -180,6 +244,55 @@ mod tests {
             assert_eq!(told, Some(last), "requests of {each} ns");
             assert_eq!(interrupts.take(), Some(7));
         }
+    }
+
+    const MICRO: Duration = Duration::from_micros(1);
+
+    /// Requests of 1 us in groups of 8, with 24 left when the guest is told, if it `wants` that; it asks for 32 more so many
+    /// groups later.
+    fn wake(interrupts: &mut Interrupts, now: &mut Instant, wants: bool, groups: u16) {
+        interrupts.take();
+        interrupts.goes_on(*now, wants, 24);
+        for group in 1..=groups {
+            *now += 8 * MICRO;
+            interrupts.published(0, 8);
+            let left = 24u16.saturating_sub(8 * group) + if group == groups { 32 } else { 0 };
+            interrupts.is_due(left, || *now);
+        }
+    }
+
+    /// Also where it asks only when nothing is left to do.
+    #[test]
+    fn guest_that_wakes_quickly_or_slowly_is_told_later_or_sooner_from_then_on() {
+        for (groups, waking) in [(1, 4), (2, 12), (3, 20), (5, 36), (20, 45)] {
+            let (mut interrupts, mut now) = with_requests_of(MICRO);
+            (0..60).for_each(|_| wake(&mut interrupts, &mut now, true, groups));
+            assert!(
+                interrupts.waking.abs_diff(waking * MICRO) < MICRO / 2,
+                "{groups} groups: {:?}",
+                interrupts.waking
+            );
+            assert!(interrupts.early().abs_diff(waking * MICRO * 5 / 4 + 4 * MICRO) < MICRO);
+        }
+    }
+
+    #[test]
+    fn guest_that_was_awake_or_has_nothing_to_ask_for_says_nothing_of_waking() {
+        for (wants, groups) in [(false, 1), (true, 27)] {
+            let (mut interrupts, mut now) = with_requests_of(MICRO);
+            (0..60).for_each(|_| wake(&mut interrupts, &mut now, wants, groups));
+            assert_eq!(interrupts.waking, WAKING_FIRST);
+        }
+        // What it had asked for before is not more, and an interrupt that comes first begins anew.
+        let (mut interrupts, mut now) = with_requests_of(MICRO);
+        for _ in 0..60 {
+            interrupts.take();
+            interrupts.goes_on(now, true, 24);
+            now += 8 * MICRO;
+            interrupts.published(0, 8);
+            interrupts.is_due(16, || now);
+        }
+        assert_eq!(interrupts.waking, WAKING_FIRST);
     }
 
     #[test]
@@ -238,7 +351,7 @@ mod tests {
                 interrupts.take();
                 // It takes its time.
                 now += Duration::from_micros(25);
-                interrupts.goes_on(now);
+                interrupts.goes_on(now, true, 8);
             }
             due
         });

@@ -134,8 +134,13 @@ impl Worker {
         while !device.is_stopping() {
             match self.pass(device, vring) {
                 Pass::Worked => continue,
-                Pass::Stopped => return self.tell(device, vring),
-                Pass::Idle => self.tell(device, vring),
+                Pass::Stopped => {
+                    self.tell(device, vring);
+                    return;
+                }
+                Pass::Idle => {
+                    self.tell(device, vring);
+                }
             }
             if !self.spin(device, vring) && !self.arm(device, vring) {
                 return;
@@ -226,9 +231,9 @@ impl Worker {
         // Only what was taken at once leaves more to take; what else is left comes by itself.
         let left = self.watch.as_ref().map_or(0, Watch::left);
         if self.interrupts.is_due(left, Instant::now) {
-            self.tell(device, vring);
+            let told = self.tell(device, vring);
             if left > 0 {
-                self.interrupts.goes_on(Instant::now());
+                self.interrupts.goes_on(Instant::now(), told, left);
             }
         }
         match taken {
@@ -469,9 +474,9 @@ impl Worker {
         self.interrupts.published(before, next);
     }
 
-    /// Interrupts the guest, if it wants to be told of what was published.
-    fn tell(&mut self, device: &Device, vring: &Vring) {
-        let Some(before) = self.interrupts.take() else { return };
+    /// Interrupts the guest, if it wants to be told of what was published; whether it did.
+    fn tell(&mut self, device: &Device, vring: &Vring) -> bool {
+        let Some(before) = self.interrupts.take() else { return false };
         let memory = device.memory();
         let state = vring.lock();
         match wants_interrupt(state.get_queue(), &memory, before) {
@@ -479,9 +484,13 @@ impl Worker {
                 if let Err(error) = signal(&state) {
                     device.warn(|| format!("cannot interrupt the guest: {error}"));
                 }
+                true
             }
-            Ok(false) => {}
-            Err(error) => device.warn(|| format!("cannot tell whether to interrupt the guest: {error}")),
+            Ok(false) => false,
+            Err(error) => {
+                device.warn(|| format!("cannot tell whether to interrupt the guest: {error}"));
+                false
+            }
         }
     }
 
