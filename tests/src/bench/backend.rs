@@ -151,12 +151,14 @@ impl Bench {
     /// Puts the load of `point` on `backend` for `time`.
     pub fn measure(&self, backend: Backend, point: Point, time: Duration) -> Sample {
         if let Backend::Limit(way) = backend {
-            return self.limit(way, point, time);
+            return machine::undisturbed(|| machine::with_stolen(|| self.limit(way, point, time)));
         }
-        let running = self.start(backend, point.queues, place(point, Place::Backend));
-        let sample = running.load(point, time, None);
-        running.stop();
-        sample
+        machine::undisturbed(|| {
+            let running = self.start(backend, point.queues, place(point, Place::Backend));
+            let sample = machine::with_stolen(|| running.load(point, time, None));
+            running.stop();
+            sample
+        })
     }
 
     fn limit(&self, way: &str, point: Point, time: Duration) -> Sample {

@@ -2,7 +2,7 @@
 
 use super::{Plan, progress};
 use crate::bench::backend::{Backend, Bench};
-use crate::bench::machine::Place;
+use crate::bench::machine::{Place, undisturbed, with_stolen};
 use crate::bench::median;
 use crate::bench::report::{Better, Role, Section, short};
 use crate::images;
@@ -44,10 +44,13 @@ pub(super) fn compare(plan: &Plan) -> Vec<Section> {
             for round in 0..plan.rounds {
                 for turn in 0..BACKENDS.len() {
                     let index = (turn + round) % BACKENDS.len();
-                    let running = bench.start(BACKENDS[index].0, 1, Place::Backend);
                     let command = format!("passes {DEPTH} {count} {round}");
-                    let (answer, cpu) = running.asked(&command, Place::Client);
-                    running.stop();
+                    let (answer, cpu) = undisturbed(|| {
+                        let running = bench.start(BACKENDS[index].0, 1, Place::Backend);
+                        let answer = with_stolen(|| running.asked(&command, Place::Client));
+                        running.stop();
+                        answer
+                    });
                     let (first, later) = answer.split_once(' ').unwrap();
                     let [first, later] = [first, later].map(|rate| rate.parse::<f64>().unwrap() / 1e3);
                     samples[index].push([first, later, cpu * 1e6 / (count * 4) as f64]);
