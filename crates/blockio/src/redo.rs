@@ -124,11 +124,12 @@ impl Redo {
         }
         let of_slot = |slot: usize| {
             let [offset, len] = self.words_of(slot).map(|word| word.load(Ordering::Acquire));
-            let len = usize::try_from(len).ok().filter(|len| (1..=PAGE).contains(len))?;
+            let room = PAGE - (offset % PAGE as u64) as usize;
+            let len = usize::try_from(len).ok().filter(|len| (1..=room).contains(len))?;
             let mut data = vec![0; len];
-            // SAFETY: within the mapping; armed slots have room in the file. Nobody else touches it.
-            unsafe { std::ptr::copy_nonoverlapping(self.data_of(slot), data.as_mut_ptr(), len) };
-            Some(Unfinished { offset, data })
+            // Not through the mapping: whoever has spoilt the file may have left no page there.
+            let found = rustix::io::pread(&self.fd, &mut data[..], data_offset(slot)).ok()?;
+            (found == len).then_some(Unfinished { offset, data })
         };
         (0..SLOTS).filter_map(of_slot).collect()
     }

@@ -7,6 +7,7 @@
 //! Who wrote is known from the live page: of the server that it names, and of no other, the file beside it tells. A
 //! server that knew nothing of that file, and served the disk between, has put its own name there.
 
+use std::fs;
 use std::io;
 use std::sync::Arc;
 
@@ -26,10 +27,12 @@ use crate::{Error, Paths};
 /// # Errors
 /// If it can't be opened otherwise: nobody knows what it says.
 pub(crate) fn open(paths: &Paths, disk: Uuid) -> Result<Option<Arc<Redo>>, Error> {
-    match Redo::open(&paths.redo(disk)) {
+    let path = paths.redo(disk);
+    // One that says something has room for it, but a file system that copies on write may not say so.
+    let says_nothing = || fs::read(&path).is_ok_and(|bytes| bytes.iter().all(|byte| *byte == 0));
+    match Redo::open(&path) {
         Ok(redo) => Ok(Some(Arc::new(redo))),
-        // One that says something has room for it.
-        Err(error) if error.io_error().kind() == io::ErrorKind::StorageFull => {
+        Err(error) if error.io_error().kind() == io::ErrorKind::StorageFull && says_nothing() => {
             log::warn!("writes to tmpfs and ext4 are slower: {}", describe(&error));
             Ok(None)
         }

@@ -123,6 +123,10 @@ fn lengths_that_no_slot_can_have_are_not_believed() {
     }
     redo.words_of(3)[1].store(PAGE as u64, Ordering::Release);
     assert_eq!(redo.unfinished(OWNER).len(), 1);
+    // Over the end of a page of the file.
+    redo.words_of(3)[0].store(512, Ordering::Release);
+    assert_eq!(redo.unfinished(OWNER), []);
+    redo.words_of(3)[0].store(0, Ordering::Release);
     redo.word(0).store(MAGIC + 1, Ordering::Release);
     assert_eq!(redo.unfinished(OWNER), []);
 }
