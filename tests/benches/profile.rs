@@ -11,7 +11,7 @@
 use std::time::Duration;
 
 use pristine_tests::bench::backend::{Backend, Bench};
-use pristine_tests::bench::machine::{Place, kind_of};
+use pristine_tests::bench::machine::kind_of;
 use pristine_tests::bench::options::{Options, refuse};
 use pristine_tests::bench::points::Point;
 use pristine_tests::bench::profile::profiled;
@@ -57,10 +57,9 @@ fn main() {
 
 /// Measures, and prints a paragraph with a table.
 fn show(bench: &Bench, backend: Backend, point: Point, time: Duration) {
-    let place = if point.queues == 1 { Place::Backend } else { Place::Anywhere };
-    let running = bench.start(backend, point.queues, place);
-    let (sample, profile) = profiled(running.process.pid(), || running.load(point, time, None));
-    running.stop();
+    let (sample, profile) = bench.with_running(backend, point, |running| {
+        profiled(running.process.pid(), || running.load(point, time, None))
+    });
     let Some(profile) = profile else { refuse("perf can't be run: install linux-perf") };
     let us = |share: f64| share * sample.cpu_us;
     println!(

@@ -153,11 +153,21 @@ impl Bench {
         if let Backend::Limit(way) = backend {
             return machine::undisturbed(|| machine::with_stolen(|| self.limit(way, point, time)));
         }
+        self.with_running(backend, point, |running| running.load(point, time, None))
+    }
+
+    /// Starts `backend` for `point`, has it measured, and stops it; again, if the hypervisor has spoilt that.
+    pub fn with_running<T>(
+        &self,
+        backend: Backend,
+        point: Point,
+        mut measure: impl FnMut(&Running<'_>) -> T,
+    ) -> T {
         machine::undisturbed(|| {
             let running = self.start(backend, point.queues, place(point, Place::Backend));
-            let sample = machine::with_stolen(|| running.load(point, time, None));
+            let result = machine::with_stolen(|| measure(&running));
             running.stop();
-            sample
+            result
         })
     }
 

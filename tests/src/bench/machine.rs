@@ -66,7 +66,7 @@ const STOLEN_MAX: f64 = 0.02;
 const TRIES_MAX: usize = 4;
 
 /// What `measure` returns, and which part of all processors' time the hypervisor took for others meanwhile.
-pub fn with_stolen<T>(measure: impl FnOnce() -> T) -> (T, f64) {
+pub(super) fn with_stolen<T>(measure: impl FnOnce() -> T) -> (T, f64) {
     let (before, begin) = (stolen_seconds(), Instant::now());
     let result = measure();
     let processors = std::thread::available_parallelism().map_or(1, |count| count.get());
@@ -76,7 +76,7 @@ pub fn with_stolen<T>(measure: impl FnOnce() -> T) -> (T, f64) {
 
 /// Makes a measurement again, a few times at most, if the hypervisor took away more than 2 % of the processors' time; the one
 /// of which it took the least. `measure` says what it took, see [`with_stolen`].
-pub fn undisturbed<T>(mut measure: impl FnMut() -> (T, f64)) -> T {
+pub(super) fn undisturbed<T>(mut measure: impl FnMut() -> (T, f64)) -> T {
     let mut best = measure();
     for _ in 1..TRIES_MAX {
         if best.1 <= STOLEN_MAX {

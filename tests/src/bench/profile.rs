@@ -1,9 +1,11 @@
 //! Where a request's processor time goes: samples of a backend under load, by `perf`.
 
-use std::process::{Command, Stdio};
+use std::process::Command;
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
 
+use crate::PATIENCE;
+use crate::process::Process;
 use crate::program::{run, scratch_dir, scratch_root};
 
 /// Samples of a process, as shares of all of its samples.
@@ -23,19 +25,14 @@ pub fn profiled<T>(pid: u32, load: impl FnOnce() -> T) -> (T, Option<Profile>) {
     // Of all processes: a thread that is made later would not be looked at.
     let mut record = Command::new("perf");
     record.args(["record", "-q", "-a", "-g", "-e", "cpu-clock", "-F", "1999", "-o"]).arg(&data);
-    record.stdout(Stdio::null()).stderr(Stdio::null());
-    let mut record = match record.spawn() {
-        Ok(record) => record,
-        Err(_) => return (load(), None),
-    };
+    let mut record = Process::spawn("perf record", &record);
     let result = load();
-    // It writes its file to its end.
-    if let Some(recorder) = Pid::from_raw(record.id() as i32) {
-        kill_process(recorder, Signal::INT).ok();
-    }
-    if record.wait().is_err() || !data.exists() {
+    if record.ended() {
         return (result, None);
     }
+    // It writes its file to its end.
+    record.signal(Signal::INT);
+    record.wait(PATIENCE);
     let report = |more: &[&str]| {
         let mut report = Command::new("perf");
         report

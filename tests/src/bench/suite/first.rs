@@ -2,9 +2,11 @@
 
 use super::{Plan, progress};
 use crate::bench::backend::{Backend, Bench};
-use crate::bench::machine::{Place, undisturbed, with_stolen};
+use crate::bench::machine::Place;
 use crate::bench::median;
+use crate::bench::points::Point;
 use crate::bench::report::{Better, Role, Section, short};
+use crate::client::Pattern;
 use crate::images;
 use crate::lab::Lab;
 
@@ -45,11 +47,9 @@ pub(super) fn compare(plan: &Plan) -> Vec<Section> {
                 for turn in 0..BACKENDS.len() {
                     let index = (turn + round) % BACKENDS.len();
                     let command = format!("passes {DEPTH} {count} {round}");
-                    let (answer, cpu) = undisturbed(|| {
-                        let running = bench.start(BACKENDS[index].0, 1, Place::Backend);
-                        let answer = with_stolen(|| running.asked(&command, Place::Client));
-                        running.stop();
-                        answer
+                    let point = Point::one_queue(Pattern::RandomWrite, DEPTH);
+                    let (answer, cpu) = bench.with_running(BACKENDS[index].0, point, |running| {
+                        running.asked(&command, Place::Client)
                     });
                     let (first, later) = answer.split_once(' ').unwrap();
                     let [first, later] = [first, later].map(|rate| rate.parse::<f64>().unwrap() / 1e3);

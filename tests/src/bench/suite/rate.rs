@@ -2,7 +2,6 @@
 
 use super::{Plan, progress};
 use crate::bench::backend::{Backend, Bench, Sample};
-use crate::bench::machine::{Place, undisturbed, with_stolen};
 use crate::bench::median;
 use crate::bench::points::Point;
 use crate::bench::report::{Better, Role, Section, short};
@@ -37,13 +36,11 @@ pub(super) fn compare(plan: &Plan) -> Vec<Section> {
             for round in 0..plan.rounds {
                 for turn in 0..BACKENDS.len() {
                     let index = (turn + round) % BACKENDS.len();
-                    samples[index].push(undisturbed(|| {
-                        let running = bench.start(BACKENDS[index], 1, Place::Backend);
-                        let point = Point { depth: 128, ..point };
-                        let sample = with_stolen(|| running.load(point, plan.time, Some(rate)));
-                        running.stop();
-                        sample
-                    }));
+                    let point = Point { depth: 128, ..point };
+                    let sample = bench.with_running(BACKENDS[index], point, |running| {
+                        running.load(point, plan.time, Some(rate))
+                    });
+                    samples[index].push(sample);
                 }
             }
             let label = format!("{}, {}", medium.name, pattern.name());
