@@ -23,6 +23,7 @@ pub(crate) struct MemoryDisk {
     state: Mutex<State>,
     changed: Condvar,
     in_flight: AtomicUsize,
+    left: AtomicUsize,
     flushes: AtomicU64,
     durable_writes: AtomicU64,
 }
@@ -95,6 +96,11 @@ impl MemoryDisk {
 
     pub(crate) fn in_flight(&self) -> usize {
         self.in_flight.load(Ordering::SeqCst)
+    }
+
+    /// How much I/O was left undone.
+    pub(crate) fn left(&self) -> usize {
+        self.left.load(Ordering::SeqCst)
     }
 
     pub(crate) fn flushes(&self) -> u64 {
@@ -269,6 +275,9 @@ impl DiskIo for MemoryIo {
             }
             let outcome = if self.perform(bytes, request) { failure } else { Outcome::Failed };
             done.push(Finished { token, outcome });
+            if outcome == Outcome::Left {
+                self.disk.left.fetch_add(1, Ordering::SeqCst);
+            }
             self.disk.in_flight.fetch_sub(1, Ordering::SeqCst);
         }
     }

@@ -68,7 +68,7 @@ fn requests_that_a_server_has_left_are_done_by_the_next() {
     offer_write(&mut driver, 1, 8, 2);
     offer_write(&mut driver, 2, 24, 3);
     driver.kick(0);
-    wait_until("the second one was left", || server.disk.in_flight() == 1);
+    wait_until("the second one was left", || server.disk.left() == 1);
     server.disk.end_io(Outcome::Done);
     driver.skip_descriptors(0, 3);
     // One that is done after them is answered, and only that.
