@@ -1,8 +1,9 @@
 //! What a queue's thread does: takes requests from the ring, gives them to the disk, publishes
 //! their answers, and looks for more for a while before it sleeps.
 //!
-//! Order within a pass: pop what is available, submit once, reap, status bytes, used elements, used
-//! index. The ring's lock is not held while the disk is at work, nor while polling.
+//! Order within a pass: pop what is available, log first touches with one append, submit once, reap, status bytes,
+//! used elements, used index; where much is done at once, status bytes to used index for each group of it. The
+//! ring's lock is not held while the disk is at work, nor while polling.
 //!
 //! Answers are published soon and in small groups as long as requests are done at once, so that a guest that
 //! is awake goes on while the next ones are done. Interrupts are for a guest that sleeps (see
@@ -33,8 +34,11 @@ use crate::{
 
 /// How often the ring is looked at between two looks at the clock.
 const LOOKS_PER_TIME: u32 = 16;
-/// How many requests are taken at a time while they are done at once, at most.
+/// How many requests are done at once before their answers are published, at most.
 pub(crate) const GROUP: usize = 8;
+/// How many such groups are taken at a time while there are first touches among them: those of all groups are logged
+/// with one append, which takes longer than a write.
+const GROUPS_LOGGED: usize = 4;
 
 /// The data path of one virtqueue.
 pub(crate) struct Worker {
@@ -54,6 +58,8 @@ pub(crate) struct Worker {
     all_at_once: bool,
     /// Whether no request of it was.
     none_at_once: bool,
+    /// Whether there were first touches among them.
+    first_touches: bool,
     interrupts: Interrupts,
     /// The queue's ring, once it was started.
     vring: Option<Vring>,
@@ -108,6 +114,7 @@ impl Worker {
             answers: Vec::with_capacity(room),
             all_at_once: false,
             none_at_once: false,
+            first_touches: false,
             interrupts: Interrupts::new(),
             vring: None,
             started: 0,
@@ -215,7 +222,7 @@ impl Worker {
         };
         // Even if the ring has turned out to make no sense after requests were taken again.
         if !self.batch.is_empty() {
-            self.start_batch(device, &memory);
+            self.start_batch(device, vring, &memory);
             self.io.submit();
         } else {
             self.parser.end();
@@ -225,21 +232,25 @@ impl Worker {
         }
         self.collect();
         let answered = !self.answers.is_empty();
-        if answered {
-            self.publish(device, vring);
+        self.end_group(device, vring, 0);
+        match taken {
+            None => Pass::Stopped,
+            Some(0) if !answered => Pass::Idle,
+            Some(_) => Pass::Worked,
         }
-        // Only what was taken at once leaves more to take; what else is left comes by itself.
-        let left = self.watch.as_ref().map_or(0, Watch::left);
+    }
+
+    /// Publishes what is answered, and interrupts the guest if it is time. `taken`: so many requests are still to be
+    /// done at once of those that were taken.
+    fn end_group(&mut self, device: &Device, vring: &Vring, taken: usize) {
+        self.publish(device, vring);
+        // Only what is done at once leaves more to do; what else is left comes by itself.
+        let left = self.watch.as_ref().map_or(0, Watch::left).saturating_add(taken as u16);
         if self.interrupts.is_due(left, Instant::now) {
             let told = self.tell(device, vring);
             if left > 0 {
                 self.interrupts.goes_on(Instant::now(), told, left);
             }
-        }
-        match taken {
-            None => Pass::Stopped,
-            Some(0) if !answered => Pass::Idle,
-            Some(_) => Pass::Worked,
         }
     }
 
@@ -285,9 +296,9 @@ impl Worker {
         if !queue.event_idx_enabled() {
             queue.disable_notification(memory.as_ref()).ok()?;
         }
-        let room =
-            if self.all_at_once { self.slots.room().min(self.interrupts.group()) } else { self.slots.room() }
-                .min(count);
+        let groups = if self.first_touches { GROUPS_LOGGED } else { 1 };
+        let limit = if self.all_at_once { self.interrupts.group() * groups } else { usize::MAX };
+        let room = self.slots.room().min(limit).min(count);
         if count > usize::from(queue.size()) {
             // More than there can be (2.7.13.3): what they are, nobody knows.
             device.warn(|| format!("the guest's available ring can't be used: it has {count} requests"));
@@ -322,10 +333,11 @@ impl Worker {
         }
     }
 
-    /// Starts or answers what was taken.
-    fn start_batch(&mut self, device: &Device, memory: &Arc<Memory>) {
+    /// Starts or answers what was taken, and publishes group after group of answers except the last.
+    fn start_batch(&mut self, device: &Device, vring: &Vring, memory: &Arc<Memory>) {
         let mut batch = std::mem::take(&mut self.batch);
         let durable = device.is_write_through();
+        self.none_at_once = true;
         let mut requests = batch.drain(..);
         while let Some((head, Parsed { status_at, action })) = requests.next() {
             // While one is copied the next one comes near; more than that at a time would only wait for each other.
@@ -356,33 +368,46 @@ impl Worker {
             match done {
                 Some((status, written)) => {
                     self.answers.push(self.parser.answer(head, status_at, status, written));
+                    self.none_at_once = false;
+                    self.end_group_if_full(device, vring, requests.len() + self.announced.len());
                 }
                 None => self.start(memory, head, status_at, action, durable),
             }
         }
         drop(requests);
         self.batch = batch;
-        if !self.announced.is_empty() {
-            self.start_announced(memory, durable);
+        self.first_touches = !self.announced.is_empty();
+        if self.first_touches {
+            self.start_announced(device, vring, memory, durable);
         }
         self.parser.end();
         self.all_at_once = self.slots.is_empty();
-        self.none_at_once = self.answers.is_empty();
     }
 
     /// Logs the first touches of a batch, all at once, and makes their writes.
-    fn start_announced(&mut self, memory: &Arc<Memory>, durable: bool) {
+    fn start_announced(&mut self, device: &Device, vring: &Vring, memory: &Arc<Memory>, durable: bool) {
         self.io.log_announced();
         let mut announced = std::mem::take(&mut self.announced);
-        for (head, Parsed { status_at, action }) in announced.drain(..) {
+        let mut writes = announced.drain(..);
+        while let Some((head, Parsed { status_at, action })) = writes.next() {
             match &action {
                 Action::Write { range, data } if self.write_now(*range, *data, durable) => {
                     self.answers.push(self.parser.answer(head, status_at, Status::Ok, 0));
+                    self.none_at_once = false;
+                    self.end_group_if_full(device, vring, writes.len());
                 }
                 _ => self.start(memory, head, status_at, action, durable),
             }
         }
+        drop(writes);
         self.announced = announced;
+    }
+
+    /// Ends a group in the middle of a batch. The last one ends with the pass.
+    fn end_group_if_full(&mut self, device: &Device, vring: &Vring, left: usize) {
+        if left > 0 && self.answers.len() >= self.interrupts.group() {
+            self.end_group(device, vring, left);
+        }
     }
 
     fn write_now(&mut self, range: BlockRange, data: Data, durable: bool) -> bool {

@@ -53,7 +53,7 @@ pub(super) struct Scene {
     pub(super) backend: Arc<Backend>,
     /// The available index.
     pub(super) avail: u16,
-    _dir: tempfile::TempDir,
+    dir: tempfile::TempDir,
 }
 
 impl Scene {
@@ -63,6 +63,13 @@ impl Scene {
     /// The status of the first request.
     pub(super) fn status(&self) -> u8 {
         self.memory.read_obj(GuestAddress(STATUS)).unwrap()
+    }
+
+    /// Bytes of the session's write log.
+    pub(super) fn log(&self) -> Vec<u8> {
+        let sessions = self.dir.path().join("disk.raw.pristine/sessions");
+        let log = std::fs::read_dir(sessions).unwrap().next().unwrap().unwrap();
+        std::fs::read(log.path()).unwrap()
     }
 
     pub(super) fn new() -> Self {
@@ -96,7 +103,7 @@ impl Scene {
         vring.set_queue_event_idx(true);
         vring.set_queue_ready(true);
         vring.set_enabled(true);
-        Self { memory, vring, backend, avail: 0, _dir: dir }
+        Self { memory, vring, backend, avail: 0, dir }
     }
 
     /// Makes requests of `kind` available that begin at these blocks.
