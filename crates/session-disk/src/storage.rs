@@ -10,6 +10,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread;
 
 use blockio::tape::{Io, Tape, TapeEngine, pass};
 use blockio::{Engine, File, OpenOptions};
@@ -94,7 +95,12 @@ impl Storage {
             let io = Io::Write { path: &new, offset: 0, bytes, durable: false };
             self.pass(io, || file.write_all(bytes))?;
             self.pass(Io::Sync { path: &new }, || file.sync_all())?;
-            self.pass(Io::Rename { from: &new, to: path }, || fs::rename(&new, path))
+            let old = fs::File::open(path);
+            self.pass(Io::Rename { from: &new, to: path }, || fs::rename(&new, path))?;
+            if let Ok(old) = old {
+                close_elsewhere(old);
+            }
+            Ok(())
         };
         write().inspect_err(|_| {
             let _ = self.remove(&new);
@@ -166,6 +172,13 @@ impl Storage {
             }
         }
     }
+}
+
+/// Closes a file that may have no name any more. On a file system that is mounted with `discard`, who closes the last
+/// descriptor of such a file waits until the medium has discarded its blocks, for as long as a sync or longer.
+fn close_elsewhere(file: fs::File) {
+    // Where no thread is to be had it is closed here: with what would have been run by it.
+    let _ = thread::Builder::new().name("close".to_owned()).spawn(move || drop(file));
 }
 
 fn to_io(error: blockio::Error) -> io::Error {
