@@ -17,7 +17,7 @@ use crate::disk::HoldReason;
 use crate::paths::Paths;
 
 use crate::recover::Basis;
-use crate::storage::Storage;
+use crate::storage::{Staged, Storage};
 
 /// The newest format version that this program reads, and the one that it writes.
 pub const MANIFEST_VERSION: u32 = 1;
@@ -219,11 +219,30 @@ impl Manifest {
 
     /// Makes this the disk's manifest, durably. After an error the old one still holds, or this one does.
     pub(crate) fn store(&self, storage: &Storage, paths: &Paths) -> Result<(), Error> {
+        self.stage(storage, paths)?.place(paths)
+    }
+
+    /// The first half of [`store`](Self::store): this is on the medium, but not yet the disk's manifest.
+    pub(crate) fn stage<'a>(&self, storage: &'a Storage, paths: &Paths) -> Result<StagedManifest<'a>, Error> {
         let path = paths.manifest();
-        self.to_bytes()
-            .and_then(|bytes| storage.replace(&path, &bytes))
-            .map_err(|error| Error::state("replace", &path, error))?;
-        storage.sync_dir(paths.state_dir())
+        let staged = self.to_bytes().and_then(|bytes| storage.stage(&path, &bytes));
+        Ok(StagedManifest { storage, file: staged.map_err(|error| Error::state("replace", &path, error))? })
+    }
+}
+
+/// A manifest on the medium that is not the disk's yet.
+#[derive(Debug)]
+#[must_use]
+pub(crate) struct StagedManifest<'a> {
+    storage: &'a Storage,
+    file: Staged<'a>,
+}
+
+impl StagedManifest<'_> {
+    /// Makes it the disk's, durably. After an error the old one still holds, or this one does.
+    pub(crate) fn place(self, paths: &Paths) -> Result<(), Error> {
+        self.file.place().map_err(|error| Error::state("replace", &paths.manifest(), error))?;
+        self.storage.sync_dir(paths.state_dir())
     }
 }
 

@@ -53,6 +53,12 @@ pub trait LogDir: fmt::Debug {
 
     /// Returns once the names in it survive a power cut.
     fn sync(&self) -> io::Result<()>;
+
+    /// Returns once all that was written to `file`, which is in it, survives a power cut, and the names too.
+    fn sync_with(&self, file: &mut dyn LogFile) -> io::Result<()> {
+        file.sync_data()?;
+        self.sync()
+    }
 }
 
 /// A directory of the host.

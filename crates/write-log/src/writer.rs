@@ -79,7 +79,9 @@ impl LogWriter {
             return Err(LogError::refused(&path, "expected areas that hold a bitmap of the disk"));
         }
         let layout = new_layout(header, area_size, &path)?;
-        Self::start(file, path, header, layout)
+        let mut log = Self::start(file, path, header, layout)?;
+        log.sync()?;
+        Ok(log)
     }
 
     /// Opens the session's log at `path` to go on after `mark`. What follows the mark is erased.
@@ -280,7 +282,7 @@ impl LogWriter {
         (self.mark, self.remains_end) = (mark, mark.committed);
     }
 
-    /// A new log in the empty `file`: room and header, durable.
+    /// A new log in the empty `file`: room and header. The caller syncs it.
     pub(crate) fn start(
         mut file: Box<dyn LogFile>,
         path: PathBuf,
@@ -296,7 +298,6 @@ impl LogWriter {
         })?;
         let block = header::encode(header, layout);
         write_all(&mut *file, &block, 0).map_err(LogError::io("write the header of", &path))?;
-        file.sync_data().map_err(LogError::io("sync", &path))?;
         let crc = header::crc_of(&block);
         Ok(Self::over(file, path, header.clone(), crc, layout, Mark::start(crc, 1)))
     }
@@ -420,7 +421,7 @@ fn check_session(header: &LogHeader, path: &Path) -> Result<(), LogError> {
     }
 }
 
-/// Creates a log's file in `dir`, lets `fill` write to it, and makes its name durable. On an error
+/// Creates a log's file in `dir`, lets `fill` write to it, and makes it and its name durable. On an error
 /// the file is removed, if it was made here.
 pub(crate) fn create_log(
     dir: &dyn LogDir,
@@ -437,7 +438,7 @@ pub(crate) fn create_log(
     })?;
     let written = LogWriter::start(file, path.clone(), header, layout).and_then(|mut log| {
         fill(&mut log)?;
-        dir.sync().map_err(LogError::io("sync the directory of", &path))?;
+        dir.sync_with(&mut *log.file).map_err(LogError::io("sync", &path))?;
         Ok(log)
     });
     written.inspect_err(|_| {

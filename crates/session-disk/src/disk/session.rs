@@ -9,8 +9,9 @@ use write_log::LogWriter;
 use super::{OpenSession, SessionDisk, next_entry};
 use crate::live::LiveMark;
 use crate::manifest::EntryKind;
-use crate::open::describe;
+use crate::open::{describe, remove_unnamed_logs};
 use crate::process::ProcessId;
+use crate::witness;
 use crate::{Error, SessionStart, SessionSummary};
 
 impl SessionDisk {
@@ -35,13 +36,29 @@ impl SessionDisk {
         self.keep_in(&mut manifest)?;
         let entry = next_entry(&mut manifest, EntryKind::Session);
         let header = self.log_header(&manifest, entry);
-        let logs = self.shared.storage.logs(&self.paths.sessions());
-        let writer = self.with_room(&lifecycle, || LogWriter::create_in(&*logs, &header))?;
-        // The mark comes first: were we killed between the two, the earlier logs are sealed and speak
-        // for themselves.
-        self.shared.live.set_mark(LiveMark { sequence: entry.sequence, mark: writer.mark() });
         manifest.pristine_since = None;
-        self.replace_manifest(&mut manifest)?;
+        manifest.generation = witness::next_generation(manifest.generation, None);
+        let storage = &self.shared.storage;
+        let logs = storage.logs(&self.paths.sessions());
+        // The next session waits for both, each of which waits for the medium.
+        let (writer, staged) = storage.both(
+            || self.with_room(&lifecycle, || LogWriter::create_in(&*logs, &header)),
+            || manifest.stage(storage, &self.paths),
+        );
+        let writer = writer?;
+        let began = match staged {
+            // There may be room now: room that the log was refused was its own for a while.
+            Err(error) if error.is_no_space() => manifest.stage(storage, &self.paths),
+            staged => staged,
+        }
+        .and_then(|staged| {
+            // The mark comes first: were we killed between the two, the earlier logs are sealed and speak
+            // for themselves.
+            self.shared.live.set_mark(LiveMark { sequence: entry.sequence, mark: writer.mark() });
+            staged.place(&self.paths)
+        });
+        began.inspect_err(|_| remove_unnamed_logs(storage, &self.paths, &manifest))?;
+        self.name_generation(&manifest);
         lifecycle.manifest = manifest;
         self.shared.live.set_pristine(false);
         *self.shared.log() = Some(writer);
