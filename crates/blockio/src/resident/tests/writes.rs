@@ -41,7 +41,8 @@ fn write_of_a_map_equals_pwrite() {
             0..4,
         );
         let offsets = prop_oneof![0..bytes as u64 + 10, (0..101u64).prop_map(|page| page * PAGE_SIZE)];
-        let (through_the_map, is_memory) = (Cell::new(0), is_memory(&dir));
+        // On a disk windows are written through the map that were written wholly, which the end's never is.
+        let always = if is_memory(&dir) { bytes as u64 } else { 96 * PAGE_SIZE };
         let cases = ProptestConfig::with_cases(300);
         proptest!(cases, |(offset in offsets, lens in lens, salt in any::<u8>())| {
             let mut expected = all();
@@ -49,20 +50,22 @@ fn write_of_a_map_equals_pwrite() {
             let data: Vec<u8> = content(len).iter().map(|byte| byte ^ salt).collect();
             match expected.get_mut(offset as usize..offset as usize + len) {
                 Some(place) => {
-                    if is_memory {
-                        write_resident(&map, offset, &data, &lens);
-                    } else if write_parts(&map, offset, &data, &lens) {
-                        through_the_map.set(through_the_map.get() + 1);
-                    } else {
-                        file.write_all_at(&data, offset).unwrap();
-                    }
                     place.copy_from_slice(&data);
+                    let begin = Instant::now();
+                    while !write_parts(&map, offset, &data, &lens) {
+                        prop_assert!(begin.elapsed() < Duration::from_secs(60), "{offset}, {lens:?} is refused");
+                        if offset + len as u64 > always {
+                            file.write_all_at(&data, offset).unwrap();
+                            break;
+                        }
+                        let whole = &all()[..always as usize];
+                        write_resident(&map, 0, whole, &[whole.len()]);
+                    }
                 }
                 None => prop_assert!(!write_parts(&map, offset, &data, &lens)),
             }
             prop_assert!(all() == expected, "offset {offset}, parts {lens:?}");
         });
-        assert!(through_the_map.get() > 10 || is_memory, "{through_the_map:?} writes through the map");
         assert_eq!(file.size().unwrap(), bytes as u64);
         for (offset, len) in [(u64::MAX, 1), (u64::MAX, 0), (bytes as u64, 1), (bytes as u64 - 1, 2)] {
             assert!(!write_parts(&map, offset, &vec![7; len], &[len]));
@@ -133,9 +136,13 @@ fn first_write_after_a_map_was_made_or_forgotten_is_refused() {
         ];
         assert!(!write_parts(&map, 0, &data, &[8 * PAGE]));
         for (forget, refused) in forgets {
-            write_resident(&map, 0, &data, &[8 * PAGE]);
-            forget(&map);
-            assert_ne!(write_parts(&map, 0, &data, &[8 * PAGE]), refused);
+            // A major fault of this thread between them, on a page of the test itself, has the write refused too, but not each time.
+            let is_made = (0..20).any(|_| {
+                write_resident(&map, 0, &data, &[8 * PAGE]);
+                forget(&map);
+                write_parts(&map, 0, &data, &[8 * PAGE])
+            });
+            assert_ne!(is_made, refused);
         }
     }
 }
