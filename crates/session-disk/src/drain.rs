@@ -40,9 +40,6 @@ use crate::ways::Sharing;
 const RUN_BLOCKS_MAX: u64 = 64;
 /// The same while blocks may be shared: 2 MiB.
 const SHARED_RUN_BLOCKS_MAX: u64 = 512;
-/// So many times as much is under way once that is known to work, if nobody waits: before blocks are shared, what is dirty there has to be written
-/// back, and that of many runs at once.
-const SHARED_IN_FLIGHT: u64 = 8;
 /// Runs that are being copied at once.
 const IN_FLIGHT_RUNS_MAX: usize = 64;
 /// Blocks that are copied before the kernel is asked to write them back: 8 MiB.
@@ -141,7 +138,7 @@ impl Drain {
         let engine = shared.new_drain_engine(IN_FLIGHT_RUNS_MAX as u32)?;
         let waker =
             Waker::new().map_err(|error| Error::state("make a wake-up for", shared.disk.path(), error))?;
-        let pace = Pace::new(shared.drain_policy);
+        let pace = Pace::new(shared.drain_policy, shared.disk.is_direct());
         shared.ways().ask_again();
         Ok(Self {
             shared,
@@ -283,14 +280,14 @@ impl Drain {
     /// What may be claimed besides what is being copied, in a batch that has `started` so many blocks.
     fn room(&self, speed: Speed, started: u64) -> Option<Room> {
         let sharing = self.shared.ways().sharing();
-        let more = if sharing == Sharing::Works && !speed.by_stints { SHARED_IN_FLIGHT } else { 1 };
-        let bytes = speed.in_flight_bytes * more;
-        let bytes = bytes.checked_sub(self.in_flight_bytes).filter(|left| *left > 0)?;
+        let at_once =
+            if sharing == Sharing::Works { speed.in_flight_shared_bytes } else { speed.in_flight_bytes };
+        let bytes = at_once.checked_sub(self.in_flight_bytes).filter(|left| *left > 0)?;
         let runs = IN_FLIGHT_RUNS_MAX.checked_sub(self.in_flight_runs).filter(|left| *left > 0)?;
         let blocks = speed.batch_blocks.checked_sub(started).filter(|left| *left > 0)?;
         let allowed = Some(self.pace.allowance() / BLOCK_SIZE).filter(|left| *left > 0)?;
         let run_blocks = if sharing == Sharing::Off { RUN_BLOCKS_MAX } else { SHARED_RUN_BLOCKS_MAX };
-        let run_blocks = run_blocks.min(speed.in_flight_bytes / BLOCK_SIZE).min(allowed);
+        let run_blocks = run_blocks.min(at_once / BLOCK_SIZE).min(allowed);
         Some(Room { runs, blocks: blocks.min(bytes.div_ceil(BLOCK_SIZE)).min(allowed), run_blocks })
     }
 

@@ -64,6 +64,9 @@ pub(crate) enum Guests {
 pub(crate) struct Speed {
     /// Bytes that are being copied at once.
     pub(crate) in_flight_bytes: u64,
+    /// The same where blocks are shared, once that is known to work: before that, what is dirty there has to be written back, and
+    /// that of many runs at once.
+    pub(crate) in_flight_shared_bytes: u64,
     /// Blocks after which a batch is synced.
     pub(crate) batch_blocks: u64,
     /// Whether all that is being copied is finished before more is claimed. Only then can the drain rest, for
@@ -81,16 +84,30 @@ pub(crate) enum Pause {
 }
 
 /// Nobody waits: one sync for 1 GiB. What is in flight stays in a processor's cache between its read and its write.
-const FULL: Speed = Speed { in_flight_bytes: 2 << 20, batch_blocks: 262_144, by_stints: false };
+const FULL: Speed = Speed {
+    in_flight_bytes: 2 << 20,
+    in_flight_shared_bytes: 16 << 20,
+    batch_blocks: 262_144,
+    by_stints: false,
+};
 /// A guest has paused, and may be back any time: a sync is short.
 const WHILE_IDLE: Speed = Speed { batch_blocks: 16_384, ..FULL };
-/// Guests work: little is ahead of their I/O in the device's queue, and a sync is short.
-const GENTLE: Speed = Speed { in_flight_bytes: 512 << 10, batch_blocks: 16_384, by_stints: true };
+/// Guests work, and copying takes a processor: whoever wants that one waits for the end of what is copied at once. 64 KiB take
+/// as long as a few requests. A sync is short.
+const GENTLE: Speed = Speed {
+    in_flight_bytes: 64 << 10,
+    in_flight_shared_bytes: 512 << 10,
+    batch_blocks: 16_384,
+    by_stints: true,
+};
+/// Guests work, and copying waits for the device: little is ahead of their I/O in its queue.
+const GENTLE_DIRECT: Speed = Speed { in_flight_bytes: 512 << 10, ..GENTLE };
 
 /// Decides, from what was seen of the guests.
 #[derive(Debug, Default)]
 pub(crate) struct Pace {
     when: DrainWhen,
+    direct: bool,
     bucket: Option<Bucket>,
     /// When a request was last seen under way.
     last_seen: Option<Duration>,
@@ -99,10 +116,10 @@ pub(crate) struct Pace {
 }
 
 impl Pace {
-    /// As the operator wants it. It is made anew for each drain, and has nothing to spend at first: so what drains of
-    /// many sessions copy keeps to the rate as well.
-    pub(crate) fn new(policy: DrainPolicy) -> Self {
-        Self { when: policy.when, bucket: policy.rate.map(Bucket::new), ..Self::default() }
+    /// As the operator wants it; `direct`: past the page cache. It is made anew for each drain, and has nothing to spend at
+    /// first: so what drains of many sessions copy keeps to the rate as well.
+    pub(crate) fn new(policy: DrainPolicy, direct: bool) -> Self {
+        Self { when: policy.when, direct, bucket: policy.rate.map(Bucket::new), ..Self::default() }
     }
 
     /// How fast to go on at `now`, and why not yet, if so.
@@ -114,6 +131,7 @@ impl Pace {
         let speed = match (self.when, guests) {
             (DrainWhen::Idle, Guests::Absent) => FULL,
             (DrainWhen::Idle, _) => WHILE_IDLE,
+            (DrainWhen::Eager, _) if self.is_gentle(now) && self.direct => GENTLE_DIRECT,
             (DrainWhen::Eager, _) if self.is_gentle(now) => GENTLE,
             (DrainWhen::Eager, _) => FULL,
         };
@@ -182,7 +200,7 @@ mod tests {
     const QUIET: Guests = Guests::Quiet(7);
 
     fn pace(when: DrainWhen, rate: u64) -> Pace {
-        Pace::new(DrainPolicy { when, rate: NonZeroU64::new(rate) })
+        Pace::new(DrainPolicy { when, rate: NonZeroU64::new(rate) }, false)
     }
 
     #[test]
@@ -204,6 +222,17 @@ mod tests {
         assert_eq!(pace.rest(MS * 3, MS * 101), MS * 3);
         assert_eq!(pace.turn(QUIET, MS * 100 + QUIET_AFTER), (FULL, None));
         assert_eq!(pace.rest(MS * 3, MS * 100 + QUIET_AFTER), Duration::ZERO);
+    }
+
+    /// What a guest waits for is the processor, or the device.
+    #[test]
+    fn more_is_copied_at_once_where_copying_takes_no_processor() {
+        for (direct, speed) in [(false, GENTLE), (true, GENTLE_DIRECT)] {
+            let mut pace = Pace::new(DrainPolicy::default(), direct);
+            assert_eq!(pace.turn(Guests::Busy, MS), (speed, None));
+            assert_eq!(pace.turn(QUIET, MS * 1000), (FULL, None));
+        }
+        const { assert!(GENTLE.in_flight_bytes < GENTLE_DIRECT.in_flight_bytes) };
     }
 
     /// The drain always goes on: a slow device must not make it rest for ever.
