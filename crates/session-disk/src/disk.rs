@@ -279,6 +279,7 @@ impl SessionDisk {
         if lifecycle.in_flight() > 0 {
             return Err(Error::WrongState("a queue has requests in flight"));
         }
+        self.shared.wipe_redo();
         let mut log = self.shared.log();
         if let Some(session) = &lifecycle.session
             && self.resume

@@ -5,7 +5,8 @@
 //! has the whole request done again; not every frontend has one, and none survives the VM.)
 //!
 //! Who wrote is known from the live page: of the server that it names, and of no other, the file beside it tells. A
-//! server that knew nothing of that file, and served the disk between, has put its own name there.
+//! server that knew nothing of that file, and served the disk between, has put its own name there. One that had another
+//! runtime directory has not; but it has concluded what the session did, so that its log is no longer the manifest's.
 
 use std::fs;
 use std::io;
@@ -22,17 +23,22 @@ use crate::process::ProcessId;
 use crate::storage::Storage;
 use crate::{Error, Paths};
 
-/// Opens the file for a server of the disk. `None`: there is no room for it.
+/// Opens the file for a server of the disk. `None`: it is not to be had, and there is none that says anything.
 ///
 /// # Errors
-/// If it can't be opened otherwise: nobody knows what it says.
+/// If it is there and can't be opened: nobody knows what it says.
 pub(crate) fn open(paths: &Paths, disk: Uuid) -> Result<Option<Arc<Redo>>, Error> {
     let path = paths.redo(disk);
     // One that says something has room for it, but a file system that copies on write may not say so.
-    let says_nothing = || fs::read(&path).is_ok_and(|bytes| bytes.iter().all(|byte| *byte == 0));
+    let says_nothing = || match fs::symlink_metadata(&path) {
+        Ok(found) => {
+            found.is_file() && fs::read(&path).is_ok_and(|bytes| bytes.iter().all(|byte| *byte == 0))
+        }
+        Err(error) => error.kind() == io::ErrorKind::NotFound,
+    };
     match Redo::open(&path) {
         Ok(redo) => Ok(Some(Arc::new(redo))),
-        Err(error) if error.io_error().kind() == io::ErrorKind::StorageFull && says_nothing() => {
+        Err(error) if says_nothing() => {
             log::warn!("writes to tmpfs and ext4 are slower: {}", describe(&error));
             Ok(None)
         }
@@ -40,19 +46,23 @@ pub(crate) fn open(paths: &Paths, disk: Uuid) -> Result<Option<Arc<Redo>>, Error
     }
 }
 
-/// Does to the end what the last server of `live`, which must be of this boot and disk, was killed in the middle of. Only
-/// in blocks of which `may_differ` says so: those that the session owned, or that are not believed anyway.
+/// Does to the end what the last server of `live`, which must be of this boot and disk, was killed in the middle of, if the
+/// session's log is still one of `manifest`. Only in blocks of which `may_differ` says so: those that the session owned, or that are not believed anyway.
 ///
 /// # Errors
 /// If the disk can't be written.
 pub(crate) fn finish(
     redo: &Redo,
     live: &LivePage,
+    manifest: &Manifest,
     geometry: Geometry,
     disk: &File,
     may_differ: impl Fn(Extent) -> Result<bool, Error>,
 ) -> Result<(), Error> {
     let Some(server) = live.server() else { return Ok(()) };
+    if !live.mark().is_some_and(|mark| manifest.logs.iter().any(|log| log.sequence == mark.sequence)) {
+        return Ok(());
+    }
     for write in redo.unfinished(words(server)) {
         let (sector, len) = (write.offset / SECTOR_SIZE, write.data.len() as u64);
         let range = geometry.sectors_at(sector, len).ok().filter(|range| range.offset() == write.offset);
@@ -91,7 +101,7 @@ pub(crate) fn finish_for_reader(
 ) -> Result<(), Error> {
     let path = paths.redo(manifest.disk);
     let Some(live) = live.filter(|live| !live.is_poisoned() && path.exists()) else { return Ok(()) };
-    finish(&Redo::open(&path)?, live, geometry, disk, |extent| {
+    finish(&Redo::open(&path)?, live, manifest, geometry, disk, |extent| {
         let before = Before::of(Some(live)).session_over();
         Ok(judge(storage, paths, manifest, geometry, disk, before)?.pending.contains_all(extent))
     })

@@ -192,6 +192,13 @@ impl Shared {
         }
     }
 
+    /// Forgets what went by way of the file beside the live page. Nobody may be writing.
+    pub(crate) fn wipe_redo(&self) {
+        if let Some(redo) = &self.redo {
+            redo.wipe();
+        }
+    }
+
     pub(crate) fn log(&self) -> MutexGuard<'_, Option<LogWriter>> {
         self.log.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }

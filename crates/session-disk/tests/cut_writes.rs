@@ -12,8 +12,8 @@ use std::sync::atomic::AtomicBool;
 use blockio::{EngineKind, GuestBuf};
 use common::{Bench, fast_dir, open, read, write};
 use session_disk::{
-    DiskOptions, DiskQueue, HoldReason, Portion, ProcessId, PromoteOptions, ProvisionOptions, SessionDisk,
-    keep, promote, provision,
+    Changes, DiskOptions, DiskQueue, HoldReason, Portion, ProcessId, PromoteOptions, ProvisionOptions,
+    SessionDisk, keep, promote, provision,
 };
 
 const MIB: usize = 1 << 20;
@@ -129,6 +129,44 @@ fn cut_write_without_a_live_page_that_counts_is_left_alone() {
     }
 }
 
+/// Nor where a server with another runtime directory has taken the disk up since: the live page here still names the one
+/// that was killed.
+#[test]
+fn cut_write_of_a_session_that_another_server_has_concluded_is_left_alone() {
+    let bench = Bench::new(4 * MIB, None, false, EngineKind::Sync);
+    let options = DiskOptions { resume: true, changes: Changes::Keep, ..bench.options.clone() };
+    let disk = open(&options);
+    begin_and_write(&disk);
+    let path = redo(&bench, &disk);
+    drop(disk);
+    leave(&path, 0, ProcessId::own(), OWNED.start * BLOCK as u64, &[0x77; BLOCK]);
+    let elsewhere = DiskOptions { runtime_dir: Some(bench.dir.path().join("elsewhere")), ..options.clone() };
+    let disk = open(&elsewhere);
+    assert!(!disk.session_is_open() && block_of(&bench, OWNED.start) == [BYTE; BLOCK]);
+    begin_and_write(&disk);
+    disk.end_session().unwrap();
+    disk.stop().unwrap();
+    drop(disk);
+    let disk = open(&options);
+    assert!(!disk.session_is_open() && block_of(&bench, OWNED.start) == [BYTE; BLOCK]);
+}
+
+/// A file that can't be had is missed only if it may say something.
+#[test]
+fn file_that_cannot_be_opened_and_says_nothing_is_done_without() {
+    for (content, opens) in [(vec![0; 100], true), (vec![1; 100], false)] {
+        let (bench, disk, options) = in_session();
+        let path = redo(&bench, &disk);
+        drop(disk);
+        killed(&path);
+        std::fs::write(&path, content).unwrap();
+        match SessionDisk::open(&options) {
+            Ok(disk) => assert!(opens && disk.session_is_open()),
+            Err(error) => assert!(!opens && format!("{error:?}").contains("100 bytes"), "{error:?}"),
+        }
+    }
+}
+
 /// Invariant 2: the session of a VM that is gone is over; what its server was writing is restored with the rest.
 #[test]
 fn cut_write_of_a_session_that_is_over_is_restored() {
@@ -182,9 +220,14 @@ fn set_live_words(live: &Path, word: u64, words: [u64; 2]) {
     file.write_all_at(&words.map(u64::to_ne_bytes).concat(), word * 8).unwrap();
 }
 
-/// What goes through the map goes by way of a slot, and does not stay there when the session has ended.
+/// What goes through the map goes by way of a slot, and does not stay there when the session has ended, or its server.
 #[test]
 fn slots_are_empty_after_a_session() {
+    slots_are_empty_after(|disk| assert_eq!(disk.end_session().unwrap().dirty_blocks, 5));
+    slots_are_empty_after(|disk| assert_eq!(disk.stop().unwrap(), None));
+}
+
+fn slots_are_empty_after(end: fn(&SessionDisk)) {
     let dir = fast_dir();
     let (base, runtime) = (dir.path().join("base.raw"), dir.path().join("run"));
     std::fs::write(&base, vec![7; MIB]).unwrap();
@@ -202,7 +245,7 @@ fn slots_are_empty_after_a_session() {
     // The first one notes the time.
     common::wait_until(|| write_now(&disk, &mut queue, &secret) && has(0xa7));
     drop(queue);
-    disk.end_session().unwrap();
+    end(&disk);
     assert!(!has(0xa7));
 }
 

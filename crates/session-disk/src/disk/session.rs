@@ -133,9 +133,7 @@ impl SessionDisk {
         }
         // Nobody writes, and what was written is drained from here on.
         self.shared.disk.forget_writes();
-        if let Some(redo) = &self.shared.redo {
-            redo.wipe();
-        }
+        self.shared.wipe_redo();
         self.shared.claims.end_session(held, || {
             let set = if lifecycle.manifest.kept { &lifecycle.kept } else { &self.shared.pending };
             set.insert_set(&self.shared.owned);

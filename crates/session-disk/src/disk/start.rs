@@ -42,6 +42,7 @@ impl SessionDisk {
         paths.create_state_dirs(&storage)?;
         let state_lock = lock_state_dir(&paths)?;
         let mut manifest = Manifest::load_from(&storage, &paths)?;
+        let disk_id = manifest.disk;
         let geometry = check_size(&disk, &manifest)?;
         if u64::from(disk.alignment().offset) > 512
             && !geometry.size().is_multiple_of(disk.alignment().offset.into())
@@ -54,7 +55,7 @@ impl SessionDisk {
         }
         let base = open_base(&manifest, options.base_patience)?;
         refuse_disk_of_base(&options.disk, &base)?;
-        let (live, before) = LivePage::open(&paths, manifest.disk, number)?;
+        let (live, before) = LivePage::open(&paths, disk_id, number)?;
         let was_open = before.session_open;
         let before = if options.resume { before } else { before.session_over() };
         let verdict = judge(&storage, &paths, &manifest, geometry, &disk, before)?;
@@ -115,7 +116,7 @@ impl SessionDisk {
         let resumed = session.is_some();
         if let Some(redo) = shared.redo.as_ref().filter(|_| before.same_boot) {
             // Before anybody reads or writes the disk, and as long as the live page names who was killed.
-            redo::finish(redo, &shared.live, geometry, &shared.disk, |extent| {
+            redo::finish(redo, &shared.live, &manifest, geometry, &shared.disk, |extent| {
                 Ok(shared.owned.contains_all(extent)
                     || shared.pending.contains_all(extent)
                     || kept.contains_all(extent))
