@@ -138,7 +138,9 @@ impl Drain {
         let engine = shared.new_drain_engine(IN_FLIGHT_RUNS_MAX as u32)?;
         let waker =
             Waker::new().map_err(|error| Error::state("make a wake-up for", shared.disk.path(), error))?;
-        let pace = Pace::new(shared.drain_policy, shared.disk.is_direct());
+        // A base that is no file is a server, to which many requests have to be under way.
+        let waits = shared.disk.is_direct() || shared.base.file().is_none();
+        let pace = Pace::new(shared.drain_policy, waits);
         shared.ways().ask_again();
         Ok(Self {
             shared,

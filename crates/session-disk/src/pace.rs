@@ -100,14 +100,14 @@ const GENTLE: Speed = Speed {
     batch_blocks: 16_384,
     by_stints: true,
 };
-/// Guests work, and copying waits for the device: little is ahead of their I/O in its queue.
-const GENTLE_DIRECT: Speed = Speed { in_flight_bytes: 512 << 10, ..GENTLE };
+/// Guests work, and copying waits for a device or a server: little is ahead of their I/O in its queue.
+const GENTLE_WAITING: Speed = Speed { in_flight_bytes: 512 << 10, ..GENTLE };
 
 /// Decides, from what was seen of the guests.
 #[derive(Debug, Default)]
 pub(crate) struct Pace {
     when: DrainWhen,
-    direct: bool,
+    waits: bool,
     bucket: Option<Bucket>,
     /// When a request was last seen under way.
     last_seen: Option<Duration>,
@@ -116,10 +116,10 @@ pub(crate) struct Pace {
 }
 
 impl Pace {
-    /// As the operator wants it; `direct`: past the page cache. It is made anew for each drain, and has nothing to spend at
-    /// first: so what drains of many sessions copy keeps to the rate as well.
-    pub(crate) fn new(policy: DrainPolicy, direct: bool) -> Self {
-        Self { when: policy.when, direct, bucket: policy.rate.map(Bucket::new), ..Self::default() }
+    /// As the operator wants it; `waits`: what copying takes most of is no processor. It is made anew for each drain, and has
+    /// nothing to spend at first: so what drains of many sessions copy keeps to the rate as well.
+    pub(crate) fn new(policy: DrainPolicy, waits: bool) -> Self {
+        Self { when: policy.when, waits, bucket: policy.rate.map(Bucket::new), ..Self::default() }
     }
 
     /// How fast to go on at `now`, and why not yet, if so.
@@ -131,7 +131,7 @@ impl Pace {
         let speed = match (self.when, guests) {
             (DrainWhen::Idle, Guests::Absent) => FULL,
             (DrainWhen::Idle, _) => WHILE_IDLE,
-            (DrainWhen::Eager, _) if self.is_gentle(now) && self.direct => GENTLE_DIRECT,
+            (DrainWhen::Eager, _) if self.is_gentle(now) && self.waits => GENTLE_WAITING,
             (DrainWhen::Eager, _) if self.is_gentle(now) => GENTLE,
             (DrainWhen::Eager, _) => FULL,
         };
@@ -224,15 +224,15 @@ mod tests {
         assert_eq!(pace.rest(MS * 3, MS * 100 + QUIET_AFTER), Duration::ZERO);
     }
 
-    /// What a guest waits for is the processor, or the device.
+    /// What a guest waits for is the processor, or something else.
     #[test]
     fn more_is_copied_at_once_where_copying_takes_no_processor() {
-        for (direct, speed) in [(false, GENTLE), (true, GENTLE_DIRECT)] {
-            let mut pace = Pace::new(DrainPolicy::default(), direct);
+        for (waits, speed) in [(false, GENTLE), (true, GENTLE_WAITING)] {
+            let mut pace = Pace::new(DrainPolicy::default(), waits);
             assert_eq!(pace.turn(Guests::Busy, MS), (speed, None));
             assert_eq!(pace.turn(QUIET, MS * 1000), (FULL, None));
         }
-        const { assert!(GENTLE.in_flight_bytes < GENTLE_DIRECT.in_flight_bytes) };
+        const { assert!(GENTLE.in_flight_bytes < GENTLE_WAITING.in_flight_bytes) };
     }
 
     /// The drain always goes on: a slow device must not make it rest for ever.
