@@ -288,8 +288,14 @@ impl Drain {
         let runs = IN_FLIGHT_RUNS_MAX.checked_sub(self.in_flight_runs).filter(|left| *left > 0)?;
         let blocks = speed.batch_blocks.checked_sub(started).filter(|left| *left > 0)?;
         let allowed = Some(self.pace.allowance() / BLOCK_SIZE).filter(|left| *left > 0)?;
-        let run_blocks = if sharing == Sharing::Off { RUN_BLOCKS_MAX } else { SHARED_RUN_BLOCKS_MAX };
-        let run_blocks = run_blocks.min(at_once / BLOCK_SIZE).min(allowed);
+        let run_blocks = match sharing {
+            Sharing::Off => RUN_BLOCKS_MAX.min(at_once / BLOCK_SIZE),
+            // Only a long run can be shared, and so tell whether any can.
+            Sharing::Untried | Sharing::Works => {
+                SHARED_RUN_BLOCKS_MAX.min(speed.in_flight_shared_bytes / BLOCK_SIZE)
+            }
+        };
+        let run_blocks = run_blocks.min(allowed);
         Some(Room { runs, blocks: blocks.min(bytes.div_ceil(BLOCK_SIZE)).min(allowed), run_blocks })
     }
 

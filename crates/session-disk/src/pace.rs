@@ -65,7 +65,7 @@ pub(crate) struct Speed {
     /// Bytes that are being copied at once.
     pub(crate) in_flight_bytes: u64,
     /// The same where blocks are shared, once that is known to work: before that, what is dirty there has to be written back, and
-    /// that of many runs at once.
+    /// that of many runs at once. No run is longer where they may be shared.
     pub(crate) in_flight_shared_bytes: u64,
     /// Blocks after which a batch is synced.
     pub(crate) batch_blocks: u64,

@@ -47,7 +47,8 @@ pub(crate) fn open(paths: &Paths, disk: Uuid) -> Result<Option<Arc<Redo>>, Error
 }
 
 /// Does to the end what the last server of `live`, which must be of this boot and disk, was killed in the middle of, if the
-/// session's log is still one of `manifest`. Only in blocks of which `may_differ` says so: those that the session owned, or that are not believed anyway.
+/// session's log is still one of `manifest`. Only in blocks of which `may_differ` says so: those that the session owned, or
+/// that are not believed anyway.
 ///
 /// # Errors
 /// If the disk can't be written.

@@ -1,8 +1,10 @@
-//! What the drain asks the kernel to write back while it copies.
+//! What the drain asks the kernel for while it copies: to write back, and to share.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)]
 
 use std::os::unix::fs::FileExt;
 use std::sync::Mutex;
+
+use blockio::fault::{Fault, FaultPlan, OpClass};
 
 use super::*;
 use crate::{DiskOptions, ProvisionOptions, SessionDisk, provision};
@@ -20,15 +22,19 @@ struct Bench {
 
 impl Bench {
     fn new() -> Self {
+        Self::with(|options| options.reflink = false)
+    }
+
+    fn with(change: impl FnOnce(&mut DiskOptions)) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("base.raw");
         let base: Vec<u8> = (0..SIZE).map(|at| (at / 4096) as u8 | 1).collect();
         std::fs::write(&path, &base).unwrap();
-        let options = DiskOptions {
+        let mut options = DiskOptions {
             runtime_dir: Some(dir.path().join("run")),
-            reflink: false,
             ..DiskOptions::new(dir.path().join("disk.raw"))
         };
+        change(&mut options);
         provision(&ProvisionOptions::new(path, options.clone())).unwrap();
         let disk = SessionDisk::open(&options).unwrap();
         let drain = Drain::new(Arc::clone(disk.shared())).unwrap();
@@ -74,6 +80,26 @@ fn batch_has_what_it_copied_written_back_window_by_window() {
             WriteBack::alone(|_, window| BEGUN.lock().unwrap().push((window.offset(), window.len())));
         assert_eq!(bench.batch(guests).restored, SIZE / BLOCK_SIZE);
         assert_windows(&std::mem::take(&mut *BEGUN.lock().unwrap()), 0);
+        bench.assert_restored(0);
+    }
+}
+
+/// Runs are short beside guests that work, but not too short to be shared.
+#[test]
+fn batch_finds_out_whether_blocks_can_be_shared_also_while_guests_work() {
+    if !blockio::sharing_is_safe() {
+        return;
+    }
+    for guests in [Guests::Absent, Guests::Busy] {
+        let plan = FaultPlan::new();
+        plan.on_every(OpClass::Share, Fault::Fail(Errno::XDEV.raw_os_error()));
+        let mut bench = Bench::with(|options| options.faults = Some(Arc::clone(&plan)));
+        bench.batch(guests);
+        assert_eq!(
+            (plan.seen(OpClass::Share), bench.disk.sharing()),
+            (1, Sharing::Off),
+            "the guests are {guests:?}"
+        );
         bench.assert_restored(0);
     }
 }
