@@ -11,6 +11,7 @@ use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
+use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use blocks::{BlockSet, Geometry};
@@ -38,6 +39,8 @@ const STOP_LATENCY_MAX: Duration = Duration::from_millis(20);
 #[derive(Debug)]
 struct OpenSession {
     entry: LogEntry,
+    /// Whether the manifest names its log. If not, it has written nothing and can't.
+    named: bool,
     started: SystemTime,
     /// Bytes that queues had written before.
     bytes_before: u64,
@@ -51,6 +54,8 @@ struct Lifecycle {
     /// Blocks that sessions before the open one changed, if changes are kept.
     kept: BlockSet,
     queues: Vec<Weak<QueueCounters>>,
+    /// The thread that finishes the open session's beginning.
+    finisher: Option<JoinHandle<()>>,
 }
 
 /// One guest's disk: base, session disk, log and pending set. Shared by all queues.
@@ -70,13 +75,26 @@ pub struct SessionDisk {
 }
 
 impl SessionDisk {
+    /// When the open session's beginning is finished.
     fn lifecycle(&self) -> MutexGuard<'_, Lifecycle> {
+        let mut lifecycle = self.lifecycle_as_it_is();
+        self.shared.finish_beginning();
+        if let Some(manifest) = self.shared.beginnings.take_manifest() {
+            lifecycle.manifest = *manifest;
+            lifecycle.session.iter_mut().for_each(|session| session.named = true);
+        }
+        lifecycle.join_finisher();
+        lifecycle
+    }
+
+    /// Also while a session begins: then the manifest is the one from before.
+    fn lifecycle_as_it_is(&self) -> MutexGuard<'_, Lifecycle> {
         self.lifecycle.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     /// The disk's own identity.
     pub fn id(&self) -> Uuid {
-        self.lifecycle().manifest.disk
+        self.lifecycle_as_it_is().manifest.disk
     }
 
     /// Size of the disk.
@@ -135,7 +153,7 @@ impl SessionDisk {
 
     /// Whether a session is open.
     pub fn session_is_open(&self) -> bool {
-        self.lifecycle().session.is_some()
+        self.lifecycle_as_it_is().session.is_some()
     }
 
     /// The process that owns the open session, if its identity is known.
@@ -186,7 +204,7 @@ impl SessionDisk {
     }
 
     fn register(&self, counters: &Arc<QueueCounters>) {
-        let mut lifecycle = self.lifecycle();
+        let mut lifecycle = self.lifecycle_as_it_is();
         lifecycle.queues.retain(|queue| queue.strong_count() > 0);
         lifecycle.queues.push(Arc::downgrade(counters));
     }
@@ -200,7 +218,7 @@ impl SessionDisk {
         if self.shared.is_poisoned() {
             return Err(Error::Poisoned(self.shared.disk.path().to_owned()));
         }
-        let session = lifecycle.session.as_ref().map(|session| session.entry);
+        let session = lifecycle.named_session();
         let snapshot = BlockSet::new(self.shared.geometry.blocks());
         self.shared.claims.freeze(|| snapshot.insert_set(&self.shared.pending));
         snapshot.insert_set(&lifecycle.kept);
@@ -234,8 +252,8 @@ impl SessionDisk {
     /// How many logs of earlier sessions are not retired.
     pub(crate) fn old_logs(&self) -> usize {
         let lifecycle = self.lifecycle();
-        lifecycle.manifest.logs.len()
-            - usize::from(lifecycle.session.is_some()).min(lifecycle.manifest.logs.len())
+        let logs = lifecycle.manifest.logs.len();
+        logs.saturating_sub(lifecycle.named_session().into_iter().count())
     }
 
     /// Copies base content into all pending blocks, in this thread, and makes it durable. `progress` is
@@ -307,11 +325,13 @@ impl SessionDisk {
             (None, _) => {}
         }
         drop(log);
-        if lifecycle.session.is_none() {
+        let was_open = lifecycle.named_session().is_some();
+        if !was_open {
             // A session's end has left that to us.
             self.sync_logs(&lifecycle.manifest)?;
         }
-        let left = if lifecycle.session.take().is_some() {
+        lifecycle.session = None;
+        let left = if was_open {
             Some(Left::Open)
         } else {
             (!self.shared.pending.is_empty() && !self.shared.claims.drain_began()).then_some(Left::Ended)
@@ -422,6 +442,18 @@ impl SessionDisk {
 }
 
 impl Lifecycle {
+    /// The open session, if the manifest names its log.
+    fn named_session(&self) -> Option<LogEntry> {
+        self.session.as_ref().filter(|session| session.named).map(|session| session.entry)
+    }
+
+    /// Waits for the thread that finishes a beginning: nothing of the disk is done by us when its lock may be gone.
+    fn join_finisher(&mut self) {
+        if self.finisher.take().is_some_and(|finisher| finisher.join().is_err()) {
+            log::error!("the thread of a session's beginning panicked");
+        }
+    }
+
     fn live_queues(&self) -> impl Iterator<Item = Arc<QueueCounters>> {
         self.queues.iter().filter_map(Weak::upgrade)
     }
@@ -433,6 +465,7 @@ impl Lifecycle {
 
 impl Drop for SessionDisk {
     fn drop(&mut self) {
+        self.lifecycle_as_it_is().join_finisher();
         self.shared.live.set_server(None);
     }
 }

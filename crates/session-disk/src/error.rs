@@ -131,12 +131,6 @@ impl Error {
         Self::State { operation, path: path.to_owned(), source }
     }
 
-    /// Whether the state had no room.
-    pub(crate) fn is_no_space(&self) -> bool {
-        use io::ErrorKind::{QuotaExceeded, StorageFull};
-        matches!(self, Self::State { source, .. } if matches!(source.kind(), StorageFull | QuotaExceeded))
-    }
-
     /// What the operator can do about it, as a sentence, where there is something. `disk` is how the disk
     /// was named, as arguments of a command: `--disk DISK`, `--state-dir DIR` if one was given.
     pub fn hint(&self, disk: &str) -> Option<String> {

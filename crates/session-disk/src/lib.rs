@@ -19,6 +19,7 @@
 //! `disk` (8 to 10), `rebase` (11). This crate knows nothing of virtio and sockets.
 #![forbid(unsafe_code)]
 
+mod beginning;
 mod changes;
 mod claims;
 mod counts;

@@ -13,7 +13,7 @@
 //! | 7 | which mark counts: 0 none, 1 the first, 2 the second |
 //! | 8, 9 | the session owner's pid and start time |
 //! | 10, 11 | blocks that are dirty, pending |
-//! | 12 | 1 while a session is open |
+//! | 12 | 1 while a session is open; 2 while one begins, which has written nothing and whose log is not named yet |
 //! | 13 | 1 while the drain is failing |
 //! | 14 | 1 while the disk is pristine: nothing pending, and no log is left |
 //! | 15 | the disk's inode number, or its device number |
@@ -42,6 +42,8 @@ const WORD_OWNER: usize = 8;
 const WORD_DIRTY: usize = 10;
 const WORD_PENDING: usize = 11;
 const WORD_SESSION: usize = 12;
+const SESSION_OPEN: u64 = 1;
+const SESSION_BEGINS: u64 = 2;
 const WORD_DRAIN_FAILING: usize = 13;
 const WORD_PRISTINE: usize = 14;
 const WORD_FILE: usize = 15;
@@ -65,6 +67,8 @@ pub(crate) struct Before {
     pub(crate) mark: Option<LiveMark>,
     /// Whether a session was open that may go on; only if it is.
     pub(crate) session_open: bool,
+    /// Whether one was beginning that may go on with another log; only if it is.
+    pub(crate) session_begins: bool,
 }
 
 impl Before {
@@ -75,13 +79,14 @@ impl Before {
         Self {
             same_boot: live.is_some(),
             mark: live.and_then(LivePage::mark),
-            session_open: live.is_some_and(LivePage::session_is_open),
+            session_open: live.is_some_and(LivePage::session_is_named),
+            session_begins: live.is_some_and(LivePage::session_begins),
         }
     }
 
     /// The same for whoever takes up no session.
     pub(crate) fn session_over(self) -> Self {
-        Self { session_open: false, ..self }
+        Self { session_open: false, session_begins: false, ..self }
     }
 }
 
@@ -137,6 +142,13 @@ impl LivePage {
     pub(crate) fn go_on(&self) {
         self.set_drain_failing(false);
         self.set_server(Some(ProcessId::own()));
+    }
+
+    /// Makes this server the page's, without a mark, and leaves the session that was beginning: it begins again.
+    pub(crate) fn begin_again(&self) {
+        self.word(WORD_MARK).store(0, Ordering::Release);
+        self.set_dirty(0);
+        self.go_on();
     }
 
     /// Makes the page one of this boot, this disk and this server, without a mark.
@@ -265,14 +277,29 @@ impl LivePage {
         self.session_is_open() && self.owner().is_none_or(ProcessId::is_alive)
     }
 
-    /// Whether a session is open.
+    /// Whether a session is open, or begins.
     pub(crate) fn session_is_open(&self) -> bool {
-        self.load(WORD_SESSION) == 1
+        self.session_is_named() || self.session_begins()
     }
 
-    /// Notes whether a session is open.
+    /// Whether a session is open whose log the manifest names.
+    pub(crate) fn session_is_named(&self) -> bool {
+        self.load(WORD_SESSION) == SESSION_OPEN
+    }
+
+    /// Whether a session begins: reads are served, and nothing is written before it is [named](Self::session_is_named).
+    pub(crate) fn session_begins(&self) -> bool {
+        self.load(WORD_SESSION) == SESSION_BEGINS
+    }
+
+    /// Notes whether a session is open whose log the manifest names.
     pub(crate) fn set_session_open(&self, open: bool) {
-        self.word(WORD_SESSION).store(open.into(), Ordering::Release);
+        self.word(WORD_SESSION).store(if open { SESSION_OPEN } else { 0 }, Ordering::Release);
+    }
+
+    /// Notes that a session begins.
+    pub(crate) fn set_session_begins(&self) {
+        self.word(WORD_SESSION).store(SESSION_BEGINS, Ordering::Release);
     }
 
     /// Numbers of dirty and of pending blocks.
@@ -344,7 +371,11 @@ mod tests {
         page.set_session_open(true);
         drop(page);
         let (page, before) = LivePage::open(&paths, disk, FILE).unwrap();
-        assert_eq!(before, Before { same_boot: true, mark: Some(mark(2)), session_open: true });
+        let open = Before { same_boot: true, mark: Some(mark(2)), session_open: true, session_begins: false };
+        assert_eq!(before, open);
+        page.set_session_begins();
+        let begins = Before { session_open: false, session_begins: true, ..open };
+        assert_eq!((Before::of(Some(&page)), page.session_is_open()), (begins, true));
         drop(page);
         assert_eq!(LivePage::open(&paths, disk, FILE + 1).unwrap().1, none);
         std::fs::rename(paths.live_page(disk), paths.live_page(Uuid::from_u128(2))).unwrap();

@@ -219,30 +219,36 @@ impl Manifest {
 
     /// Makes this the disk's manifest, durably. After an error the old one still holds, or this one does.
     pub(crate) fn store(&self, storage: &Storage, paths: &Paths) -> Result<(), Error> {
-        self.stage(storage, paths)?.place(paths)
+        let staged = self.stage(storage, paths)?;
+        staged.sync(paths)?;
+        staged.place(storage, paths)
     }
 
-    /// The first half of [`store`](Self::store): this is on the medium, but not yet the disk's manifest.
-    pub(crate) fn stage<'a>(&self, storage: &'a Storage, paths: &Paths) -> Result<StagedManifest<'a>, Error> {
+    /// The first part of [`store`](Self::store): this has its room, but is neither on the medium nor the disk's manifest.
+    pub(crate) fn stage(&self, storage: &Storage, paths: &Paths) -> Result<StagedManifest, Error> {
         let path = paths.manifest();
         let staged = self.to_bytes().and_then(|bytes| storage.stage(&path, &bytes));
-        Ok(StagedManifest { storage, file: staged.map_err(|error| Error::state("replace", &path, error))? })
+        Ok(StagedManifest { file: staged.map_err(|error| Error::state("replace", &path, error))? })
     }
 }
 
-/// A manifest on the medium that is not the disk's yet.
+/// A manifest that was written and is not the disk's yet.
 #[derive(Debug)]
 #[must_use]
-pub(crate) struct StagedManifest<'a> {
-    storage: &'a Storage,
-    file: Staged<'a>,
+pub(crate) struct StagedManifest {
+    file: Staged,
 }
 
-impl StagedManifest<'_> {
-    /// Makes it the disk's, durably. After an error the old one still holds, or this one does.
-    pub(crate) fn place(self, paths: &Paths) -> Result<(), Error> {
+impl StagedManifest {
+    /// Makes it durable.
+    pub(crate) fn sync(&self, paths: &Paths) -> Result<(), Error> {
+        self.file.sync().map_err(|error| Error::state("sync a new", &paths.manifest(), error))
+    }
+
+    /// Makes it, which is synced, the disk's, durably. After an error the old one still holds, or this one does.
+    pub(crate) fn place(self, storage: &Storage, paths: &Paths) -> Result<(), Error> {
         self.file.place().map_err(|error| Error::state("replace", &paths.manifest(), error))?;
-        self.storage.sync_dir(paths.state_dir())
+        storage.sync_dir(paths.state_dir())
     }
 }
 

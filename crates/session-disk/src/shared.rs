@@ -11,6 +11,7 @@ use blocks::{BlockSet, Extent, Geometry};
 use write_log::LogWriter;
 
 use crate::Error;
+use crate::beginning::Beginnings;
 use crate::claims::Claims;
 use crate::counts::Counters;
 use crate::intents::Intents;
@@ -69,8 +70,10 @@ pub(crate) struct Shared {
     pub(crate) live: LivePage,
     /// What makes copies into a map of the disk whole; `None`: nothing is copied into it.
     pub(crate) redo: Option<Arc<Redo>>,
-    /// The open session's log.
+    /// The open session's log, once it is durable.
     log: Mutex<Option<LogWriter>>,
+    /// What is done before that.
+    pub(crate) beginnings: Beginnings,
     /// Whether requests are taken.
     pub(crate) open: AtomicBool,
     /// A sync failed: nothing can be vouched for any more.
@@ -132,6 +135,7 @@ impl Shared {
             live: parts.live,
             redo: parts.redo,
             log: Mutex::new(None),
+            beginnings: Beginnings::default(),
             open: AtomicBool::new(false),
             poisoned: AtomicBool::new(false),
             base_changed: AtomicBool::new(false),
@@ -203,13 +207,18 @@ impl Shared {
         self.log.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
+    /// Waits until the open session can be written in. To be called before anything is written.
+    pub(crate) fn finish_beginning(&self) {
+        self.beginnings.finish(self);
+    }
+
     /// Makes `extents` this session's, in the log first: crash order, the middle of steps 1 and 2.
     ///
     /// The record is appended, then the live page says that it counts, and only then are the
     /// blocks in L, so that no queue can take a block for logged that is not.
     pub(crate) fn own(&self, extents: &[Extent]) -> io::Result<()> {
         let mut log = self.log();
-        let writer = log.as_mut().ok_or_else(|| io::Error::other("no session is open"))?;
+        let writer = log.as_mut().ok_or_else(|| io::Error::other("the session has no write log"))?;
         let sequence = writer.header().id.seq;
         let mark = writer.append(extents, &self.owned).map_err(io::Error::other)?;
         self.live.set_mark(LiveMark { sequence, mark });

@@ -30,6 +30,11 @@ impl Storage {
         Self { tape }
     }
 
+    /// Whether I/O passes a tape: then all of it is done in the thread that wants it.
+    pub(crate) fn has_tape(&self) -> bool {
+        self.tape.is_some()
+    }
+
     fn pass<T>(&self, io: Io<'_>, make: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
         pass(self.tape.as_deref(), io, make)
     }
@@ -87,28 +92,29 @@ impl Storage {
     /// name, synced, renamed. After an error that is not of the rename's the old one still holds. The caller syncs the
     /// directory.
     pub(crate) fn replace(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
-        self.stage(path, bytes)?.place()
+        let staged = self.stage(path, bytes)?;
+        staged.sync()?;
+        staged.place()
     }
 
-    /// The first half of [`replace`](Self::replace): all but the rename.
-    pub(crate) fn stage(&self, path: &Path, bytes: &[u8]) -> io::Result<Staged<'_>> {
-        // From here on it is removed unless it is placed.
-        let staged =
-            Staged { storage: self, new: path.with_extension("new"), path: path.to_owned(), placed: false };
-        let new = &staged.new;
-        let mut file = self.pass(Io::Create { path: new, len: 0 }, || {
-            fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(new)
-        })?;
-        let io = Io::Write { path: new, offset: 0, bytes, durable: false };
+    /// The first part of [`replace`](Self::replace): the file is written under its other name, and nothing is synced.
+    pub(crate) fn stage(&self, path: &Path, bytes: &[u8]) -> io::Result<Staged> {
+        let new = path.with_extension("new");
+        let file = self.pass(Io::Create { path: &new, len: 0 }, || {
+            fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)
+        });
+        // From here on it is removed unless it is placed, also if it could not be made: it may have been there.
+        let guard = Unplaced { storage: self.clone(), new, placed: false };
+        let mut file = file?;
+        let io = Io::Write { path: &guard.new, offset: 0, bytes, durable: false };
         self.pass(io, || file.write_all(bytes))?;
-        self.pass(Io::Sync { path: new }, || file.sync_all())?;
-        Ok(staged)
+        Ok(Staged { guard, file, path: path.to_owned() })
     }
 
     /// Does `here` in this thread and `beside` in another one meanwhile: for what waits for the medium, which takes two
     /// syncs at a time as fast as one. Under a tape, or if no thread is to be had, `beside` is done afterwards.
     pub(crate) fn both<A, B: Send>(&self, here: impl FnOnce() -> A, beside: impl Fn() -> B + Sync) -> (A, B) {
-        if self.tape.is_some() {
+        if self.has_tape() {
             let done = here();
             return (done, beside());
         }
@@ -182,22 +188,34 @@ impl Storage {
     }
 }
 
-/// A file that is written and synced under another name than it will have. Removed if it is dropped before that.
+/// A file that is written under another name than it will have. Removed if it is dropped before it has that.
 #[derive(Debug)]
 #[must_use]
-pub(crate) struct Staged<'a> {
-    storage: &'a Storage,
-    new: PathBuf,
+pub(crate) struct Staged {
+    guard: Unplaced,
+    file: fs::File,
     path: PathBuf,
+}
+
+/// Removes a file that has not got its name.
+#[derive(Debug)]
+struct Unplaced {
+    storage: Storage,
+    new: PathBuf,
     placed: bool,
 }
 
-impl Staged<'_> {
-    /// Gives the file its name, in the place of what has that name. The caller syncs the directory.
+impl Staged {
+    /// Makes what was written durable, but not under which name.
+    pub(crate) fn sync(&self) -> io::Result<()> {
+        self.guard.storage.pass(Io::Sync { path: &self.guard.new }, || self.file.sync_all())
+    }
+
+    /// Gives the file, which is synced, its name, in the place of what has that name. The caller syncs the directory.
     pub(crate) fn place(mut self) -> io::Result<()> {
-        let Self { storage, new, path, placed } = &mut self;
-        let old = fs::File::open(&path);
-        storage.pass(Io::Rename { from: new, to: path }, || fs::rename(&new, &path))?;
+        let old = fs::File::open(&self.path);
+        let Unplaced { storage, new, placed } = &mut self.guard;
+        storage.pass(Io::Rename { from: new, to: &self.path }, || fs::rename(&new, &self.path))?;
         *placed = true;
         if let Ok(old) = old {
             close_elsewhere(old);
@@ -206,7 +224,7 @@ impl Staged<'_> {
     }
 }
 
-impl Drop for Staged<'_> {
+impl Drop for Unplaced {
     fn drop(&mut self) {
         if !self.placed {
             let _ = self.storage.remove(&self.new);
@@ -358,7 +376,10 @@ mod tests {
         storage.replace(&path, b"old").unwrap();
         drop(storage.stage(&path, b"new").unwrap());
         assert_eq!(fs::read(&path).unwrap(), b"old");
-        storage.stage(&path, b"new").unwrap().place().unwrap();
+        let staged = storage.stage(&path, b"new").unwrap();
+        staged.sync().unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"old");
+        staged.place().unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"new");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
     }

@@ -9,7 +9,7 @@
 //! The attribute is set after the manifest of that number is durable. A crash in between leaves it
 //! behind, never ahead, so it never accuses a state that is not old. The next start makes up for that,
 //! when it has made the manifest that it found durable: after a kill that may be left to do. It is set before a session's first
-//! request is taken, and only while there are logs: it changes the disk's `ctime`, and a manifest without
+//! write is made, and only while there are logs: it changes the disk's `ctime`, and a manifest without
 //! logs has that time for its witness.
 //!
 //! What this leaves open:

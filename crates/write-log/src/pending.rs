@@ -28,7 +28,11 @@ impl LogWriter {
     /// [`write_pending`](Self::write_pending) in any kind of directory.
     pub fn write_pending_in(dir: &dyn LogDir, header: &LogHeader, set: &BlockSet) -> Result<(), LogError> {
         let plan = Plan::new(dir.path().join(header.id.file_name()), header, set)?;
-        create_log(dir, header, plan.layout, |log| plan.run(log, set)).map(drop)
+        let written = create_log(dir, header, plan.layout, |log| {
+            plan.run(log, set)?;
+            log.sync_in(dir)
+        });
+        written.map(drop)
     }
 
     /// [`write_pending`](Self::write_pending) into the empty `file`; `path` is for messages. The

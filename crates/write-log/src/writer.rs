@@ -59,10 +59,29 @@ impl LogWriter {
 
     /// [`create`](Self::create) in any kind of directory.
     pub fn create_in(dir: &dyn LogDir, header: &LogHeader) -> Result<Self, LogError> {
+        Self::create_with(dir, header, |log| log.sync_in(dir))
+    }
+
+    /// [`create_in`](Self::create_in) without waiting for the medium: the log's room is reserved, but a power cut may take
+    /// back all of it until [`sync_in`](Self::sync_in) has returned. Until then nothing may rest on it.
+    pub fn create_unsynced_in(dir: &dyn LogDir, header: &LogHeader) -> Result<Self, LogError> {
+        Self::create_with(dir, header, |_| Ok(()))
+    }
+
+    fn create_with(
+        dir: &dyn LogDir,
+        header: &LogHeader,
+        finish: impl FnOnce(&mut Self) -> Result<(), LogError>,
+    ) -> Result<Self, LogError> {
         let path = dir.path().join(header.id.file_name());
         check_session(header, &path)?;
         let layout = new_layout(header, area_size(header.geometry), &path)?;
-        create_log(dir, header, layout, |_| Ok(()))
+        create_log(dir, header, layout, finish)
+    }
+
+    /// Makes the log durable, and its name in `dir`, where it lies.
+    pub fn sync_in(&mut self, dir: &dyn LogDir) -> Result<(), LogError> {
+        dir.sync_with(&mut *self.file).map_err(LogError::io("sync", &self.path))
     }
 
     /// Creates a session's log in the empty `file`, with areas of `area_size` bytes: a multiple of
@@ -421,13 +440,13 @@ fn check_session(header: &LogHeader, path: &Path) -> Result<(), LogError> {
     }
 }
 
-/// Creates a log's file in `dir`, lets `fill` write to it, and makes it and its name durable. On an error
+/// Creates a log's file in `dir` with room and header, and lets `finish` write to it and sync it. On an error
 /// the file is removed, if it was made here.
 pub(crate) fn create_log(
     dir: &dyn LogDir,
     header: &LogHeader,
     layout: Layout,
-    fill: impl FnOnce(&mut LogWriter) -> Result<(), LogError>,
+    finish: impl FnOnce(&mut LogWriter) -> Result<(), LogError>,
 ) -> Result<LogWriter, LogError> {
     let path = dir.path().join(header.id.file_name());
     let file = dir.create_new(&path).map_err(|source| match source.kind() {
@@ -437,8 +456,7 @@ pub(crate) fn create_log(
         _ => LogError::Io { operation: "create", path: path.clone(), source },
     })?;
     let written = LogWriter::start(file, path.clone(), header, layout).and_then(|mut log| {
-        fill(&mut log)?;
-        dir.sync_with(&mut *log.file).map_err(LogError::io("sync", &path))?;
+        finish(&mut log)?;
         Ok(log)
     });
     written.inspect_err(|_| {

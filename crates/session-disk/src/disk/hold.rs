@@ -126,7 +126,7 @@ impl SessionDisk {
 
     /// Sequence number of the session that is open.
     pub fn open_session(&self) -> Option<u64> {
-        self.lifecycle().session.as_ref().map(|session| session.entry.sequence)
+        self.lifecycle_as_it_is().session.as_ref().map(|session| session.entry.sequence)
     }
 
     /// Keeps what the open session, or the last one, leaves as it is: nothing is restored and no session
@@ -236,7 +236,7 @@ pub fn set_hold_of_open_session(
     let _state = lock_state_dir(&paths)?;
     let mut manifest = Manifest::load_from(&storage, &paths)?;
     let session = manifest.logs.iter().rfind(|entry| entry.kind == EntryKind::Session);
-    let Some(session) = session.map(|entry| entry.sequence).filter(|_| live.session_is_open()) else {
+    let Some(session) = session.map(|entry| entry.sequence).filter(|_| live.session_is_named()) else {
         return Ok(None);
     };
     let already = hold.is_some() && manifest.held.is_some();
@@ -260,7 +260,7 @@ pub fn left_open(options: &DiskOptions) -> Result<Option<u64>, Error> {
     let live = LivePage::inspect(&paths.live_page(manifest.disk), manifest.disk, file_number(&options.disk)?);
     let open = match (manifest.left, live) {
         (Some(left), _) => left == Left::Open,
-        (None, Some(live)) => live.session_is_open(),
+        (None, Some(live)) => live.session_is_named(),
         // A power cut, or a log that can't be read: a session's end seals its log. (Not durably: one that ended
         // just before a power cut may count as open.)
         (None, None) => write_log::read(&paths.sessions().join(last.id().file_name()))

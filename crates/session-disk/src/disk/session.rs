@@ -1,13 +1,15 @@
 //! A session's beginning and end.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::thread;
 use std::time::SystemTime;
 
 use uuid::Uuid;
 use write_log::LogWriter;
 
 use super::{OpenSession, SessionDisk, next_entry};
-use crate::live::LiveMark;
+use crate::beginning::Beginning;
 use crate::manifest::EntryKind;
 use crate::open::{describe, remove_unnamed_logs};
 use crate::process::ProcessId;
@@ -15,8 +17,9 @@ use crate::witness;
 use crate::{Error, SessionStart, SessionSummary};
 
 impl SessionDisk {
-    /// Opens a session: from now on requests are taken. Its log's room is reserved, and the manifest
-    /// names it, before the first of them.
+    /// Opens a session: from now on requests are taken. Its log's room is reserved; that this is durable, and that
+    /// the manifest names the log, is waited for by who writes first, and reads are served meanwhile. Should the
+    /// storage of the state fail then, writes fail until the session ends.
     ///
     /// # Errors
     /// If one is open already, or the log can't be made; then nothing has changed.
@@ -40,34 +43,25 @@ impl SessionDisk {
         manifest.generation = witness::next_generation(manifest.generation, None);
         let storage = &self.shared.storage;
         let logs = storage.logs(&self.paths.sessions());
-        // The next session waits for both, each of which waits for the medium.
-        let (writer, staged) = storage.both(
-            || self.with_room(&lifecycle, || LogWriter::create_in(&*logs, &header)),
-            || manifest.stage(storage, &self.paths),
-        );
-        let writer = writer?;
-        let began = match staged {
-            // There may be room now: room that the log was refused was its own for a while.
-            Err(error) if error.is_no_space() => manifest.stage(storage, &self.paths),
-            staged => staged,
-        }
-        .and_then(|staged| {
-            // The mark comes first: were we killed between the two, the earlier logs are sealed and speak
-            // for themselves.
-            self.shared.live.set_mark(LiveMark { sequence: entry.sequence, mark: writer.mark() });
-            staged.place(&self.paths)
-        });
-        began.inspect_err(|_| remove_unnamed_logs(storage, &self.paths, &manifest))?;
-        self.name_generation(&manifest);
-        lifecycle.manifest = manifest;
+        let writer = self.with_room(&lifecycle, || LogWriter::create_unsynced_in(&*logs, &header))?;
+        let staged = manifest
+            .stage(storage, &self.paths)
+            .inspect_err(|_| remove_unnamed_logs(storage, &self.paths, &manifest))?;
         self.shared.live.set_pristine(false);
-        *self.shared.log() = Some(writer);
         let bytes_before = self.bytes_written(&lifecycle);
-        lifecycle.session = Some(OpenSession { entry, started: SystemTime::now(), bytes_before });
+        lifecycle.session =
+            Some(OpenSession { entry, named: false, started: SystemTime::now(), bytes_before });
         self.shared.live.set_owner(owner);
         self.shared.live.set_token(None);
         self.shared.live.set_dirty(0);
-        self.shared.live.set_session_open(true);
+        self.shared.live.set_session_begins();
+        self.shared.beginnings.begin(Beginning { paths: self.paths.clone(), writer, manifest, staged });
+        if !storage.has_tape() {
+            let shared = Arc::clone(&self.shared);
+            let finish = move || shared.beginnings.finish(&shared);
+            // Where no thread is to be had, who writes first does it.
+            lifecycle.finisher = thread::Builder::new().name("begin".into()).spawn(finish).ok();
+        }
         #[cfg(feature = "bench-without-log")]
         if self.without_log {
             self.shared.owned.insert(self.shared.geometry.all());

@@ -15,6 +15,7 @@ use crate::open::{
     check_size, describe, disk_witness, file_number, identity_of, judge, lock_state_dir, open_base,
     open_disk, open_for_sync, refuse_disk_of_base,
 };
+use crate::process::ProcessId;
 use crate::recover::{Basis, GoesOn};
 use crate::shared::{FlushPolicy, Parts, Shared};
 use crate::storage::Storage;
@@ -122,7 +123,7 @@ impl SessionDisk {
                     || kept.contains_all(extent))
             })?;
         }
-        let lifecycle = Lifecycle { manifest, session, kept, queues: Vec::new() };
+        let lifecycle = Lifecycle { manifest, session, kept, queues: Vec::new(), finisher: None };
         let disk = Self {
             shared,
             paths,
@@ -161,13 +162,42 @@ impl SessionDisk {
         } else {
             disk.name_generation_again(named)?;
         }
+        let begins_again = before.session_begins && live.owner().is_none_or(ProcessId::is_alive);
         // From here on no log needs the page to be exact; before, a failure must leave it as it was.
         begin();
-        live.take_over(disk_id, number)?;
+        if begins_again {
+            live.begin_again();
+        } else {
+            live.take_over(disk_id, number)?;
+        }
         live.set_dirty(disk.kept_blocks());
         live.set_pending(disk.shared.pending.count());
         live.set_pristine(disk.lifecycle().manifest.logs.is_empty());
+        if begins_again {
+            disk.begin_again();
+        }
         Ok(Arc::new(disk))
+    }
+}
+
+impl SessionDisk {
+    /// Goes on with the session that was beginning: it has read, and written nothing, so that it can do with another log.
+    fn begin_again(&self) {
+        let live = &self.shared.live;
+        let token = live.token();
+        match self.begin_session(live.owner()) {
+            Ok(_) => self.set_token(token),
+            Err(error) => {
+                log::warn!(
+                    "{}: a session that was beginning when its server was killed can't go on: {}",
+                    self.paths.disk().display(),
+                    describe(&error)
+                );
+                live.set_session_open(false);
+                live.set_owner(None);
+                live.set_token(None);
+            }
+        }
     }
 }
 
@@ -180,7 +210,7 @@ fn take_up(shared: &Shared, paths: &Paths, session: GoesOn) -> Result<OpenSessio
     shared.owned.insert_set(&owned);
     *shared.log() = Some(writer);
     let started = UNIX_EPOCH + Duration::from_nanos(session.begun_unix_ns);
-    Ok(OpenSession { entry: session.entry, started, bytes_before: 0 })
+    Ok(OpenSession { entry: session.entry, named: true, started, bytes_before: 0 })
 }
 
 /// io_uring, but on a file system that can't answer "this would block" (tmpfs, where nothing does)

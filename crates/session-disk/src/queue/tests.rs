@@ -82,6 +82,7 @@ impl Bench {
         disk.begin_session(None).unwrap();
         let log_fails = Arc::new(AtomicBool::new(false));
         {
+            disk.shared().finish_beginning();
             let mut log = disk.shared().log();
             let writer = log.take().unwrap();
             let (path, mark) = (writer.path().to_owned(), writer.mark());

@@ -37,6 +37,8 @@ impl DiskQueue {
         if self.is_clean(touched) {
             return self.write_clean(slot, write.range, write.data);
         }
+        // The data of pending blocks is on its way before their record is.
+        shared.finish_beginning();
         let Some(state) = self.slots.get_mut(slot) else { return };
         state.claimed.clear();
         state
@@ -134,6 +136,7 @@ impl DiskQueue {
 
     /// The middle of step 1: intents, then record, live page and L.
     pub(super) fn log_extents(&self, extents: &mut Vec<Extent>) -> io::Result<()> {
+        self.shared.finish_beginning();
         Extent::normalize(extents);
         extents
             .iter()
