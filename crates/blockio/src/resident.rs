@@ -50,6 +50,7 @@ mod guard;
 mod hot;
 mod known;
 mod pace;
+mod race;
 #[cfg(test)]
 mod tests;
 mod words;

@@ -2,6 +2,8 @@
 
 use std::sync::atomic::{Ordering, fence};
 
+use super::race::{Race, Way};
+
 /// Bytes of a processor's cache line.
 #[cfg(target_arch = "x86_64")]
 const LINE: usize = 64;
@@ -30,13 +32,57 @@ pub(crate) unsafe fn copy(from: *const u8, to: *mut u8, len: usize) {
         return unsafe { copy_page(from, to) };
     }
     let abreast = len - len % (ABREAST * PAGE);
-    for block in (0..abreast).step_by(ABREAST * PAGE) {
+    if abreast > 0 {
         // SAFETY: a part of what the contract of this function is about.
-        unsafe { copy_abreast(from.wrapping_add(block), to.wrapping_add(block)) };
+        unsafe { copy_long(from, to, abreast) };
     }
     let (from, to) = (from.wrapping_add(abreast), to.wrapping_add(abreast));
     // SAFETY: the rest of it.
     unsafe { std::ptr::copy_nonoverlapping(from, to, len - abreast) };
+}
+
+/// Copies so many times [`ABREAST`] pages, in the way that has turned out to be the faster one. (128 KiB out of the page cache:
+/// side by side 11 us on Sapphire Rapids and 8 to 10 on AMD's family 26, by the processor's own copy 26 and 4.)
+///
+/// # Safety
+/// As [`copy`].
+unsafe fn copy_long(from: *const u8, to: *mut u8, len: usize) {
+    thread_local! {
+        static RACE: Race = const { Race::new() };
+    }
+    let copy = |way| match way {
+        Way::First => {
+            for block in (0..len).step_by(ABREAST * PAGE) {
+                // SAFETY: a part of what the contract is about.
+                unsafe { copy_abreast(from.wrapping_add(block), to.wrapping_add(block)) };
+            }
+        }
+        // SAFETY: the contract.
+        Way::Second => unsafe { copy_at_once(from, to, len) },
+    };
+    RACE.with(|race| race.run(len, copy));
+}
+
+/// Copies with what the processor has for that.
+///
+/// # Safety
+/// As [`copy`].
+unsafe fn copy_at_once(from: *const u8, to: *mut u8, len: usize) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: the contract; the direction flag is clear by the calling convention, and the registers are given back as the
+    // instruction leaves them.
+    unsafe {
+        std::arch::asm!(
+            "rep movsb",
+            inout("rcx") len => _, inout("rsi") from => _, inout("rdi") to => _,
+            options(nostack, preserves_flags)
+        );
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    // SAFETY: the contract.
+    unsafe {
+        std::ptr::copy_nonoverlapping(from, to, len)
+    };
 }
 
 /// Copies a page, in the order in which it was [prefetched](prefetch). (What the C library has for that length begins
@@ -134,4 +180,29 @@ pub(crate) fn prefetch(from: *const u8) {
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = from;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whichever way is on trial, all bytes are copied and no others.
+    #[test]
+    fn copies_of_all_lengths_have_what_is_to_be_copied_and_no_more() {
+        let from: Vec<u8> = (0..40 * PAGE).map(|at| (at / 64 * 7 + at) as u8 | 1).collect();
+        for len in [1, 512, PAGE, 3 * PAGE, 4 * PAGE, 7 * PAGE + 511, 32 * PAGE, 33 * PAGE + 1] {
+            // More often than there are tries before a way is chosen.
+            for start in 0..40 {
+                let mut to = vec![0; start + len + 64];
+                let target = to[start..].as_mut_ptr();
+                // SAFETY: both have so many bytes, and don't overlap.
+                unsafe { copy(from[start..].as_ptr(), target, len) };
+                assert!(to[start..start + len] == from[start..start + len], "{len} bytes at {start}");
+                assert!(
+                    to[..start].iter().chain(&to[start + len..]).all(|byte| *byte == 0),
+                    "{len}, {start}"
+                );
+            }
+        }
+    }
 }
