@@ -46,6 +46,10 @@ struct Flags {
     ready: AtomicBool,
     /// How often the ring was started.
     starts: AtomicU32,
+    /// Whether the call descriptor is one that a write never waits for.
+    call_never_waits: AtomicBool,
+    /// Whether it had room when it was last looked at. Nobody fills it but us, one by one.
+    call_has_room: AtomicBool,
 }
 
 type Guard<'a> = MutexGuard<'a, VringState<SharedMemory>>;
@@ -72,6 +76,30 @@ impl Vring {
         self.flags.starts.load(Ordering::Acquire)
     }
 
+    /// Interrupts the guest. Not if the descriptor's counter is full: then an interrupt is pending, and writing could
+    /// wait for as long as the frontend likes.
+    ///
+    /// Whether it is full is looked at after each interrupt, for the next one: a guest that has just begun to wait is still
+    /// awake, and an interrupt that comes half a microsecond sooner often finds it so. (Who fills the counter on purpose can
+    /// do that between any look and the write.)
+    pub(crate) fn signal(&self, state: &VringState<SharedMemory>) -> io::Result<()> {
+        let Some(call) = state.get_call() else { return Ok(()) };
+        // SAFETY: the descriptor is open as long as `call`, which `state` owns, is borrowed.
+        let fd = unsafe { BorrowedFd::borrow_raw(call.as_raw_fd()) };
+        let never_waits = self.flags.call_never_waits.load(Ordering::Relaxed);
+        if !(never_waits || self.flags.call_has_room.load(Ordering::Relaxed) || has_room(fd)?) {
+            return Ok(());
+        }
+        match call.notify() {
+            Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(error),
+            _ => {}
+        }
+        if !never_waits {
+            self.flags.call_has_room.store(has_room(fd)?, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
     /// The control plane's access.
     fn control<T>(&self, change: impl FnOnce(&VringMutex<SharedMemory>) -> T) -> T {
         self.flags.waiting.fetch_add(1, Ordering::Relaxed);
@@ -81,16 +109,11 @@ impl Vring {
     }
 }
 
-/// Interrupts the guest. Not if the descriptor's counter is full: then an interrupt is pending,
-/// and writing could block for as long as the frontend likes.
-pub(crate) fn signal(state: &VringState<SharedMemory>) -> io::Result<()> {
-    let Some(call) = state.get_call() else { return Ok(()) };
-    // SAFETY: the descriptor is open as long as `call`, which `state` owns, is borrowed.
-    let fd = unsafe { BorrowedFd::borrow_raw(call.as_raw_fd()) };
+/// Whether a write to an event descriptor would not wait.
+fn has_room(fd: BorrowedFd<'_>) -> io::Result<bool> {
     let mut poll = [PollFd::new(&fd, PollFlags::OUT)];
     rustix::event::poll(&mut poll, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }))?;
-    let [poll] = poll;
-    if poll.revents().contains(PollFlags::OUT) { call.notify() } else { Ok(()) }
+    Ok(poll.iter().all(|poll| poll.revents().contains(PollFlags::OUT)))
 }
 
 impl<'a> VringStateGuard<'a, SharedMemory> for Vring {
@@ -122,7 +145,7 @@ impl VringT<SharedMemory> for Vring {
     }
 
     fn signal_used_queue(&self) -> io::Result<()> {
-        signal(&self.get_ref())
+        self.signal(&self.get_ref())
     }
 
     fn enable_notification(&self) -> Result<bool, QueueError> {
@@ -203,11 +226,17 @@ impl VringT<SharedMemory> for Vring {
     }
 
     fn set_call(&self, file: Option<File>) {
-        self.control(|state| state.set_call(file));
+        let flags = file.as_ref().map(rustix::fs::fcntl_getfl);
+        let never_waits = matches!(flags, Some(Ok(flags)) if flags.contains(OFlags::NONBLOCK));
+        self.control(|state| {
+            self.flags.call_never_waits.store(never_waits, Ordering::Relaxed);
+            self.flags.call_has_room.store(false, Ordering::Relaxed);
+            state.set_call(file);
+        });
         // Answers may have been published that the guest was not told of: by a server that was
         // killed in between, or through a descriptor that nobody listened to any more. One interrupt
         // too many does no harm.
-        if let Err(error) = signal(&self.get_ref()) {
+        if let Err(error) = self.signal(&self.get_ref()) {
             log::debug!("cannot interrupt the guest: {error}");
         }
     }
@@ -221,5 +250,67 @@ impl VringT<SharedMemory> for Vring {
 fn drain(state: &VringState<SharedMemory>) {
     if let Some(kick) = state.get_kick() {
         let _ = kick.consume();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{os::fd::OwnedFd, sync::mpsc::channel, time::Duration};
+
+    use rustix::event::{EventfdFlags, eventfd};
+    use vm_memory::GuestAddress;
+
+    use super::*;
+
+    /// One less than the most that an event descriptor counts.
+    const NEARLY_FULL: u64 = u64::MAX - 2;
+
+    /// A ring that interrupts by `call`, and another descriptor of the same.
+    fn ring_with(flags: EventfdFlags, counted: u64) -> (Vring, OwnedFd) {
+        let call = eventfd(0, flags | EventfdFlags::CLOEXEC).unwrap();
+        if counted > 0 {
+            rustix::io::write(&call, &counted.to_ne_bytes()).unwrap();
+        }
+        let memory = Memory::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap();
+        let vring = Vring::new(SharedMemory::new(memory), 8).unwrap();
+        vring.set_call(Some(File::from(call.try_clone().unwrap())));
+        (vring, call)
+    }
+
+    fn counted(call: &OwnedFd) -> u64 {
+        let mut count = [0; 8];
+        rustix::io::read(call, &mut count).unwrap();
+        u64::from_ne_bytes(count)
+    }
+
+    /// Invariant 8: a frontend that never takes its interrupts does not hold up the worker.
+    #[test]
+    fn interrupt_of_a_full_descriptor_does_not_wait_and_the_next_one_comes() {
+        for flags in [EventfdFlags::empty(), EventfdFlags::NONBLOCK] {
+            let (vring, call) = ring_with(flags, NEARLY_FULL);
+            let (told, done) = channel();
+            let of_thread = vring.clone();
+            std::thread::spawn(move || {
+                // The first one was that of a new descriptor.
+                let outcomes = [0; 3].map(|_| of_thread.signal(&of_thread.lock()).is_ok());
+                told.send(outcomes).unwrap();
+            });
+            let outcomes = done.recv_timeout(Duration::from_secs(60)).expect("an interrupt waits");
+            assert_eq!(outcomes, [true; 3]);
+            assert_eq!(counted(&call), NEARLY_FULL + 1);
+            vring.signal(&vring.lock()).unwrap();
+            assert_eq!(counted(&call), 1);
+        }
+    }
+
+    #[test]
+    fn each_interrupt_is_counted() {
+        for flags in [EventfdFlags::empty(), EventfdFlags::NONBLOCK] {
+            let (vring, call) = ring_with(flags, 0);
+            for expected in [4, 3, 3] {
+                (0..3).for_each(|_| vring.signal(&vring.lock()).unwrap());
+                assert_eq!(counted(&call), expected);
+            }
+        }
     }
 }

@@ -29,7 +29,7 @@ use crate::{
     request::{Action, Data, Memory, Parsed, Parser, Status},
     slots::{Slot, Slots, Used, part_token},
     used::{avail_index, publish, used_head, used_index, want_no_kick, wants_interrupt},
-    vring::{Vring, signal},
+    vring::Vring,
 };
 
 /// How often the ring is looked at between two looks at the clock.
@@ -506,7 +506,7 @@ impl Worker {
         let state = vring.lock();
         match wants_interrupt(state.get_queue(), &memory, before) {
             Ok(true) => {
-                if let Err(error) = signal(&state) {
+                if let Err(error) = vring.signal(&state) {
                     device.warn(|| format!("cannot interrupt the guest: {error}"));
                 }
                 true
