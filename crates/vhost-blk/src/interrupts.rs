@@ -1,10 +1,10 @@
 //! When to interrupt a guest for answers that were published.
 //!
 //! A guest that is awake sees them by itself and wants no interrupt. One that sleeps takes a while to wake, and goes on
-//! asking for more then. So it is woken when what it has asked for and is left to do lasts about twice as long as that:
-//! earlier, it would find less done and sleep again, later, there would be nothing to do meanwhile. Twice, because it costs
-//! more to be late than to be early: not always is the guest as quick as usual, and where idle processors halt, to wake one
-//! that has slept takes us several times as long as one that just falls asleep. At the latest it is woken when nothing is left, or after [`DELAY_MAX`]; where requests are long, after [`DELAY_REQUESTS`] of them.
+//! asking for more then. So it is woken when what it has asked for and is left to do lasts a little longer than that, or
+//! twice as long, [whichever turns out better](Sooner): earlier, it would find less done and sleep again, later, there would be
+//! nothing to do meanwhile; but where idle processors halt, to wake one that has slept takes us several times as long as one
+//! that just falls asleep. At the latest it is woken when nothing is left, or after [`DELAY_MAX`]; where requests are long, after [`DELAY_REQUESTS`] of them.
 //!
 //! That needs groups that are short compared with waking: [`group`](Interrupts::group) says how many requests to take
 //! at a time, one if they are long.
@@ -15,7 +15,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::worker::GROUP;
+use crate::{sooner::Sooner, worker::GROUP};
 
 /// What it takes, after an interrupt, until a guest that slept has asked for more, as long as nothing is known. From one
 /// virtual core to another that halts it is 12 to 16 us when the guest has just fallen asleep and 25 to 40 else; where idle cores do not
@@ -64,6 +64,7 @@ pub(crate) struct Interrupts {
     /// How long a guest that sleeps takes to ask for more, lately.
     waking: Duration,
     woken: Option<Woken>,
+    sooner: Sooner,
 }
 
 /// A guest that was interrupted and has not been seen to ask for more.
@@ -94,6 +95,7 @@ impl Interrupts {
             untold: None,
             waking: WAKING_FIRST,
             woken: None,
+            sooner: Sooner::new(),
         }
     }
 
@@ -124,6 +126,7 @@ impl Interrupts {
             return true;
         }
         let now = now();
+        self.count(answers, now);
         if asked {
             self.learn_waking(now, answers);
         }
@@ -139,10 +142,19 @@ impl Interrupts {
             || now.saturating_duration_since(since) + group >= delay_max
     }
 
+    fn count(&mut self, answers: u16, now: Instant) {
+        #[cfg(test)]
+        if IS_COUNTED.load(std::sync::atomic::Ordering::Relaxed) {
+            return;
+        }
+        self.sooner.answered(answers, now);
+    }
+
     /// How long what is left lasts, at most, when the guest is woken.
     fn early(&self) -> Duration {
         // It is looked at after each group, so half a group late on average.
-        let early = (self.waking * 2).min(EARLY_MAX) + self.request * self.group as u32 / 2;
+        let waking = if self.sooner.is_now() { self.waking * 2 } else { self.waking * 5 / 4 };
+        let early = waking.min(EARLY_MAX) + self.request * self.group as u32 / 2;
         // With the last one, however long it takes: then there is something to do meanwhile.
         early.max(self.request)
     }
@@ -275,7 +287,8 @@ mod tests {
                 "{groups} groups: {:?}",
                 interrupts.waking
             );
-            assert!(interrupts.early().abs_diff((2 * waking).min(56) * MICRO + 4 * MICRO) < MICRO);
+            let wanted = if interrupts.sooner.is_now() { 2 * waking * MICRO } else { waking * MICRO * 5 / 4 };
+            assert!(interrupts.early().abs_diff(wanted.min(EARLY_MAX) + 4 * MICRO) < MICRO);
         }
     }
 

@@ -30,6 +30,7 @@ mod server;
 mod setup;
 mod slots;
 mod socket;
+mod sooner;
 #[cfg(test)]
 mod testing;
 mod used;
