@@ -48,6 +48,17 @@ enum State {
     Begun(Box<Beginning>),
     /// It is done, and this is the disk's manifest.
     Done(Box<Manifest>),
+    /// It failed: the session has no log, and the manifest is the one from before.
+    Failed,
+}
+
+/// What a beginning has come to.
+#[derive(Debug)]
+pub(crate) enum Outcome {
+    /// The manifest names the session's log.
+    Named(Box<Manifest>),
+    /// The session has no log.
+    Failed,
 }
 
 /// The beginning of a disk's open session.
@@ -69,28 +80,43 @@ impl Beginnings {
         self.is_begun.store(true, Ordering::Release);
     }
 
+    /// Whether there may be something to wait for.
+    pub(crate) fn is_begun(&self) -> bool {
+        self.is_begun.load(Ordering::Acquire)
+    }
+
+    /// Leaves undone what nobody has begun to do: the session is given up, as by a kill.
+    pub(crate) fn give_up(&self) {
+        let mut state = self.state();
+        if matches!(*state, State::Begun(_)) {
+            *state = State::Failed;
+        }
+        self.is_begun.store(false, Ordering::Release);
+    }
+
     /// Waits until nothing is left to be done; does it, if nobody else has begun. Whether it failed is seen by the log, which
     /// is not there then.
     pub(crate) fn finish(&self, shared: &Shared) {
-        if !self.is_begun.load(Ordering::Acquire) {
+        if !self.is_begun() {
             return;
         }
         let mut state = self.state();
-        // What fails leaves nothing: the manifest is the one from before.
-        *state = match std::mem::take(&mut *state) {
+        // Should it panic, it has failed.
+        *state = match std::mem::replace(&mut *state, State::Failed) {
             State::Begun(beginning) => {
-                beginning.finish(shared).map_or(State::Over, |manifest| State::Done(Box::new(manifest)))
+                beginning.finish(shared).map_or(State::Failed, |manifest| State::Done(Box::new(manifest)))
             }
             other => other,
         };
         self.is_begun.store(false, Ordering::Release);
     }
 
-    /// The manifest that names the open session, once.
-    pub(crate) fn take_manifest(&self) -> Option<Box<Manifest>> {
+    /// What has come of the open session's beginning, once.
+    pub(crate) fn take_outcome(&self) -> Option<Outcome> {
         let mut state = self.state();
         match std::mem::take(&mut *state) {
-            State::Done(manifest) => Some(manifest),
+            State::Done(manifest) => Some(Outcome::Named(manifest)),
+            State::Failed => Some(Outcome::Failed),
             other => {
                 *state = other;
                 None
@@ -118,7 +144,7 @@ impl Beginning {
             return None;
         }
         witness::set_generation(&shared.storage, &shared.disk, manifest.generation);
-        *shared.log() = Some(writer);
+        shared.set_log(writer);
         shared.live.set_session_open(true);
         Some(manifest)
     }

@@ -261,6 +261,12 @@ impl Claims {
         change();
     }
 
+    /// Ends a session that has no log: the last one is still the one before.
+    pub(crate) fn end_session_without_a_log(&self) {
+        let mut inner = self.lock();
+        self.forget(&mut inner);
+    }
+
     /// Says at opening whether the drain rests, and whether it may have begun on the last session's blocks.
     pub(crate) fn set_drain(&self, rests: bool, began: bool) {
         let mut inner = self.lock();

@@ -18,6 +18,7 @@ use blocks::{BlockSet, Geometry};
 use uuid::Uuid;
 use write_log::{LogError, LogHeader, LogId, LogWriter};
 
+use crate::beginning::Outcome;
 use crate::counts::CopyCounts;
 use crate::drain::Drain;
 use crate::manifest::{EntryKind, Left, LogEntry, Manifest};
@@ -39,7 +40,7 @@ const STOP_LATENCY_MAX: Duration = Duration::from_millis(20);
 #[derive(Debug)]
 struct OpenSession {
     entry: LogEntry,
-    /// Whether the manifest names its log. If not, it has written nothing and can't.
+    /// Whether the manifest names its log. If not, it has written nothing, and can't once its beginning is finished.
     named: bool,
     started: SystemTime,
     /// Bytes that queues had written before.
@@ -77,11 +78,28 @@ pub struct SessionDisk {
 impl SessionDisk {
     /// When the open session's beginning is finished.
     fn lifecycle(&self) -> MutexGuard<'_, Lifecycle> {
-        let mut lifecycle = self.lifecycle_as_it_is();
-        self.shared.finish_beginning();
-        if let Some(manifest) = self.shared.beginnings.take_manifest() {
-            lifecycle.manifest = *manifest;
-            lifecycle.session.iter_mut().for_each(|session| session.named = true);
+        let beginnings = &self.shared.beginnings;
+        let mut lifecycle = loop {
+            // Before it is locked: who wants it as it is need not wait for the medium.
+            self.shared.finish_beginning();
+            let lifecycle = self.lifecycle_as_it_is();
+            if !beginnings.is_begun() {
+                break lifecycle;
+            }
+        };
+        match beginnings.take_outcome() {
+            Some(Outcome::Named(manifest)) => {
+                lifecycle.manifest = *manifest;
+                lifecycle.session.iter_mut().for_each(|session| session.named = true);
+            }
+            Some(Outcome::Failed) => {
+                // Its number is not given to another one.
+                if let Some(session) = &lifecycle.session {
+                    lifecycle.manifest.next_sequence = session.entry.sequence.saturating_add(1);
+                }
+                self.shared.live.set_pristine(lifecycle.manifest.logs.is_empty());
+            }
+            None => {}
         }
         lifecycle.join_finisher();
         lifecycle
@@ -466,6 +484,8 @@ impl Lifecycle {
 impl Drop for SessionDisk {
     fn drop(&mut self) {
         self.lifecycle_as_it_is().join_finisher();
+        // Queues may be left, and are not to go on with it when the disk may be another server's.
+        self.shared.beginnings.give_up();
         self.shared.live.set_server(None);
     }
 }

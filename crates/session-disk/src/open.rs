@@ -257,6 +257,12 @@ pub(crate) fn prune_logs(storage: &Storage, paths: &Paths, manifest: &Manifest, 
     retired_logs(paths, manifest).into_iter().skip(keep).for_each(|id| remove_log(storage, paths, id));
 }
 
+/// Removes logs whose numbers are still to be given: their sessions have not come to anything.
+pub(crate) fn remove_logs_to_come(storage: &Storage, paths: &Paths, manifest: &Manifest) {
+    let to_come = retired_logs(paths, manifest).into_iter().filter(|id| id.seq >= manifest.next_sequence);
+    to_come.for_each(|id| remove_log(storage, paths, id));
+}
+
 /// Removes the oldest retired log, to make room; whether there was one and it is gone.
 fn drop_oldest_retired(storage: &Storage, paths: &Paths, manifest: &Manifest) -> bool {
     let Some(id) = retired_logs(paths, manifest).pop() else { return false };

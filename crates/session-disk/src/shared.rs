@@ -28,6 +28,9 @@ pub(crate) const BASE: FileIndex = FileIndex(1);
 /// A sealed base as it lies on its medium; in engines for a drain that may share its blocks.
 pub(crate) const MEDIUM: FileIndex = FileIndex(2);
 
+/// Why a write fails in a session whose beginning failed.
+pub(crate) const NO_LOG: &str = "the session has no write log";
+
 /// What a guest's FLUSH does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum FlushPolicy {
@@ -74,6 +77,8 @@ pub(crate) struct Shared {
     log: Mutex<Option<LogWriter>>,
     /// What is done before that.
     pub(crate) beginnings: Beginnings,
+    /// Whether the log is there; if not, and nothing is left to be done, nothing is written.
+    has_log: AtomicBool,
     /// Whether requests are taken.
     pub(crate) open: AtomicBool,
     /// A sync failed: nothing can be vouched for any more.
@@ -136,6 +141,7 @@ impl Shared {
             redo: parts.redo,
             log: Mutex::new(None),
             beginnings: Beginnings::default(),
+            has_log: AtomicBool::new(false),
             open: AtomicBool::new(false),
             poisoned: AtomicBool::new(false),
             base_changed: AtomicBool::new(false),
@@ -207,9 +213,30 @@ impl Shared {
         self.log.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    /// Waits until the open session can be written in. To be called before anything is written.
+    /// The open session's log is this one, which is durable and named.
+    pub(crate) fn set_log(&self, writer: LogWriter) {
+        *self.log() = Some(writer);
+        self.has_log.store(true, Ordering::Release);
+    }
+
+    /// There is no log any more.
+    pub(crate) fn take_log(&self) -> Option<LogWriter> {
+        self.has_log.store(false, Ordering::Release);
+        self.log().take()
+    }
+
+    /// Waits until the open session's log is durable and named.
     pub(crate) fn finish_beginning(&self) {
         self.beginnings.finish(self);
+    }
+
+    /// Whether the open session can be written in, when its beginning is finished. To be asked before anything is written
+    /// that is not in its log yet.
+    pub(crate) fn can_log(&self) -> bool {
+        if self.beginnings.is_begun() {
+            self.finish_beginning();
+        }
+        self.has_log.load(Ordering::Acquire)
     }
 
     /// Makes `extents` this session's, in the log first: crash order, the middle of steps 1 and 2.
@@ -218,7 +245,7 @@ impl Shared {
     /// blocks in L, so that no queue can take a block for logged that is not.
     pub(crate) fn own(&self, extents: &[Extent]) -> io::Result<()> {
         let mut log = self.log();
-        let writer = log.as_mut().ok_or_else(|| io::Error::other("the session has no write log"))?;
+        let writer = log.as_mut().ok_or_else(|| io::Error::other(NO_LOG))?;
         let sequence = writer.header().id.seq;
         let mark = writer.append(extents, &self.owned).map_err(io::Error::other)?;
         self.live.set_mark(LiveMark { sequence, mark });

@@ -6,12 +6,16 @@ mod common;
 
 use std::path::Path;
 use std::process::{Child, Command};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use blockio::EngineKind;
 use blockio::tape::{Io, Tape};
-use common::{Bench, end, read, try_write, wait_until, write};
-use session_disk::{DiskOptions, Manifest, ProcessId, SessionDisk};
+use common::{Bench, end, open, read, try_write, wait_until, write};
+use session_disk::{
+    DiskOptions, DiskState, HoldReason, Manifest, ProcessId, SessionDisk, left_open,
+    set_hold_of_open_session, status,
+};
 use uuid::Uuid;
 
 const SIZE: usize = 1 << 20;
@@ -158,6 +162,7 @@ fn session_killed_while_it_begins_goes_on_as_long_as_its_vm_lives() {
         let vm = Vm::start();
         let (owner, token) = (vm.id(), Some(Uuid::from_u128(7)));
         let disk = bench.open();
+        let logs = logs_there(&bench);
         disk.begin_session(owner).unwrap();
         disk.set_token(token);
         let mut queue = disk.queue(8).unwrap();
@@ -171,6 +176,7 @@ fn session_killed_while_it_begins_goes_on_as_long_as_its_vm_lives() {
             assert_eq!((disk.session_owner(), disk.token(), disk.dirty_blocks()), (owner, token, 0));
             let mut queue = disk.queue(8).unwrap();
             write(&disk, &mut queue, 8, &[0x77; 4096]);
+            assert_eq!(logs_there(&bench), logs + 1);
             drop((queue, disk));
             // Killed again, now that it has written: as any other.
             let disk = bench.open();
@@ -187,33 +193,38 @@ fn session_killed_while_it_begins_goes_on_as_long_as_its_vm_lives() {
     }
 }
 
-/// Invariant 6: what can't be made durable is not written to. The next session tries again.
+/// Invariant 6: what can't be made durable is not written to, be it pending or not. The next session tries again.
 #[test]
 fn session_whose_log_does_not_become_durable_reads_and_writes_nothing() {
-    for what in DURABLE {
-        let (bench, notes) = noted(false);
+    for (what, lazy) in DURABLE.into_iter().flat_map(|what| [(what, false), (what, true)]) {
+        let (bench, notes) = noted(lazy);
         let disk = bench.open();
-        let before = logs_there(&bench);
+        let (content, logs) = (bench.disk_content(), logs_there(&bench));
+        let (named, pending) = (logs_named(&bench), disk.pending_blocks());
         notes.fail(Some(what));
         disk.begin_session(None).unwrap();
+        let failed = disk.open_session().unwrap();
         let mut queue = disk.queue(8).unwrap();
         for sector in [8, 64] {
             assert!(try_write(&disk, &mut queue, sector, &[0x77; 4096]).is_err(), "{what}");
+            assert!(try_write(&disk, &mut queue, sector, &[0x77; 512]).is_err(), "{what}");
         }
         assert_eq!(read(&disk, &mut queue, 0, SIZE), bench.base, "{what}");
-        bench.assert_equal_to_base();
+        assert!(bench.disk_content() == content, "{what}");
         notes.fail(None);
         // Not even now that it could be made.
         assert!(try_write(&disk, &mut queue, 8, &[0x77; 4096]).is_err(), "{what}");
+        assert!(disk.hold(HoldReason::ByOperator).is_err());
         // Once the manifest has its name the log stays: after that failure either manifest may hold.
-        assert_eq!(logs_there(&bench) - before, logs_named(&bench), "{what}");
+        assert_eq!(logs_there(&bench) - logs, logs_named(&bench) - named, "{what}");
         // Somebody may make all logs one meanwhile.
         disk.checkpoint().unwrap();
-        assert_eq!(logs_named(&bench), 0, "{what}");
+        assert_eq!(logs_named(&bench), usize::from(lazy), "{what}");
         assert_eq!(end(&disk, queue).dirty_blocks, 0);
-        assert_eq!(disk.pending_blocks(), 0, "{what}");
+        assert_eq!(disk.pending_blocks(), pending, "{what}");
 
         disk.begin_session(None).unwrap();
+        assert!(disk.open_session().unwrap() > failed);
         let mut queue = disk.queue(8).unwrap();
         write(&disk, &mut queue, 8, &[0x77; 4096]);
         assert_eq!(end(&disk, queue).dirty_blocks, 1);
@@ -223,6 +234,54 @@ fn session_whose_log_does_not_become_durable_reads_and_writes_nothing() {
         let disk = bench.open();
         assert_eq!((disk.pending_blocks(), disk.session_is_open()), (0, false), "{what}");
     }
+}
+
+/// Who waits until the disk is pristine does not wait for ever.
+#[test]
+fn disk_is_still_pristine_after_a_session_without_a_log() {
+    for what in DURABLE {
+        let (bench, notes) = noted(false);
+        let disk = bench.open();
+        notes.fail(Some(what));
+        disk.begin_session(None).unwrap();
+        disk.end_session().unwrap();
+        assert_eq!(status(&bench.options).unwrap().state, DiskState::Pristine, "{what}");
+    }
+}
+
+/// What was begun to be restored before a session that has no log is not the last session's any more after it.
+#[test]
+fn session_without_a_log_does_not_make_the_one_before_whole_again() {
+    let (bench, notes) = noted(false);
+    let disk = bench.open();
+    begin_and_end(&disk);
+    let stop = AtomicBool::new(false);
+    disk.drain(&stop, &mut |_| stop.store(true, Ordering::Release)).unwrap_err();
+    notes.fail(Some(DURABLE[0]));
+    disk.begin_session(None).unwrap();
+    disk.end_session().unwrap();
+    notes.fail(None);
+    assert!(disk.pending_blocks() > 0);
+    assert!(disk.hold(HoldReason::ByOperator).is_err());
+}
+
+/// It is nobody's to hold, for it has no log, and who ends it is heard.
+#[test]
+fn session_killed_while_it_begins_is_ended_and_not_held_by_the_operator() {
+    let (bench, _notes) = noted(false);
+    begin_and_end(&bench.open());
+    let vm = Vm::start();
+    let disk = bench.open();
+    disk.begin_session(vm.id()).unwrap();
+    drop(disk);
+    let options = DiskOptions { resume: false, ..bench.options.clone() };
+    assert!(set_hold_of_open_session(&options, Some(HoldReason::ByOperator)).is_err());
+    assert!(left_open(&options).unwrap().is_some());
+    open(&options).stop().unwrap();
+    assert_eq!(left_open(&options).unwrap(), None);
+    let disk = bench.open();
+    assert!(!disk.session_is_open());
+    bench.assert_restores_exactly(&disk);
 }
 
 /// The same, and the server stops: the session is nobody's, and no log of it is missed.

@@ -10,7 +10,7 @@ use std::{
     os::fd::{AsRawFd, BorrowedFd},
     sync::{
         Arc, MutexGuard,
-        atomic::{AtomicBool, AtomicU32, Ordering},
+        atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering},
     },
 };
 
@@ -46,10 +46,10 @@ struct Flags {
     ready: AtomicBool,
     /// How often the ring was started.
     starts: AtomicU32,
-    /// Whether the call descriptor is one that a write never waits for.
-    call_never_waits: AtomicBool,
-    /// Whether it had room when it was last looked at. Nobody fills it but us, one by one.
-    call_has_room: AtomicBool,
+    /// The call descriptor, if it is one that a write never waits for; -1: it is not.
+    call_never_waits: AtomicI32,
+    /// The call descriptor, if it had room when it was last looked at; -1: it had none. Nobody fills it but us, one by one.
+    call_has_room: AtomicI32,
 }
 
 type Guard<'a> = MutexGuard<'a, VringState<SharedMemory>>;
@@ -80,22 +80,25 @@ impl Vring {
     /// wait for as long as the frontend likes.
     ///
     /// Whether it is full is looked at after each interrupt, for the next one: a guest that has just begun to wait is still
-    /// awake, and an interrupt that comes half a microsecond sooner often finds it so. (Who fills the counter on purpose can
-    /// do that between any look and the write.)
+    /// awake, and an interrupt that comes half a microsecond sooner often finds it so. (A frontend that fills the counter on
+    /// purpose, between a look and the write, or makes the descriptor one that waits, stops its own queue.)
     pub(crate) fn signal(&self, state: &VringState<SharedMemory>) -> io::Result<()> {
         let Some(call) = state.get_call() else { return Ok(()) };
         // SAFETY: the descriptor is open as long as `call`, which `state` owns, is borrowed.
         let fd = unsafe { BorrowedFd::borrow_raw(call.as_raw_fd()) };
-        let never_waits = self.flags.call_never_waits.load(Ordering::Relaxed);
-        if !(never_waits || self.flags.call_has_room.load(Ordering::Relaxed) || has_room(fd)?) {
+        let is_this = |known: &AtomicI32| known.load(Ordering::Relaxed) == fd.as_raw_fd();
+        let never_waits = is_this(&self.flags.call_never_waits);
+        if !(never_waits || is_this(&self.flags.call_has_room) || has_room(fd)?) {
             return Ok(());
         }
         match call.notify() {
             Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(error),
+            // Or it is full, and an interrupt is pending.
             _ => {}
         }
         if !never_waits {
-            self.flags.call_has_room.store(has_room(fd)?, Ordering::Relaxed);
+            let known = if has_room(fd)? { fd.as_raw_fd() } else { -1 };
+            self.flags.call_has_room.store(known, Ordering::Relaxed);
         }
         Ok(())
     }
@@ -228,15 +231,16 @@ impl VringT<SharedMemory> for Vring {
     fn set_call(&self, file: Option<File>) {
         let flags = file.as_ref().map(rustix::fs::fcntl_getfl);
         let never_waits = matches!(flags, Some(Ok(flags)) if flags.contains(OFlags::NONBLOCK));
-        self.control(|state| {
-            self.flags.call_never_waits.store(never_waits, Ordering::Relaxed);
-            self.flags.call_has_room.store(false, Ordering::Relaxed);
-            state.set_call(file);
-        });
+        self.control(|state| state.set_call(file));
+        let state = self.get_ref();
+        // As long as that is not said, nothing is known of the new one, whose number is another.
+        let call = state.get_call().as_ref().map_or(-1, |call| call.as_raw_fd());
+        self.flags.call_never_waits.store(if never_waits { call } else { -1 }, Ordering::Relaxed);
+        self.flags.call_has_room.store(-1, Ordering::Relaxed);
         // Answers may have been published that the guest was not told of: by a server that was
         // killed in between, or through a descriptor that nobody listened to any more. One interrupt
         // too many does no harm.
-        if let Err(error) = self.signal(&self.get_ref()) {
+        if let Err(error) = self.signal(&state) {
             log::debug!("cannot interrupt the guest: {error}");
         }
     }

@@ -144,6 +144,12 @@ impl SessionDisk {
         if lifecycle.manifest.held.is_some() {
             return Ok(Held { already: true, session, blocks });
         }
+        if session.is_some() && lifecycle.named_session().is_none() {
+            return Err(Error::Refused(format!(
+                "{}: there is nothing to hold: the session has no write log, so it writes nothing",
+                self.paths.disk().display()
+            )));
+        }
         // The drain first: what it has once begun can't be kept any more.
         if session.is_none()
             && !lifecycle.manifest.kept
@@ -226,6 +232,14 @@ pub fn set_hold_of_open_session(
     let (paths, storage) = (options.paths(), Storage::new(options.tape.clone()));
     let disk = Manifest::load_from(&storage, &paths)?.disk;
     let live = LivePage::inspect(&paths.live_page(disk), disk, file_number(&options.disk)?);
+    if let Some(live) = live.as_ref().filter(|live| Before::of(Some(live)).session_begins)
+        && live.owner().is_none_or(ProcessId::is_alive)
+    {
+        return Err(Error::Refused(format!(
+            "{}: its server was killed just as a session began, whose VM runs; serve the disk again first",
+            options.disk.display()
+        )));
+    }
     let Some(live) = live
         .filter(|live| Before::of(Some(live)).session_open && live.owner().is_none_or(ProcessId::is_alive))
     else {
@@ -254,10 +268,14 @@ pub fn set_hold_of_open_session(
 pub fn left_open(options: &DiskOptions) -> Result<Option<u64>, Error> {
     let paths = options.paths();
     let manifest = Manifest::load(&paths)?;
+    let live = LivePage::inspect(&paths.live_page(manifest.disk), manifest.disk, file_number(&options.disk)?);
+    if live.as_ref().is_some_and(LivePage::session_begins) {
+        // The number that it would have with the next server.
+        return Ok(Some(manifest.next_sequence));
+    }
     let Some(last) = manifest.logs.last().filter(|entry| entry.kind == EntryKind::Session) else {
         return Ok(None);
     };
-    let live = LivePage::inspect(&paths.live_page(manifest.disk), manifest.disk, file_number(&options.disk)?);
     let open = match (manifest.left, live) {
         (Some(left), _) => left == Left::Open,
         (None, Some(live)) => live.session_is_named(),

@@ -24,6 +24,11 @@ impl SessionDisk {
     /// # Errors
     /// If one is open already, or the log can't be made; then nothing has changed.
     pub fn begin_session(&self, owner: Option<ProcessId>) -> Result<SessionStart, Error> {
+        self.begin(owner, None)
+    }
+
+    /// [`begin_session`](Self::begin_session) of a session that has noted its token already, or not.
+    pub(super) fn begin(&self, owner: Option<ProcessId>, token: Option<Uuid>) -> Result<SessionStart, Error> {
         let mut lifecycle = self.lifecycle();
         if lifecycle.session.is_some() {
             return Err(Error::WrongState("a session is open already"));
@@ -52,7 +57,7 @@ impl SessionDisk {
         lifecycle.session =
             Some(OpenSession { entry, named: false, started: SystemTime::now(), bytes_before });
         self.shared.live.set_owner(owner);
-        self.shared.live.set_token(None);
+        self.shared.live.set_token(token);
         self.shared.live.set_dirty(0);
         self.shared.live.set_session_begins();
         self.shared.beginnings.begin(Beginning { paths: self.paths.clone(), writer, manifest, staged });
@@ -110,7 +115,7 @@ impl SessionDisk {
             bytes_written: self.bytes_written(&lifecycle).saturating_sub(session.bytes_before),
             duration: session.started.elapsed().unwrap_or_default(),
         };
-        if let Some(mut writer) = self.shared.log().take() {
+        if let Some(mut writer) = self.shared.take_log() {
             // Sealed, it is exact without the live page's mark, which will be the next log's. If that
             // fails and we are killed before the next checkpoint, it counts as damaged: all is pending. It need not
             // be durable: in a power cut the intents say as much as for a session that was open. But who
@@ -128,11 +133,15 @@ impl SessionDisk {
         // Nobody writes, and what was written is drained from here on.
         self.shared.disk.forget_writes();
         self.shared.wipe_redo();
-        self.shared.claims.end_session(held, || {
-            let set = if lifecycle.manifest.kept { &lifecycle.kept } else { &self.shared.pending };
-            set.insert_set(&self.shared.owned);
-            self.shared.owned.clear();
-        });
+        if session.named {
+            self.shared.claims.end_session(held, || {
+                let set = if lifecycle.manifest.kept { &lifecycle.kept } else { &self.shared.pending };
+                set.insert_set(&self.shared.owned);
+                self.shared.owned.clear();
+            });
+        } else {
+            self.shared.claims.end_session_without_a_log();
+        }
         lifecycle.session = None;
         self.shared.live.set_session_open(false);
         self.shared.live.set_owner(None);

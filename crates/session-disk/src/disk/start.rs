@@ -13,7 +13,7 @@ use crate::live::LivePage;
 use crate::manifest::{DiskFile, Manifest};
 use crate::open::{
     check_size, describe, disk_witness, file_number, identity_of, judge, lock_state_dir, open_base,
-    open_disk, open_for_sync, refuse_disk_of_base,
+    open_disk, open_for_sync, refuse_disk_of_base, remove_logs_to_come,
 };
 use crate::process::ProcessId;
 use crate::recover::{Basis, GoesOn};
@@ -184,19 +184,17 @@ impl SessionDisk {
     /// Goes on with the session that was beginning: it has read, and written nothing, so that it can do with another log.
     fn begin_again(&self) {
         let live = &self.shared.live;
-        let token = live.token();
-        match self.begin_session(live.owner()) {
-            Ok(_) => self.set_token(token),
-            Err(error) => {
-                log::warn!(
-                    "{}: a session that was beginning when its server was killed can't go on: {}",
-                    self.paths.disk().display(),
-                    describe(&error)
-                );
-                live.set_session_open(false);
-                live.set_owner(None);
-                live.set_token(None);
-            }
+        // Those of the attempts before, which may have the same number.
+        remove_logs_to_come(&self.shared.storage, &self.paths, &self.lifecycle().manifest);
+        if let Err(error) = self.begin(live.owner(), live.token()) {
+            log::warn!(
+                "{}: a session that was beginning when its server was killed can't go on: {}",
+                self.paths.disk().display(),
+                describe(&error)
+            );
+            live.set_session_open(false);
+            live.set_owner(None);
+            live.set_token(None);
         }
     }
 }
@@ -208,7 +206,7 @@ fn take_up(shared: &Shared, paths: &Paths, session: GoesOn) -> Result<OpenSessio
     let file = shared.storage.open_log(&log)?;
     let (writer, owned) = LogWriter::resume_on(file, log, session.mark)?;
     shared.owned.insert_set(&owned);
-    *shared.log() = Some(writer);
+    shared.set_log(writer);
     let started = UNIX_EPOCH + Duration::from_nanos(session.begun_unix_ns);
     Ok(OpenSession { entry: session.entry, named: true, started, bytes_before: 0 })
 }

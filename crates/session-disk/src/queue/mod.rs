@@ -50,7 +50,8 @@ const OPERATIONS_MAX: usize = 4096;
 /// Windows that wait to be read ahead: more than there are sequences would be late.
 const WINDOWS_MAX: usize = 4;
 
-/// The data path of one virtqueue. Used by one thread at a time; blocks only in [`DiskQueue::quiesce`].
+/// The data path of one virtqueue. Used by one thread at a time. Waits for I/O in [`DiskQueue::quiesce`], and with a session's
+/// first writes for what has to be durable before them.
 ///
 /// A pass is: any number of [`push`](Self::push), one [`submit`](Self::submit), one
 /// [`reap`](Self::reap). When a descriptor of [`wait_fds`](Self::wait_fds) becomes readable, `reap`

@@ -8,7 +8,7 @@ use blocks::{BlockRange, Extent};
 
 use super::{DiskQueue, FILL, failed};
 use crate::request::{Data, Write};
-use crate::shared::{BASE, DISK, FlushPolicy};
+use crate::shared::{BASE, DISK, FlushPolicy, NO_LOG};
 
 /// A bounce block on its way: part of a pending block is being written.
 #[derive(Debug)]
@@ -38,7 +38,9 @@ impl DiskQueue {
             return self.write_clean(slot, write.range, write.data);
         }
         // The data of pending blocks is on its way before their record is.
-        shared.finish_beginning();
+        if !shared.can_log() {
+            return self.fail(slot, io::Error::other(NO_LOG));
+        }
         let Some(state) = self.slots.get_mut(slot) else { return };
         state.claimed.clear();
         state
@@ -136,7 +138,9 @@ impl DiskQueue {
 
     /// The middle of step 1: intents, then record, live page and L.
     pub(super) fn log_extents(&self, extents: &mut Vec<Extent>) -> io::Result<()> {
-        self.shared.finish_beginning();
+        if !self.shared.can_log() {
+            return Err(io::Error::other(NO_LOG));
+        }
         Extent::normalize(extents);
         extents
             .iter()
