@@ -42,7 +42,7 @@ pub(crate) unsafe fn copy(from: *const u8, to: *mut u8, len: usize) {
 }
 
 /// Copies so many times [`ABREAST`] pages, in the way that has turned out to be the faster one. (128 KiB out of the page cache:
-/// side by side 11 us on Sapphire Rapids and 8 to 10 on AMD's family 26, by the processor's own copy 26 and 4.)
+/// side by side 11 us on Sapphire Rapids and 8 to 10 on AMD's family 26, by the processor's own copy 26, in `pread`, and 4.)
 ///
 /// # Safety
 /// As [`copy`].
