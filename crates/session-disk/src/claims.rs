@@ -252,19 +252,14 @@ impl Claims {
     }
 
     /// Ends a session: what was copied is forgotten, and `change` runs while no claim is given and
-    /// nothing is settled. `held`: the drain rests from now on.
-    pub(crate) fn end_session(&self, held: bool, change: impl FnOnce()) {
+    /// nothing is settled. `held`: the drain rests from now on. Not `logged`: it has written nothing, and the last session
+    /// is still the one before.
+    pub(crate) fn end_session(&self, held: bool, logged: bool, change: impl FnOnce()) {
         let mut inner = self.lock();
         self.forget(&mut inner);
         inner.drain_rests = held;
-        inner.drain_began = false;
+        inner.drain_began &= !logged;
         change();
-    }
-
-    /// Ends a session that has no log: the last one is still the one before.
-    pub(crate) fn end_session_without_a_log(&self) {
-        let mut inner = self.lock();
-        self.forget(&mut inner);
     }
 
     /// Says at opening whether the drain rests, and whether it may have begun on the last session's blocks.
@@ -403,13 +398,13 @@ mod tests {
         let (claims, waker) = (Claims::new(1000), Waker::new().unwrap());
         let set = pending(&[Extent::new(10, 20)]);
         let claim = || claim_one(&claims, &set, 0, 5, &waker);
-        claims.end_session(true, || ());
+        claims.end_session(true, true, || ());
         assert_eq!((claim(), claims.drain_began()), (DrainClaim::Nothing, false));
         claims.end_rest();
         assert_eq!((claim(), claims.drain_began()), (DrainClaim::Claimed(Extent::new(10, 5)), true));
         assert!(!claims.rest_if_not_begun());
         assert_eq!(claim(), DrainClaim::Claimed(Extent::new(15, 5)));
-        claims.end_session(false, || ());
+        claims.end_session(false, true, || ());
         assert!(claims.rest_if_not_begun());
         assert_eq!(claim(), DrainClaim::Nothing);
     }
@@ -424,7 +419,7 @@ mod tests {
             claims.release_copied(&[run]);
         };
         copy();
-        claims.end_session(false, || ());
+        claims.end_session(false, true, || ());
         assert_eq!(claims.settle(&set, || true), 0);
         copy();
         assert_eq!(claims.settle(&set, || false), 0);

@@ -133,15 +133,12 @@ impl SessionDisk {
         // Nobody writes, and what was written is drained from here on.
         self.shared.disk.forget_writes();
         self.shared.wipe_redo();
-        if session.named {
-            self.shared.claims.end_session(held, || {
-                let set = if lifecycle.manifest.kept { &lifecycle.kept } else { &self.shared.pending };
-                set.insert_set(&self.shared.owned);
-                self.shared.owned.clear();
-            });
-        } else {
-            self.shared.claims.end_session_without_a_log();
-        }
+        // Whatever it has taken, named or not.
+        self.shared.claims.end_session(held, session.named, || {
+            let set = if lifecycle.manifest.kept { &lifecycle.kept } else { &self.shared.pending };
+            set.insert_set(&self.shared.owned);
+            self.shared.owned.clear();
+        });
         lifecycle.session = None;
         self.shared.live.set_session_open(false);
         self.shared.live.set_owner(None);
