@@ -316,14 +316,13 @@ impl SessionDisk {
             return Err(Error::WrongState("a queue has requests in flight"));
         }
         self.shared.wipe_redo();
-        let mut log = self.shared.log();
+        let log = self.shared.take_log();
         if let Some(session) = &lifecycle.session
             && self.resume
             && self.session_owner().is_none_or(ProcessId::is_alive)
             && !self.shared.is_poisoned()
         {
             // The live page vouches for the log as long as the host runs.
-            *log = None;
             self.shared.live.set_server(None);
             return Ok(Some(session.entry.sequence));
         }
@@ -332,7 +331,7 @@ impl SessionDisk {
             Some(_) if log.is_some() => self.shared.sync_disk(),
             _ => Ok(()),
         };
-        match (log.take(), durable) {
+        match (log, durable) {
             (Some(mut writer), Ok(())) => {
                 writer.seal(self.shared.owned.count())?;
                 writer.sync()?;
@@ -342,7 +341,6 @@ impl SessionDisk {
             }
             (None, _) => {}
         }
-        drop(log);
         let was_open = lifecycle.named_session().is_some();
         if !was_open {
             // A session's end has left that to us.

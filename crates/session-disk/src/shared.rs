@@ -233,9 +233,7 @@ impl Shared {
     /// Whether the open session can be written in, when its beginning is finished. To be asked before anything is written
     /// that is not in its log yet.
     pub(crate) fn can_log(&self) -> bool {
-        if self.beginnings.is_begun() {
-            self.finish_beginning();
-        }
+        self.finish_beginning();
         self.has_log.load(Ordering::Acquire)
     }
 

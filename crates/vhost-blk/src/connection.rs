@@ -28,7 +28,7 @@ use crate::{
 };
 
 /// How long threads may take to let go of a connection. A frontend can only delay them by
-/// attacking its own interrupt descriptor.
+/// attacking its own interrupt descriptor; the state's storage can, while a first write waits for it.
 const TEARDOWN_MAX: Duration = Duration::from_secs(20);
 
 type Daemon = VhostUserDaemon<Arc<Backend>>;
