@@ -174,6 +174,24 @@ fn check_direct(file: &File) {
     assert_eq!((buffered.alignment().memory, buffered.alignment().offset), (1, 1));
 }
 
+/// A direct write to what is cached costs three times as much.
+#[test]
+fn open_for_direct_io_takes_the_file_out_of_the_cache() {
+    let dir = disk_dir();
+    let path = dir.path().join("disk");
+    let file = create(&path, 4 << 20);
+    file.write_all_at(&vec![7; 4 << 20], 0).unwrap();
+    file.sync_all().unwrap();
+    let is_cached = |offset| {
+        let mut byte = [0];
+        let part = &mut [std::io::IoSliceMut::new(&mut byte)];
+        rustix::io::preadv2(&file, part, offset, rustix::io::ReadWriteFlags::NOWAIT).is_ok()
+    };
+    assert!(is_cached(0) && is_cached(2 << 20));
+    let _direct = open(&path, true, true);
+    assert!(!is_cached(0) && !is_cached(2 << 20));
+}
+
 #[test]
 fn opened_file_waits_for_its_io() {
     let dir = disk_dir();

@@ -186,7 +186,10 @@ impl Bench {
     fn ready(&self, backend: Backend) -> PathBuf {
         let disk = self.disk_of(backend);
         machine::settle(&disk);
-        if !self.direct && matches!(backend, Backend::Limit(_)) {
+        if self.direct {
+            // A direct write to what is cached costs more, and pristine makes sure that nothing is: let nobody gain by that.
+            machine::forget(&disk);
+        } else if matches!(backend, Backend::Limit(_)) {
             machine::warm(&disk);
         }
         disk
