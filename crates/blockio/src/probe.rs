@@ -42,7 +42,7 @@ const TMPFS: u64 = 0x0102_1994;
 
 /// The longest write that is handed to the page cache at once, in bytes, where [long ones make short ones
 /// dear](write_max).
-const WRITE_MAX: u64 = 32 << 10;
+const WRITE_MAX: u64 = 16 << 10;
 
 /// What direct I/O on `fd` must be aligned to.
 ///
@@ -110,10 +110,11 @@ pub(crate) fn supports_nowait(fd: &OwnedFd) -> bool {
 /// The longest write that is to be handed to the page cache of `fd` at once, in bytes.
 ///
 /// What is not in the page cache comes there in folios as large as the write (Linux since 6.16 for ext4, since 6.15 for block
-/// devices). Both keep a list of a folio's blocks, and whoever writes one of them later walks all of it: 1.6 us for a
-/// write of 4 KiB in a folio of 4 KiB, 2.0 in one of 16 KiB, 3.0 in one of 256 KiB, 7 in one of 1 MiB and 14 in one of 2 MiB, more
-/// when the list is not in the processor's cache. Long writes like large folios: 128 KiB take 39 us in folios of 4 KiB, 19 in those
-/// of 32 KiB, 17 in larger ones. File systems that keep bits instead of lists (xfs, tmpfs) have no such limit.
+/// devices). Both keep a list of a folio's blocks, and whoever writes one of them later walks all of it: 1.2 us for a
+/// write of 4 KiB in a folio of 4 KiB, 1.4 in one of 16 KiB, 1.9 in one of 32 KiB, 3.8 in one of 256 KiB and 5 in one of 1 MiB, more
+/// when the list is not in the processor's cache. Long writes like large folios: 128 KiB take 22 us in folios of 4 KiB, 12 in those
+/// of 16 KiB, 11 in those of 32 KiB, 10 in those of 64 KiB. (EPYC; the bench's README has more.) File systems that keep bits instead
+/// of lists (xfs, tmpfs) have no such limit.
 pub(crate) fn write_max(fd: &OwnedFd, kind: FileKind) -> u64 {
     let has_lists = match kind {
         FileKind::BlockDevice => true,
