@@ -88,7 +88,7 @@ fn object_name(object: &str) -> String {
 fn call_name(function: &str) -> Option<&str> {
     const VECTORS: [&str; 4] = ["do_preadv", "do_pwritev", "do_readv", "do_writev"];
     let rest = |prefix| function.strip_prefix(prefix);
-    match rest("__x64_sys_").or_else(|| rest("ksys_")) {
+    match ["__x64_sys_", "__do_sys_", "ksys_"].into_iter().find_map(rest) {
         Some(name) => Some(name),
         None => VECTORS.contains(&function).then(|| function.trim_start_matches("do_")),
     }
@@ -108,7 +108,7 @@ mod tests {
     fn shares_are_of_the_samples_that_are_shown() {
         let functions = "# To display\n\n# Overhead|Shared Object|Symbol\n 30.00%|[kernel.kallsyms]|[k] rep_movs_alternative\n  \
                          15.00%  |pristine         |[.] blockio::now::write_now  \n 5.00%|libc.so.6|[.] write\n";
-        let calls = "# c\n 25.00% |[k] do_pwritev\n 20.00%|[k] __x64_sys_pwritev\n 10.00%|[k] ksys_write\n 40.00%|[k] do_it\n";
+        let calls = "# c\n 25.00% |[k] do_pwritev\n 20.00%|[k] __x64_sys_pwritev\n 10.00%|[k] ksys_write\n 9.00%|[k] __do_sys_futex\n 40.00%|[k] do_it\n";
         let profile = Profile::parsed(functions, calls);
         let function = |object: &str, name: &str, share| (object.to_owned(), name.to_owned(), share);
         assert_eq!(
@@ -119,7 +119,10 @@ mod tests {
                 function("libc.so.6", "write", 0.1),
             ]
         );
-        assert_eq!(profile.calls, [("pwritev".to_owned(), 0.5), ("write".to_owned(), 0.2)]);
+        assert_eq!(
+            profile.calls,
+            [("pwritev".to_owned(), 0.5), ("write".to_owned(), 0.2), ("futex".to_owned(), 0.18)]
+        );
         assert_eq!(Profile::parsed("", "nonsense"), Profile::default());
     }
 }

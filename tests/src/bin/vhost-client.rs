@@ -21,6 +21,7 @@
 //! bench PATTERN DEPTH SECONDS [QUEUES [RATE]]     ok SCORE   see `Load` and `Score`
 //! limit FILE LOOP CACHE PATTERN DEPTH SECONDS     ok SCORE   of the file itself; LOOP: sync, io_uring; CACHE: buffered, direct
 //! passes DEPTH COUNT SEED      ok FIRST STEADY    writes a second into COUNT blocks, and then into the same
+//! first DEPTH COUNT SEED       ok RATE            the first of these alone
 //! warm                         ok                 reads all of the disk, in order
 //! touches SEED                 ok REGION BLOCK STEADY                       microseconds of a single write
 //! ```
@@ -32,8 +33,8 @@ use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::Duration;
 
 use pristine_tests::client::{
-    Client, Done, Endure, Load, Loop, Pattern, Plan, Request, Shape, run_limit, run_load, run_model,
-    run_passes, run_touches, run_warm,
+    Client, Done, Endure, Load, Loop, Pattern, Plan, Request, Shape, run_first, run_limit, run_load,
+    run_model, run_passes, run_touches, run_warm,
 };
 use pristine_tests::random::{Random, contents, scattered};
 use sha2::{Digest, Sha256};
@@ -170,6 +171,10 @@ impl Session {
                 let depth = number(depth)? as usize;
                 let [first, second] = run_passes(&self.socket, depth, number(count)?, number(seed)?)?;
                 Ok(format!("{first:.0} {second:.0}"))
+            }
+            ("first", [depth, count, seed]) => {
+                run_first(&self.socket, number(depth)? as usize, number(count)?, number(seed)?)
+                    .map(|rate| format!("{rate:.0}"))
             }
             ("warm", []) => run_warm(&self.socket).map(|()| String::new()),
             ("touches", [seed]) => {

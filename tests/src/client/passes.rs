@@ -25,6 +25,13 @@ fn connected(socket: &Path, depth: usize) -> Result<Client, String> {
     Ok(client)
 }
 
+/// Writes to `count` scattered blocks, each once, `depth` at a time. Returns how many a second.
+pub fn run_first(socket: &Path, depth: usize, count: u64, seed: u64) -> Result<f64, String> {
+    let mut client = connected(socket, depth)?;
+    let blocks = scattered(seed, count, client.capacity() / LEN as u64);
+    pass(&mut lane_of(&mut client, depth)?, &blocks)
+}
+
 /// Writes to `count` scattered blocks, each once, `depth` at a time, and then to all of them again
 /// [`STEADY_PASSES`] times in other orders. Returns how many a second were the first time and then, in
 /// one session.
