@@ -5,7 +5,7 @@ use std::{
     io,
     os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd},
     sync::{
-        Arc, Mutex, MutexGuard, Once, OnceLock, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
@@ -84,8 +84,8 @@ pub(crate) struct Backend {
     /// Per worker, the event that ends its thread. The library keeps the number registered without
     /// owning the descriptor; we do, for longer than the library's threads live.
     exits: Vec<OwnedFd>,
-    /// Whether each worker's thread has its name and its place.
-    placed: Vec<Once>,
+    /// Each worker's ring, once its thread has its name and its place.
+    rings: Vec<OnceLock<Vring>>,
 }
 
 impl Backend {
@@ -96,7 +96,7 @@ impl Backend {
             exits.push(rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
         }
         let workers = exits.iter().map(|_| OnceLock::new()).collect();
-        let placed = exits.iter().map(|_| Once::new()).collect();
+        let rings = exits.iter().map(|_| OnceLock::new()).collect();
         let device = Device {
             config,
             disk: disk.traits(),
@@ -107,7 +107,7 @@ impl Backend {
             warnings: RateLimit::new(),
             inflight: Mutex::new(None),
         };
-        Ok(Self { device, workers, exits, placed })
+        Ok(Self { device, workers, exits, rings })
     }
 
     /// The memory that the library is to fill.
@@ -151,6 +151,11 @@ impl Backend {
     /// Makes workers let go of their rings, for good.
     pub(crate) fn stop(&self) {
         self.device.stopping.store(true, Ordering::Relaxed);
+    }
+
+    /// Has workers go on that a frontend, which is gone, keeps waiting in an interrupt.
+    pub(crate) fn free(&self) {
+        self.rings.iter().filter_map(OnceLock::get).for_each(Vring::make_room);
     }
 
     /// Waits for all I/O in flight of all queues, and publishes the answers. All at once: a write of one
@@ -295,10 +300,12 @@ impl VhostUserBackend for Backend {
         vrings: &[Vring],
         thread_id: usize,
     ) -> io::Result<()> {
-        if let Some(placed) = self.placed.get(thread_id) {
-            placed.call_once(|| self.place(thread_id));
-        }
-        if let (Some(vring), Some(mut worker)) = (vrings.first(), self.worker(thread_id)) {
+        let (Some(ring), Some(vring)) = (self.rings.get(thread_id), vrings.first()) else { return Ok(()) };
+        let vring = ring.get_or_init(|| {
+            self.place(thread_id);
+            vring.clone()
+        });
+        if let Some(mut worker) = self.worker(thread_id) {
             worker.run(&self.device, vring);
         }
         Ok(())

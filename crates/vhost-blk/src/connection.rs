@@ -8,9 +8,12 @@ use std::{
         fd::{AsFd, OwnedFd},
         unix::net::{UnixListener, UnixStream},
     },
-    sync::{Arc, mpsc},
+    sync::{
+        Arc,
+        mpsc::{self, RecvTimeoutError},
+    },
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
@@ -27,9 +30,10 @@ use crate::{
     wire::Message,
 };
 
-/// How long threads may take to let go of a connection. A frontend can only delay them by
-/// attacking its own interrupt descriptor; the state's storage can, while a first write waits for it.
+/// How long threads may take to let go of a connection: the state's storage can delay them, while a first write waits for it.
 const TEARDOWN_MAX: Duration = Duration::from_secs(20);
+/// How long until it is looked whether a frontend keeps them waiting by attacking its own interrupt descriptor; and then again.
+const TEARDOWN_LOOK: Duration = Duration::from_millis(100);
 
 type Daemon = VhostUserDaemon<Arc<Backend>>;
 
@@ -88,10 +92,17 @@ impl Connection {
             drop(daemon);
             let _ = done.send(complaint(result));
         })?;
-        let complaint = ended.recv_timeout(TEARDOWN_MAX).map_err(|_| {
-            let what = "the threads of a connection do not end";
-            io::Error::new(io::ErrorKind::TimedOut, what)
-        })?;
+        let begin = Instant::now();
+        let complaint = loop {
+            match ended.recv_timeout(TEARDOWN_LOOK) {
+                Ok(complaint) => break complaint,
+                Err(RecvTimeoutError::Timeout) if begin.elapsed() < TEARDOWN_MAX => backend.free(),
+                Err(_) => {
+                    let what = "the threads of a connection do not end";
+                    return Err(io::Error::new(io::ErrorKind::TimedOut, what));
+                }
+            }
+        };
         backend.drain();
         if !backend.is_quiet() {
             return Err(io::Error::other("I/O of a closed connection is still in flight"));

@@ -6,10 +6,10 @@
 
 use std::{
     fs::File,
-    io,
-    os::fd::{AsRawFd, BorrowedFd},
+    io::{self, IoSliceMut},
+    os::fd::{AsFd, AsRawFd, BorrowedFd},
     sync::{
-        Arc, MutexGuard,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering},
     },
 };
@@ -17,6 +17,7 @@ use std::{
 use rustix::{
     event::{PollFd, PollFlags, Timespec},
     fs::OFlags,
+    io::ReadWriteFlags,
 };
 use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutGuard, VringT};
 use virtio_queue::{Error as QueueError, QueueT};
@@ -50,6 +51,14 @@ struct Flags {
     call_never_waits: AtomicI32,
     /// The call descriptor, if it had room when it was last looked at; -1: it had none. Nobody fills it but us, one by one.
     call_has_room: AtomicI32,
+    /// The call descriptor once more, for who can't have the ring's lock.
+    call: Mutex<Option<File>>,
+}
+
+impl Flags {
+    fn call(&self) -> MutexGuard<'_, Option<File>> {
+        self.call.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 type Guard<'a> = MutexGuard<'a, VringState<SharedMemory>>;
@@ -81,7 +90,8 @@ impl Vring {
     ///
     /// Whether it is full is looked at after each interrupt, for the next one: a guest that has just begun to wait is still
     /// awake, and an interrupt that comes half a microsecond sooner often finds it so. (A frontend that fills the counter on
-    /// purpose, between a look and the write, or makes the descriptor one that waits, stops its own queue.)
+    /// purpose, between a look and the write, or makes the descriptor one that waits, stops its own queue, until
+    /// [`make_room`](Self::make_room).)
     pub(crate) fn signal(&self, state: &VringState<SharedMemory>) -> io::Result<()> {
         let Some(call) = state.get_call() else { return Ok(()) };
         // SAFETY: the descriptor is open as long as `call`, which `state` owns, is borrowed.
@@ -101,6 +111,23 @@ impl Vring {
             self.flags.call_has_room.store(known, Ordering::Relaxed);
         }
         Ok(())
+    }
+
+    /// Has an interrupt that waits go on, when the frontend has no use for it any more: takes what the descriptor has counted,
+    /// if it is full. Needs no lock of the ring, which who waits holds.
+    pub(crate) fn make_room(&self) {
+        if let Some(call) = self.flags.call().as_ref()
+            && has_room(call.as_fd()).is_ok_and(|has_room| !has_room)
+        {
+            let mut count = [0; 8];
+            // Does not wait, should the frontend have been there first.
+            let _ = rustix::io::preadv2(
+                call,
+                &mut [IoSliceMut::new(&mut count)],
+                u64::MAX,
+                ReadWriteFlags::NOWAIT,
+            );
+        }
     }
 
     /// The control plane's access.
@@ -231,8 +258,10 @@ impl VringT<SharedMemory> for Vring {
     fn set_call(&self, file: Option<File>) {
         let flags = file.as_ref().map(rustix::fs::fcntl_getfl);
         let never_waits = matches!(flags, Some(Ok(flags)) if flags.contains(OFlags::NONBLOCK));
+        let again = file.as_ref().and_then(|file| file.try_clone().ok());
         self.control(|state| state.set_call(file));
         let state = self.get_ref();
+        *self.flags.call() = again;
         // As long as that is not said, nothing is known of the new one, whose number is another.
         let call = state.get_call().as_ref().map_or(-1, |call| call.as_raw_fd());
         self.flags.call_never_waits.store(if never_waits { call } else { -1 }, Ordering::Relaxed);
@@ -305,6 +334,29 @@ mod tests {
             vring.signal(&vring.lock()).unwrap();
             assert_eq!(counted(&call), 1);
         }
+    }
+
+    /// A frontend that fills its descriptor right after it was looked at.
+    #[test]
+    fn interrupt_that_waits_goes_on_when_room_is_made() {
+        let (vring, call) = ring_with(EventfdFlags::empty(), 0);
+        // A descriptor with room is left alone.
+        vring.make_room();
+        assert_eq!(counted(&call), 1);
+        rustix::io::write(&call, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+        let (told, done) = channel();
+        let of_thread = vring.clone();
+        std::thread::spawn(move || told.send(of_thread.signal(&of_thread.lock()).is_ok()));
+        let begin = std::time::Instant::now();
+        let outcome = loop {
+            match done.recv_timeout(Duration::from_millis(10)) {
+                Ok(outcome) => break outcome,
+                Err(_) => vring.make_room(),
+            }
+            assert!(begin.elapsed() < Duration::from_secs(60), "the interrupt waits");
+        };
+        assert!(outcome);
+        assert_eq!(counted(&call), 1);
     }
 
     #[test]

@@ -339,6 +339,24 @@ fn stop_under_io_in_flight_reaps_it_and_leaves_the_session_open() {
     assert!(!server.events.all().iter().any(|event| event.starts_with("end")));
 }
 
+/// Invariant 8: the interrupt never ends by itself.
+#[test]
+fn stop_under_an_interrupt_that_waits_is_quick() {
+    let mut server = Running::new(|_| {});
+    let mut driver = Driver::start(&server.path, 1);
+    assert_eq!(driver.write(0, 0, &[1; 512]), 0);
+    driver.jam_interrupts(0);
+    let answered = driver.used_index(0);
+    driver.header(DATA_AT, VIRTIO_BLK_T_IN, 0);
+    driver.offer(0, &[(DATA_AT, 16, false), (DATA_AT + 4096, 513, true)]);
+    driver.kick(0);
+    wait_until("an answer", || driver.used_index(0) != answered);
+    server.stop.stop();
+    let start = Instant::now();
+    assert_eq!(server.join(), Exit::Stopped);
+    assert!(start.elapsed() < PATIENCE / 4);
+}
+
 #[test]
 fn stop_of_a_server_whose_queue_is_never_idle_is_quick() {
     let mut server = Running::new(|config| config.device.polling = Polling::Fixed(Duration::from_secs(60)));

@@ -292,12 +292,27 @@ impl Driver {
         u16::from_le(self.memory.load(at, Ordering::SeqCst).unwrap())
     }
 
+    /// Wants an interrupt for the next used element (with EVENT_IDX).
+    fn want_interrupt(&self, queue: usize) {
+        let event = GuestAddress(queue as u64 * QUEUE_STRIDE + AVAIL + 4 + u64::from(SIZE) * 2);
+        self.memory.store(self.queues[queue].used.to_le(), event, Ordering::SeqCst).unwrap();
+    }
+
+    /// Has the next interrupt wait: the descriptor's counter is full, and no longer refuses what does not fit.
+    pub(crate) fn jam_interrupts(&self, queue: usize) {
+        let call = &self.queues[queue].call;
+        let _ = call.read();
+        call.write(u64::MAX - 1).unwrap();
+        // SAFETY: open as long as `call` is borrowed.
+        let fd = unsafe { BorrowedFd::borrow_raw(call.as_raw_fd()) };
+        rustix::fs::fcntl_setfl(fd, rustix::fs::OFlags::empty()).unwrap();
+        self.want_interrupt(queue);
+    }
+
     /// Waits for the next used element by interrupt, and returns its length.
     pub(crate) fn wait_used(&mut self, queue: usize) -> u32 {
         let used = self.queues[queue].used;
-        // With EVENT_IDX: an interrupt for the next element.
-        let event = GuestAddress(queue as u64 * QUEUE_STRIDE + AVAIL + 4 + u64::from(SIZE) * 2);
-        self.memory.store(used.to_le(), event, Ordering::SeqCst).unwrap();
+        self.want_interrupt(queue);
         let start = Instant::now();
         while self.used_index(queue) == used {
             assert!(start.elapsed() < PATIENCE, "no answer");
