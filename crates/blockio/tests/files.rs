@@ -180,6 +180,10 @@ fn open_for_direct_io_takes_the_file_out_of_the_cache() {
     let dir = disk_dir();
     let path = dir.path().join("disk");
     let file = create(&path, 4 << 20);
+    if !file.supports_nowait() {
+        println!("skipped: there is no telling what is cached here");
+        return;
+    }
     file.write_all_at(&vec![7; 4 << 20], 0).unwrap();
     file.sync_all().unwrap();
     let is_cached = |offset| {
