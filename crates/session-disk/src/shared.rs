@@ -77,8 +77,6 @@ pub(crate) struct Shared {
     log: Mutex<Option<LogWriter>>,
     /// What is done before that.
     pub(crate) beginnings: Beginnings,
-    /// Whether the log is there; if not, and nothing is left to be done, nothing is written.
-    has_log: AtomicBool,
     /// Whether requests are taken.
     pub(crate) open: AtomicBool,
     /// A sync failed: nothing can be vouched for any more.
@@ -141,7 +139,6 @@ impl Shared {
             redo: parts.redo,
             log: Mutex::new(None),
             beginnings: Beginnings::default(),
-            has_log: AtomicBool::new(false),
             open: AtomicBool::new(false),
             poisoned: AtomicBool::new(false),
             base_changed: AtomicBool::new(false),
@@ -216,12 +213,10 @@ impl Shared {
     /// The open session's log is this one, which is durable and named.
     pub(crate) fn set_log(&self, writer: LogWriter) {
         *self.log() = Some(writer);
-        self.has_log.store(true, Ordering::Release);
     }
 
     /// There is no log any more.
     pub(crate) fn take_log(&self) -> Option<LogWriter> {
-        self.has_log.store(false, Ordering::Release);
         self.log().take()
     }
 
@@ -234,7 +229,7 @@ impl Shared {
     /// that is not in its log yet.
     pub(crate) fn can_log(&self) -> bool {
         self.finish_beginning();
-        self.has_log.load(Ordering::Acquire)
+        self.log().is_some()
     }
 
     /// Makes `extents` this session's, in the log first: crash order, the middle of steps 1 and 2.

@@ -84,7 +84,7 @@ pub(crate) struct Backend {
     /// Per worker, the event that ends its thread. The library keeps the number registered without
     /// owning the descriptor; we do, for longer than the library's threads live.
     exits: Vec<OwnedFd>,
-    /// Each worker's ring, once its thread has its name and its place.
+    /// Each worker's ring, once it was started, and the worker's thread has its name and its place.
     rings: Vec<OnceLock<Vring>>,
 }
 
@@ -140,6 +140,14 @@ impl Backend {
         self.workers.iter().filter_map(OnceLock::get).map(lock)
     }
 
+    /// The same, each with its ring, if it was ever started.
+    fn workers_with_rings(&self) -> impl Iterator<Item = (MutexGuard<'_, Worker>, Option<&Vring>)> {
+        self.workers
+            .iter()
+            .zip(&self.rings)
+            .filter_map(|(worker, ring)| Some((lock(worker.get()?), ring.get())))
+    }
+
     /// Descriptors that become readable when I/O is complete.
     fn wait_fds(&self) -> Vec<RawFd> {
         let fds = |worker: MutexGuard<'_, Worker>| -> Vec<RawFd> {
@@ -163,7 +171,7 @@ impl Backend {
     pub(crate) fn drain(&self) {
         let fds = self.wait_fds();
         loop {
-            self.workers().for_each(|mut worker| worker.finish(&self.device));
+            self.workers_with_rings().for_each(|(mut worker, ring)| worker.finish(&self.device, ring));
             if self.is_quiet() {
                 break;
             }
@@ -178,7 +186,7 @@ impl Backend {
                 log::error!("waiting for I/O of a connection that ends: {error}");
             }
         }
-        self.workers().for_each(|mut worker| worker.drain(&self.device));
+        self.workers_with_rings().for_each(|(mut worker, ring)| worker.drain(&self.device, ring));
     }
 
     /// Whether no I/O of any queue is in flight.
@@ -189,6 +197,7 @@ impl Backend {
     /// Serves queue `index` on the caller's thread until it is idle.
     #[cfg(test)]
     pub(crate) fn serve_queue(&self, index: usize, vring: &Vring) {
+        let vring = self.rings[index].get_or_init(|| vring.clone());
         self.worker(index).unwrap().run(&self.device, vring);
     }
 
@@ -285,8 +294,9 @@ impl VhostUserBackend for Backend {
     /// GET_VRING_BASE: the ring is stopped already. When this returns, every request that was
     /// taken from it is answered, so that its position says all. It is not the end of a session.
     fn stop_vring(&self, queue_index: u32) -> io::Result<()> {
-        if let Some(mut worker) = self.worker(queue_index as usize) {
-            worker.drain(&self.device);
+        let index = queue_index as usize;
+        if let Some(mut worker) = self.worker(index) {
+            worker.drain(&self.device, self.rings.get(index).and_then(OnceLock::get));
         }
         Ok(())
     }
@@ -408,7 +418,7 @@ mod tests {
                     let mut polled: Vec<PollFd<'_>> = fds.iter().map(borrow).collect();
                     let soon = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
                     rustix::event::poll(&mut polled, Some(&soon)).unwrap();
-                    backend.worker(0).unwrap().finish(&backend.device);
+                    backend.worker(0).unwrap().finish(&backend.device, backend.rings[0].get());
                 }
             }
         });

@@ -61,8 +61,6 @@ pub(crate) struct Worker {
     /// Whether there were first touches among them.
     first_touches: bool,
     interrupts: Interrupts,
-    /// The queue's ring, once it was started.
-    vring: Option<Vring>,
     /// Which start of the ring the requests were taken after.
     started: u32,
     /// Where requests in flight are noted, if the frontend wants that.
@@ -116,7 +114,6 @@ impl Worker {
             none_at_once: false,
             first_touches: false,
             interrupts: Interrupts::new(),
-            vring: None,
             started: 0,
             inflight: None,
             watch: None,
@@ -136,7 +133,6 @@ impl Worker {
     /// Serves the queue until there is nothing left to do; then the thread may sleep until a kick
     /// or a completion.
     pub(crate) fn run(&mut self, device: &Device, vring: &Vring) {
-        self.vring.get_or_insert_with(|| vring.clone());
         self.poll.woken(Instant::now());
         while !device.is_stopping() {
             match self.pass(device, vring) {
@@ -154,33 +150,33 @@ impl Worker {
             }
         }
         // Nothing is taken any more, but other queues may wait for what this one's finished requests hold.
-        self.finish(device);
+        self.finish(device, Some(vring));
     }
 
     /// Answers what is finished, without waiting and without taking more. For the rest, its
-    /// descriptors become readable.
-    pub(crate) fn finish(&mut self, device: &Device) {
+    /// descriptors become readable. `vring`: the queue's ring, if it was ever started.
+    pub(crate) fn finish(&mut self, device: &Device, vring: Option<&Vring>) {
         self.watch = None;
         self.io.submit();
         self.io.reap(&mut self.finished);
         self.collect();
-        if let Some(vring) = self.vring.clone() {
-            self.publish(device, &vring);
-            self.tell(device, &vring);
+        if let Some(vring) = vring {
+            self.publish(device, vring);
+            self.tell(device, vring);
         }
         self.answers.clear();
     }
 
     /// Waits for everything that is in flight and publishes the answers. The ring's state does not
     /// matter: its requests were taken while it was started.
-    pub(crate) fn drain(&mut self, device: &Device) {
+    pub(crate) fn drain(&mut self, device: &Device, vring: Option<&Vring>) {
         self.watch = None;
         self.io.quiesce(&mut self.finished);
         self.io.reap(&mut self.finished);
         self.collect();
-        if let Some(vring) = self.vring.clone() {
-            self.publish(device, &vring);
-            self.tell(device, &vring);
+        if let Some(vring) = vring {
+            self.publish(device, vring);
+            self.tell(device, vring);
         }
         self.answers.clear();
         if self.io.in_flight() > 0 || !self.slots.is_empty() {
