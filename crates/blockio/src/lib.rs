@@ -5,11 +5,14 @@
 //! `unsafe` that file I/O needs lives here.
 
 mod buffer;
+mod clock;
+mod coherence;
 mod deadline;
 mod engine;
 mod error;
 pub mod fault;
 mod file;
+mod guard;
 mod lock;
 mod mapping;
 mod now;
@@ -24,6 +27,7 @@ mod sync;
 pub mod tape;
 mod transfer;
 mod uring;
+mod window;
 mod worth;
 
 pub use buffer::{AlignedBuf, BUF_ALIGNMENT, Buffer, GuestBuf, GuestView, IoVec};
@@ -37,3 +41,4 @@ pub use ranges::DataRanges;
 pub use redo::{Redo, Unfinished};
 pub use resident::ResidentMap;
 pub use share::sharing_is_safe;
+pub use window::WriteWindow;

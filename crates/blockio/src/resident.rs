@@ -44,9 +44,7 @@
 //! don't tell the truth about residency (`mincore` says yes to everything where the caller could not
 //! write to the file) have no map.
 
-mod clock;
 mod copy;
-mod guard;
 mod hot;
 mod known;
 mod pace;
@@ -71,16 +69,18 @@ use rustix::{
     mm::{Advice, MapFlags, ProtFlags},
 };
 
-use crate::{File, FileKind, IoVec, Redo};
-use clock::{Epoch, Moment};
+use crate::{
+    File, FileKind, IoVec, Redo,
+    clock::{Epoch, Moment},
+    coherence::{Kept, PAGE_SIZE, kept, pages_are_as_expected},
+    guard::{self, Guarded},
+};
 pub(crate) use copy::{copy as read_copy, end_stores, prefetch, store};
-use guard::Guarded;
 use hot::{Hot, Prepared};
 use known::Known;
 use pace::Pace;
 use words::GROUP_PAGES;
 
-const PAGE_SIZE: u64 = 4096;
 /// Pages that the kernel maps at a fault, if they are resident (`fault_around_bytes`, unless it was changed).
 const AROUND_PAGES: u64 = 16;
 /// So much of a map is forgotten at once, bytes: if all of it is mapped, that takes 0.6 ms.
@@ -136,13 +136,18 @@ impl ResidentMap {
     /// # Errors
     /// What the kernel says, such as that there is no address space left.
     pub fn new(file: &File, redo: Option<&Arc<Redo>>) -> io::Result<Option<Self>> {
-        let usable = cfg!(target_pointer_width = "64") && page_size() == Some(PAGE_SIZE);
         let bytes = file.size().map_err(|error| io::Error::from(error.io_error().kind()))?;
         let fits = (1..=FILE_BYTES_MAX).contains(&bytes);
-        if !usable || !fits || file.is_direct() || !guard::install() {
+        if !pages_are_as_expected() || !fits || file.is_direct() || !guard::install() {
             return Ok(None);
         }
-        let Some(kept) = coherence(file)? else { return Ok(None) };
+        let kept = match file.kind() {
+            FileKind::BlockDevice => Kept::Elsewhere,
+            FileKind::Regular => match kept(file)? {
+                Some(kept) => kept,
+                None => return Ok(None),
+            },
+        };
         let pages = bytes.div_ceil(PAGE_SIZE);
         let known = Known::new(pages)?;
         let fd = file.as_fd().try_clone_to_owned()?;
@@ -353,7 +358,7 @@ impl ResidentMap {
         }
         let epoch = now.epoch();
         let pages = offset / PAGE_SIZE..(offset + len).div_ceil(PAGE_SIZE);
-        pace::is_fit(epoch)
+        guard::is_fit(epoch)
             && self.is_whole(epoch)
             && self
                 .known
@@ -449,38 +454,4 @@ fn is_dated(dated: &AtomicBool) -> bool {
 
 fn len_of(parts: &[IoVec]) -> u64 {
     parts.iter().fold(0, |sum, part| sum.saturating_add(part.len as u64))
-}
-
-fn page_size() -> Option<u64> {
-    // SAFETY: only asks.
-    u64::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).ok()
-}
-
-/// Where the pages of a file that can be mapped are kept.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Kept {
-    /// Nowhere else.
-    InMemory,
-    OnExt4,
-    Elsewhere,
-}
-
-/// Where the file's pages are kept, if mappings of it show what reads of it show, and `mincore` what they need.
-fn coherence(file: &File) -> io::Result<Option<Kept>> {
-    const TMPFS: u64 = 0x0102_1994;
-    const EXT4: u64 = 0xef53; // ext2 and ext3 too
-    const OTHERS: [u64; 3] = [
-        0x5846_5342, // xfs
-        0x9123_683e, // btrfs
-        0xf2f5_2010, // f2fs
-    ];
-    if file.kind() == FileKind::BlockDevice {
-        return Ok(Some(Kept::Elsewhere));
-    }
-    let kind = rustix::fs::fstatfs(file)?.f_type as u64;
-    Ok(match kind {
-        TMPFS => Some(Kept::InMemory),
-        EXT4 => Some(Kept::OnExt4),
-        _ => OTHERS.contains(&kind).then_some(Kept::Elsewhere),
-    })
 }

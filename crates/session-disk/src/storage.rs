@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::{panic, thread};
 
 use blockio::tape::{Io, Tape, TapeEngine, pass};
-use blockio::{Engine, File, OpenOptions};
+use blockio::{Engine, File, OpenOptions, WriteWindow};
 use write_log::{DiskDir, DiskFile, LogContents, LogDir, LogError, LogFile};
 
 use crate::Error;
@@ -65,6 +65,7 @@ impl Storage {
         let file = DiskFile::open(path, write);
         let file = file.map_err(|source| LogError::Io { operation: "open", path: path.into(), source })?;
         Ok(match &self.tape {
+            None if write => Box::new(WindowedLog::whole(file)),
             None => Box::new(file),
             Some(_) => Box::new(TapedLog { file, path: path.to_owned(), storage: self.clone() }),
         })
@@ -267,7 +268,7 @@ impl LogDir for QuickDir {
     }
 
     fn create_new(&self, path: &Path) -> io::Result<Box<dyn LogFile>> {
-        self.dir.create_new(path)
+        Ok(Box::new(WindowedLog::empty(DiskFile::create_new(path)?)))
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {
@@ -281,6 +282,59 @@ impl LogDir for QuickDir {
     fn sync_with(&self, file: &mut dyn LogFile) -> io::Result<()> {
         let (data, names) = both(|| file.sync_data(), || self.dir.sync());
         data.and(names)
+    }
+}
+
+/// A log's file that is written without a system call where that can be: a frame is a few bytes behind the last one. What a
+/// kill leaves of one that it cuts is no frame: a log is one after a power cut too, which may cut anything.
+#[derive(Debug)]
+struct WindowedLog {
+    file: DiskFile,
+    window: Option<WriteWindow>,
+}
+
+impl WindowedLog {
+    /// Over an empty file, which has a window when it has got its length.
+    fn empty(file: DiskFile) -> Self {
+        Self { file, window: None }
+    }
+
+    /// Over a file that is as long as it will be.
+    fn whole(file: DiskFile) -> Self {
+        let window = window_into(&file);
+        Self { file, window }
+    }
+}
+
+/// A window into a log's file. Why there is none does not matter: there is another way.
+fn window_into(file: &DiskFile) -> Option<WriteWindow> {
+    WriteWindow::new(file.as_ref()).ok().flatten()
+}
+
+impl LogFile for WindowedLog {
+    fn write_at(&mut self, bytes: &[u8], offset: u64) -> io::Result<usize> {
+        if self.window.as_mut().is_some_and(|window| window.write(bytes, offset)) {
+            return Ok(bytes.len());
+        }
+        self.file.write_at(bytes, offset)
+    }
+
+    fn read_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.file.read_at(bytes, offset)
+    }
+
+    fn sync_data(&mut self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    fn reserve(&mut self, len: u64) -> io::Result<()> {
+        self.file.reserve(len)?;
+        self.window = window_into(&self.file);
+        Ok(())
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        self.file.len()
     }
 }
 
@@ -347,6 +401,10 @@ mod tests {
     use std::sync::mpsc::{Receiver, Sender, channel};
     use std::time::Duration;
 
+    use blocks::{BlockSet, Extent, Geometry};
+    use uuid::Uuid;
+    use write_log::{LogHeader, LogId, LogKind, LogWriter};
+
     use super::*;
 
     /// What waits for the medium goes on beside each other.
@@ -366,6 +424,49 @@ mod tests {
             },
         );
         assert_eq!(met, (true, true));
+    }
+
+    /// Writes that this thread has asked the kernel for, where it counts them.
+    fn write_calls() -> Option<u64> {
+        let counts = fs::read_to_string("/proc/thread-self/io").ok()?;
+        counts.lines().find_map(|line| line.strip_prefix("syscw: ")?.parse().ok())
+    }
+
+    /// What is appended is in the log at once, without a system call, and whoever goes on with the log has it.
+    #[test]
+    fn log_written_through_a_window_is_what_its_readers_find() {
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let storage = Storage::default();
+        let header = LogHeader {
+            kind: LogKind::Session,
+            id: LogId { seq: 1, uuid: Uuid::new_v4() },
+            disk: Uuid::new_v4(),
+            geometry: Geometry::new(1 << 30).unwrap(),
+            created_unix_ns: 0,
+        };
+        let mut log = LogWriter::create_in(&*storage.logs(dir.path()), &header).unwrap();
+        let path = log.path().to_owned();
+        let owned = BlockSet::new(header.geometry.blocks());
+        for turn in 0..3 {
+            let before = write_calls();
+            for block in (turn..3000).step_by(3) {
+                let mark = log.append(&[Extent::new(block, 1)], &owned).unwrap();
+                owned.insert(Extent::new(block, 1));
+                if block % 97 == 0 {
+                    let found = storage.read_log(&path).unwrap().blocks_at(mark).unwrap();
+                    assert_eq!(found.to_bytes(), owned.to_bytes());
+                }
+            }
+            if let (Some(before), Some(after)) = (before, write_calls()) {
+                assert_eq!(after - before, 0, "calls for 1000 appends");
+            }
+            let mark = log.mark();
+            drop(log);
+            let file = storage.open_log(&path).unwrap();
+            let (again, found) = LogWriter::resume_on(file, path.clone(), mark).unwrap();
+            assert_eq!(found.to_bytes(), owned.to_bytes());
+            log = again;
+        }
     }
 
     #[test]

@@ -119,6 +119,12 @@ impl DiskFile {
     }
 }
 
+impl AsRef<File> for DiskFile {
+    fn as_ref(&self) -> &File {
+        &self.file
+    }
+}
+
 impl LogFile for DiskFile {
     fn write_at(&mut self, bytes: &[u8], offset: u64) -> io::Result<usize> {
         FileExt::write_at(&self.file, bytes, offset)

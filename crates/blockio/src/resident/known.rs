@@ -10,10 +10,8 @@ use std::{
     sync::atomic::{AtomicU32, AtomicU64, Ordering},
 };
 
-use super::{
-    clock::Epoch,
-    words::{GROUP_PAGES, Words, bits},
-};
+use super::words::{GROUP_PAGES, Words, bits};
+use crate::clock::Epoch;
 
 /// To look and to have pages mapped takes as long as writing so many of them another way.
 const PAGES_WORTH_A_LOOK: u32 = 4;

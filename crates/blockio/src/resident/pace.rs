@@ -7,10 +7,7 @@
 
 use std::cell::Cell;
 
-use super::{
-    clock::{Epoch, Moment},
-    guard,
-};
+use crate::clock::Moment;
 
 /// After so many reads it is asked whether one has waited.
 const READS: u32 = 32;
@@ -100,26 +97,12 @@ impl Walker {
 
 thread_local! {
     static WALKER: Walker = const { Walker::new() };
-    /// The epoch in which this thread was last found fit to take a `SIGBUS`; 0: none.
-    static FIT: Cell<u32> = const { Cell::new(0) };
 }
 
 /// What the calling thread may do now.
 #[inline]
 pub(super) fn step(now: Moment) -> Pace {
     WALKER.with(|walker| walker.step(now, major_faults))
-}
-
-/// Whether the calling thread would survive a `SIGBUS`; looked at once an epoch.
-#[inline]
-pub(super) fn is_fit(epoch: Epoch) -> bool {
-    FIT.with(|fit| {
-        fit.get() == epoch.0 || {
-            let survives = !guard::is_blocked_here() && guard::is_installed();
-            fit.set(if survives { epoch.0 } else { 0 });
-            survives
-        }
-    })
 }
 
 /// Major faults of the calling thread since it began.

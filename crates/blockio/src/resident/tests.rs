@@ -27,7 +27,7 @@ fn places() -> Vec<TempDir> {
     let built = std::env::current_exe().unwrap().parent().unwrap().to_owned();
     let places =
         [built, PathBuf::from("/dev/shm")].into_iter().filter_map(|dir| tempfile::tempdir_in(dir).ok());
-    places.filter(|dir| coherence(&made(dir.path(), "probe", 1)).unwrap().is_some()).collect()
+    places.filter(|dir| kept(made(dir.path(), "probe", 1)).unwrap().is_some()).collect()
 }
 
 /// A place whose pages are those of a disk: they can be dropped, and read again.
@@ -36,7 +36,7 @@ fn disk() -> Option<TempDir> {
 }
 
 fn is_memory(dir: &TempDir) -> bool {
-    coherence(&made(dir.path(), "probe of memory", 1)).unwrap() == Some(Kept::InMemory)
+    kept(made(dir.path(), "probe of memory", 1)).unwrap() == Some(Kept::InMemory)
 }
 
 fn content(bytes: usize) -> Vec<u8> {

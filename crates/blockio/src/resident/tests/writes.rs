@@ -75,8 +75,7 @@ fn write_of_a_map_equals_pwrite() {
 
 /// A place with an ext4.
 fn ext4() -> Option<TempDir> {
-    let is_ext4 =
-        |dir: &TempDir| coherence(&made(dir.path(), "probe of ext4", 1)).unwrap() == Some(Kept::OnExt4);
+    let is_ext4 = |dir: &TempDir| kept(made(dir.path(), "probe of ext4", 1)).unwrap() == Some(Kept::OnExt4);
     places().into_iter().find(is_ext4)
 }
 

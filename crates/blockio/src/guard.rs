@@ -16,6 +16,7 @@
 //! and no destructor, `mmap`, `sigaction`, `raise`.
 
 use std::{
+    cell::Cell,
     ffi::{c_int, c_void},
     marker::PhantomData,
     ptr,
@@ -27,11 +28,13 @@ use std::{
 
 use rustix::mm::{MapFlags, ProtFlags};
 
-const PAGE_SIZE: usize = super::PAGE_SIZE as usize;
+use crate::clock::Epoch;
+
+const PAGE_SIZE: usize = crate::coherence::PAGE_SIZE as usize;
 
 /// Address space that a mapped file takes up, and whether it still is that file's.
 #[derive(Debug)]
-pub(super) struct Guarded {
+pub(crate) struct Guarded {
     start: usize,
     bytes: usize,
     access: ProtFlags,
@@ -43,21 +46,21 @@ impl Guarded {
     ///
     /// # Safety
     /// They must be a mapping that nobody has a reference into, and that stays until this is dropped.
-    pub(super) unsafe fn new(start: *mut c_void, bytes: usize, access: ProtFlags) -> Self {
+    pub(crate) unsafe fn new(start: *mut c_void, bytes: usize, access: ProtFlags) -> Self {
         Self { start: start.expose_provenance(), bytes, access, broken: AtomicBool::new(false) }
     }
 
-    pub(super) fn is_broken(&self) -> bool {
+    pub(crate) fn is_broken(&self) -> bool {
         self.broken.load(Ordering::Relaxed)
     }
 
     /// Gives the map up.
-    pub(super) fn give_up(&self) {
+    pub(crate) fn give_up(&self) {
         self.broken.store(true, Ordering::SeqCst);
     }
 
     /// Runs `copy`, which may touch the map; false if the map broke, before or meanwhile.
-    pub(super) fn copy(&self, copy: impl FnOnce()) -> bool {
+    pub(crate) fn copy(&self, copy: impl FnOnce()) -> bool {
         let copying = Copying::from(self);
         copy();
         drop(copying);
@@ -90,6 +93,8 @@ impl Guarded {
 thread_local! {
     /// What this thread is copying from, null most of the time.
     static SOURCE: AtomicPtr<Guarded> = const { AtomicPtr::new(ptr::null_mut()) };
+    /// The epoch in which this thread was last found fit to take a `SIGBUS`; 0: none.
+    static FIT: Cell<u32> = const { Cell::new(0) };
 }
 
 /// While this lives, its thread may copy from a map.
@@ -118,18 +123,30 @@ static EARLIER_FLAGS: AtomicI32 = AtomicI32::new(0);
 type Handler = extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void);
 
 /// Installs the handler, once for the process. False if it is not there (any more).
-pub(super) fn install() -> bool {
+pub(crate) fn install() -> bool {
     static INSTALLED: OnceLock<bool> = OnceLock::new();
     *INSTALLED.get_or_init(|| replace_handler().is_some()) && is_installed()
 }
 
+/// Whether the calling thread would survive a `SIGBUS`; looked at once an epoch.
+#[inline]
+pub(crate) fn is_fit(epoch: Epoch) -> bool {
+    FIT.with(|fit| {
+        fit.get() == epoch.0 || {
+            let survives = !is_blocked_here() && is_installed();
+            fit.set(if survives { epoch.0 } else { 0 });
+            survives
+        }
+    })
+}
+
 /// Whether `SIGBUS` still comes to our handler.
-pub(super) fn is_installed() -> bool {
+fn is_installed() -> bool {
     current_action().is_some_and(|action| action.sa_sigaction == on_sigbus as Handler as usize)
 }
 
 /// Whether `SIGBUS` is blocked on this thread: then a fault would kill the process at once.
-pub(super) fn is_blocked_here() -> bool {
+fn is_blocked_here() -> bool {
     let mut set = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
     // SAFETY: only asks; `set` has room for the answer.
     if unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, ptr::null(), set.as_mut_ptr()) } != 0 {

@@ -6,15 +6,15 @@
 
 /// A moment in nanoseconds, to the kernel's last tick.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
-pub(super) struct Moment(pub(super) u64);
+pub(crate) struct Moment(pub(super) u64);
 
 /// A time in which what was seen is believed. Never 0.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) struct Epoch(pub(super) u32);
+pub(crate) struct Epoch(pub(super) u32);
 
 impl Epoch {
     /// Set in all of them.
-    pub(super) const MARK: u32 = 1 << 31;
+    pub(crate) const MARK: u32 = 1 << 31;
 }
 
 impl Moment {
@@ -22,7 +22,7 @@ impl Moment {
     const EPOCH_BITS: u32 = 30;
 
     #[inline]
-    pub(super) fn now() -> Self {
+    pub(crate) fn now() -> Self {
         // Not rustix's, which finds the vDSO itself and so does not run under valgrind.
         let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
         // SAFETY: there is room for the answer.
@@ -33,12 +33,12 @@ impl Moment {
     /// The number of the 8.6 s that this moment lies in; those of this and the last one differ, those of moments far apart
     /// may not.
     #[inline]
-    pub(super) fn spell(self) -> u32 {
+    pub(crate) fn spell(self) -> u32 {
         (self.0 >> (Self::EPOCH_BITS + 3)) as u32
     }
 
     #[inline]
-    pub(super) fn epoch(self) -> Epoch {
+    pub(crate) fn epoch(self) -> Epoch {
         Epoch((self.0 >> Self::EPOCH_BITS) as u32 | Epoch::MARK)
     }
 }
