@@ -11,7 +11,7 @@ pub(crate) enum Kept {
     /// Nowhere else: tmpfs.
     InMemory,
     OnExt4,
-    /// On a file system of which nothing more is known to hold for writes.
+    /// On another file system.
     Elsewhere,
 }
 

@@ -12,7 +12,7 @@ use rustix::mm::{MapFlags, ProtFlags};
 
 use crate::{
     clock::Moment,
-    coherence::{self, Kept, PAGE_SIZE},
+    coherence::{self, PAGE_SIZE},
     guard::{self, Guarded},
 };
 
@@ -57,18 +57,15 @@ unsafe impl Send for Window {}
 
 impl WriteWindow {
     /// A window into `file`, which must be open for reads and writes, and as long as it will be. Nothing is mapped before
-    /// the first write. `None` where such writes would not be sound, or not be cheaper: on file systems other than tmpfs and
-    /// ext4, and for block devices.
+    /// the first write. `None` where such writes would not be sound: on file systems of which it is not known that a mapping
+    /// shows what reads show, and for what is no regular file.
     ///
     /// # Errors
     /// What the kernel says.
     pub fn new(file: &File) -> io::Result<Option<Self>> {
         let about = file.metadata()?;
-        let cheap = match coherence::kept(file)? {
-            Some(Kept::InMemory | Kept::OnExt4) => about.is_file(),
-            Some(Kept::Elsewhere) | None => false,
-        };
-        if !cheap || !coherence::pages_are_as_expected() || !guard::install() {
+        let sound = about.is_file() && coherence::kept(file)?.is_some();
+        if !sound || !coherence::pages_are_as_expected() || !guard::install() {
             return Ok(None);
         }
         let bytes = about.len() - about.len() % PAGE_SIZE;
