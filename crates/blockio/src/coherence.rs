@@ -11,7 +11,7 @@ pub(crate) enum Kept {
     /// Nowhere else: tmpfs.
     InMemory,
     OnExt4,
-    /// On another file system.
+    OnXfs,
     Elsewhere,
 }
 
@@ -19,8 +19,8 @@ pub(crate) enum Kept {
 pub(crate) fn kept(file: impl AsFd) -> io::Result<Option<Kept>> {
     const TMPFS: u64 = 0x0102_1994;
     const EXT4: u64 = 0xef53; // ext2 and ext3 too
-    const OTHERS: [u64; 3] = [
-        0x5846_5342, // xfs
+    const XFS: u64 = 0x5846_5342;
+    const OTHERS: [u64; 2] = [
         0x9123_683e, // btrfs
         0xf2f5_2010, // f2fs
     ];
@@ -28,6 +28,7 @@ pub(crate) fn kept(file: impl AsFd) -> io::Result<Option<Kept>> {
     Ok(match kind {
         TMPFS => Some(Kept::InMemory),
         EXT4 => Some(Kept::OnExt4),
+        XFS => Some(Kept::OnXfs),
         _ => OTHERS.contains(&kind).then_some(Kept::Elsewhere),
     })
 }

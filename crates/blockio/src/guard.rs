@@ -102,6 +102,7 @@ struct Copying<'map>(PhantomData<&'map Guarded>);
 
 impl<'map> From<&'map Guarded> for Copying<'map> {
     fn from(map: &'map Guarded) -> Self {
+        debug_assert!(SOURCE.with(|source| source.load(Ordering::Relaxed).is_null()), "one copy in another");
         SOURCE.with(|source| source.store(ptr::from_ref(map).cast_mut(), Ordering::Relaxed));
         // Only this thread's handler looks at it: the compiler must keep the order, no more.
         compiler_fence(Ordering::SeqCst);

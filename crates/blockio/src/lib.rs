@@ -41,4 +41,4 @@ pub use ranges::DataRanges;
 pub use redo::{Redo, Unfinished};
 pub use resident::ResidentMap;
 pub use share::sharing_is_safe;
-pub use window::WriteWindow;
+pub use window::WindowedFile;

@@ -164,7 +164,7 @@ impl ResidentMap {
         let what = match kept {
             Kept::InMemory => Some(Written::Memory { dated: AtomicBool::new(false) }),
             Kept::OnExt4 => Some(Written::Disk(Hot::new(pages)?)),
-            Kept::Elsewhere => None,
+            Kept::OnXfs | Kept::Elsewhere => None,
         };
         let writes = what.zip(redo).map(|(what, redo)| Writes { redo: Arc::clone(redo), what });
         let for_writes = if writes.is_some() { map(both)? } else { None };

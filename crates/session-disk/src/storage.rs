@@ -1,4 +1,5 @@
-//! All I/O on a disk's state: plain system calls, each of which passes a tape if there is one.
+//! All I/O on a disk's state: plain system calls, each of which passes a tape if there is one. (Without a tape a log's frames
+//! need no call each.)
 //!
 //! Nothing else in this crate reads, makes, changes, syncs, renames or removes a file of the state or
 //! syncs the disk, so that a test can stop the world at any of them. (Not among them: the live page,
@@ -13,7 +14,7 @@ use std::sync::Arc;
 use std::{panic, thread};
 
 use blockio::tape::{Io, Tape, TapeEngine, pass};
-use blockio::{Engine, File, OpenOptions, WriteWindow};
+use blockio::{Engine, File, OpenOptions, WindowedFile};
 use write_log::{DiskDir, DiskFile, LogContents, LogDir, LogError, LogFile};
 
 use crate::Error;
@@ -65,7 +66,7 @@ impl Storage {
         let file = DiskFile::open(path, write);
         let file = file.map_err(|source| LogError::Io { operation: "open", path: path.into(), source })?;
         Ok(match &self.tape {
-            None if write => Box::new(WindowedLog::whole(file)),
+            None if write => Box::new(WindowedLog(WindowedFile::new(file))),
             None => Box::new(file),
             Some(_) => Box::new(TapedLog { file, path: path.to_owned(), storage: self.clone() }),
         })
@@ -268,7 +269,7 @@ impl LogDir for QuickDir {
     }
 
     fn create_new(&self, path: &Path) -> io::Result<Box<dyn LogFile>> {
-        Ok(Box::new(WindowedLog::empty(DiskFile::create_new(path)?)))
+        Ok(Box::new(WindowedLog(WindowedFile::new(DiskFile::create_new(path)?))))
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {
@@ -285,56 +286,30 @@ impl LogDir for QuickDir {
     }
 }
 
-/// A log's file that is written without a system call where that can be: a frame is a few bytes behind the last one. What a
+/// A log's file most of whose frames are written without a system call: they are a few bytes behind the last ones. What a
 /// kill leaves of one that it cuts is no frame: a log is one after a power cut too, which may cut anything.
 #[derive(Debug)]
-struct WindowedLog {
-    file: DiskFile,
-    window: Option<WriteWindow>,
-}
-
-impl WindowedLog {
-    /// Over an empty file, which has a window when it has got its length.
-    fn empty(file: DiskFile) -> Self {
-        Self { file, window: None }
-    }
-
-    /// Over a file that is as long as it will be.
-    fn whole(file: DiskFile) -> Self {
-        let window = window_into(&file);
-        Self { file, window }
-    }
-}
-
-/// A window into a log's file. Why there is none does not matter: there is another way.
-fn window_into(file: &DiskFile) -> Option<WriteWindow> {
-    WriteWindow::new(file.as_ref()).ok().flatten()
-}
+struct WindowedLog(WindowedFile<DiskFile>);
 
 impl LogFile for WindowedLog {
     fn write_at(&mut self, bytes: &[u8], offset: u64) -> io::Result<usize> {
-        if self.window.as_mut().is_some_and(|window| window.write(bytes, offset)) {
-            return Ok(bytes.len());
-        }
-        self.file.write_at(bytes, offset)
+        self.0.write_at(bytes, offset)
     }
 
     fn read_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<usize> {
-        self.file.read_at(bytes, offset)
+        self.0.get().read_at(bytes, offset)
     }
 
     fn sync_data(&mut self) -> io::Result<()> {
-        self.file.sync_data()
+        self.0.get_mut().sync_data()
     }
 
     fn reserve(&mut self, len: u64) -> io::Result<()> {
-        self.file.reserve(len)?;
-        self.window = window_into(&self.file);
-        Ok(())
+        self.0.get_mut().reserve(len)
     }
 
     fn len(&self) -> io::Result<u64> {
-        self.file.len()
+        self.0.get().len()
     }
 }
 
@@ -399,7 +374,7 @@ impl LogFile for TapedLog {
 #[cfg(test)]
 mod tests {
     use std::sync::mpsc::{Receiver, Sender, channel};
-    use std::time::Duration;
+    use std::time::{Duration, Instant};
 
     use blocks::{BlockSet, Extent, Geometry};
     use uuid::Uuid;
@@ -449,6 +424,7 @@ mod tests {
         let owned = BlockSet::new(header.geometry.blocks());
         for turn in 0..3 {
             let before = write_calls();
+            let began = Instant::now();
             for block in (turn..3000).step_by(3) {
                 let mark = log.append(&[Extent::new(block, 1)], &owned).unwrap();
                 owned.insert(Extent::new(block, 1));
@@ -458,7 +434,9 @@ mod tests {
                 }
             }
             if let (Some(before), Some(after)) = (before, write_calls()) {
-                assert_eq!(after - before, 0, "calls for 1000 appends");
+                // One for each page, and one a second.
+                let limit = 1000 * 24 / 4096 + 2 + began.elapsed().as_secs();
+                assert!(after - before <= limit, "{} calls for 1000 appends", after - before);
             }
             let mark = log.mark();
             drop(log);

@@ -5,7 +5,10 @@ use std::{
     fmt,
     fs::{self, File},
     io,
-    os::unix::fs::FileExt,
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::fs::FileExt,
+    },
     path::{Path, PathBuf},
 };
 
@@ -119,9 +122,9 @@ impl DiskFile {
     }
 }
 
-impl AsRef<File> for DiskFile {
-    fn as_ref(&self) -> &File {
-        &self.file
+impl AsFd for DiskFile {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
     }
 }
 

@@ -103,7 +103,8 @@ impl LogWriter {
         Ok(log)
     }
 
-    /// Opens the session's log at `path` to go on after `mark`. What follows the mark is erased.
+    /// Opens the session's log at `path` to go on after `mark`. The frames that follow the mark are erased; bytes of one that a
+    /// kill or a power cut has torn may stay, to which no checksum leads.
     /// Returns the blocks that the log holds too.
     ///
     /// Refuses a log that does not lead exactly to `mark`, or is sealed there.
@@ -144,7 +145,7 @@ impl LogWriter {
         Ok((log, set))
     }
 
-    /// Appends `extents` with one write, and returns the place after them. Nothing is synced:
+    /// Appends `extents` as one frame, with one write, and returns the place after them. Nothing is synced:
     /// after a crash of the process the log holds them, after a power cut it may not.
     ///
     /// If the area is full, all of `owned` and `extents`, and whatever else the log holds, is
