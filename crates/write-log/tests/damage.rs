@@ -5,8 +5,8 @@ mod support;
 
 use blocks::{BlockSet, Extent};
 use proptest::prelude::*;
-use support::{read_bytes, runs, small_log};
-use write_log::{LogError, Mark};
+use support::{MemFile, read_bytes, runs, small_log};
+use write_log::{LogError, LogWriter, Mark};
 
 const BLOCKS: u64 = 300;
 
@@ -160,4 +160,62 @@ proptest! {
     fn file_of_any_bytes_is_answered(bytes in prop::collection::vec(any::<u8>(), 0..9000)) {
         prop_assert!(read_bytes(bytes).is_err());
     }
+
+    /// Invariants 1 and 6: a kill cuts an append, a rewrite or a seal, of which any bytes are there and the others are not.
+    /// What was recorded before is exact, and who goes on from there has an exact log again.
+    #[test]
+    fn what_a_kill_cut_anywhere_is_in_nobodys_way(
+        batches in prop::collection::vec(batch(), 0..30), last in prop::option::of(batch()),
+        more in prop::collection::vec(batch(), 1..4), share in 0..=100u32, seed in any::<u64>(),
+    ) {
+        let (file, mut log) = small_log(BLOCKS);
+        let owned = BlockSet::new(BLOCKS);
+        let append = |log: &mut LogWriter, batch: &[Extent]| {
+            log.append(batch, &owned).unwrap();
+            batch.iter().for_each(|extent| { owned.insert(*extent); });
+        };
+        batches.iter().for_each(|batch| append(&mut log, batch));
+        let (mark, expected, before) = (log.mark(), runs(&owned), file.bytes());
+        match &last {
+            Some(batch) => { log.append(batch, &owned).unwrap(); }
+            None => { log.seal(owned.count()).unwrap(); }
+        }
+        let after = file.bytes();
+        let (mut bytes, mut random) = (after.clone(), seed | 1);
+        for (now, before) in bytes.iter_mut().zip(before) {
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            if (random >> 33) % 100 >= u64::from(share) {
+                *now = before;
+            }
+        }
+        let cut = bytes != after;
+        let left = MemFile::of(bytes);
+        let contents = write_log::read_from(&left, &support::path()).unwrap();
+        prop_assert_eq!(runs(&contents.blocks_at(mark).unwrap()), &expected[..]);
+        if cut {
+            prop_assert!(contents.sealed.is_none());
+            let ends = contents.areas.iter().filter_map(|area| area.mark());
+            prop_assert!(ends.filter(|end| end.epoch == mark.epoch).all(|end| end == mark), "a cut frame is read");
+        }
+        // A whole seal says that the session has ended: nobody goes on.
+        if contents.sealed.is_none() {
+            let (mut log, found) = LogWriter::resume_on(Box::new(left.clone()), support::path(), mark).unwrap();
+            prop_assert_eq!(runs(&found), expected);
+            more.iter().for_each(|batch| append(&mut log, batch));
+            let contents = write_log::read_from(&left, &support::path()).unwrap();
+            prop_assert_eq!(runs(&contents.blocks_at(log.mark()).unwrap()), runs(&owned));
+            prop_assert!(contents.sealed.is_none());
+            log.seal(owned.count()).unwrap();
+            let contents = write_log::read_from(&left, &support::path()).unwrap();
+            prop_assert_eq!(runs(&contents.sealed_blocks().unwrap()), runs(&owned));
+        }
+    }
+}
+
+/// What is appended at once.
+fn batch() -> impl Strategy<Value = Vec<Extent>> {
+    prop::collection::vec(
+        (0..BLOCKS - 4, 1..4u64).prop_map(|(first, count)| Extent::new(first, count)),
+        1..100,
+    )
 }
