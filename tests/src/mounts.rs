@@ -50,6 +50,15 @@ impl Mounts {
         finished.code == Some(0)
     }
 
+    /// Has the kernel find an error in the ext4 that is mounted at `at`, which then does what its option `errors` says.
+    pub fn fail_ext4(&self, at: &Path) {
+        let device = rustix::fs::stat(self.outside(at)).unwrap().st_dev;
+        let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+        let name = std::fs::canonicalize(format!("/sys/dev/block/{major}:{minor}")).unwrap();
+        let trigger = Path::new("/sys/fs/ext4").join(name.file_name().unwrap()).join("trigger_fs_error");
+        std::fs::write(trigger, "a test").unwrap();
+    }
+
     /// Makes an xfs whose files can share blocks, of `size` bytes (300 MiB at least) in the file `image`, and mounts it as
     /// [`ext4`](Self::ext4) does.
     pub fn xfs(&self, at: &Path, image: &Path, size: u64) -> bool {

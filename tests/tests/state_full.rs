@@ -1,8 +1,9 @@
-//! The state directory's file system is full: at a session's start, in the middle of one, at its end.
+//! The state directory's file system is full: at a session's start, in the middle of one, at its end. Or it fails.
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use pristine_tests::PATIENCE;
@@ -21,7 +22,7 @@ const ROOM: u64 = 1 << 20;
 const BOUND: Duration = Duration::from_secs(30);
 const NONE: &[&str] = &[];
 
-/// A pristine disk whose state directory is a tmpfs of 1 MiB.
+/// A pristine disk whose state directory has a file system of its own.
 struct Full {
     lab: Lab,
     mounts: Mounts,
@@ -30,10 +31,19 @@ struct Full {
 }
 
 impl Full {
+    /// On a tmpfs of 1 MiB.
     fn new(keep_logs: &'static str) -> Option<Self> {
+        Self::on(keep_logs, |_, mounts, state| {
+            mounts.tmpfs(state, ROOM);
+            true
+        })
+    }
+
+    /// On what `mount` mounts on the directory that it is given, if it can.
+    fn on(keep_logs: &'static str, mount: impl FnOnce(&Lab, &Mounts, &Path) -> bool) -> Option<Self> {
         let (lab, mounts) = (Lab::new(), Mounts::new()?);
         let state = lab.path("state");
-        mounts.tmpfs(&state, ROOM);
+        mount(&lab, &mounts, &state).then_some(())?;
         images::dense(&lab.base(), SIZE, 41);
         let full = Self { lab, mounts, state, keep_logs };
         full.run("provision", &[OsStr::new("--base"), full.lab.base().as_os_str()]).ok();
@@ -231,4 +241,32 @@ fn runtime_directory_without_room_is_refused() {
     assert_eq!(manifest(&full.files()), manifest(&before));
     run(&mut full.mounts.inside(&command("restore"))).ok();
     full.assert_pristine();
+}
+
+/// Invariants 1 and 6: the file system of the state stops taking writes in the middle of a session. Frames of the log are
+/// stored in pages that are there, which goes on working; yet soon blocks that the session has not written before can't
+/// be written any more, and nothing is changed that is not in the log.
+#[test]
+fn session_whose_log_can_no_longer_be_written_is_refused_new_blocks() {
+    let mount = |lab: &Lab, mounts: &Mounts, state: &Path| {
+        mounts.ext4(state, &lab.path("ext4.img"), 32 << 20)
+            && run(&mut mounts
+                .inside(Command::new("mount").args(["-o", "remount,errors=remount-ro"]).arg(state)))
+            .code
+                == Some(0)
+    };
+    let Some(full) = Full::on("0", mount) else { return };
+    let server = full.serve();
+    let mut client = Remote::connected(&full.lab.socket(), 1);
+    assert_eq!(attempt(&mut client, 100, 1), (100, 0));
+    full.mounts.fail_ext4(&full.state);
+    // One in a tenth of a second, fewer than fit into the page in which the log ends.
+    let refused = (2..60).find(|seed| {
+        std::thread::sleep(Duration::from_millis(100));
+        attempt(&mut client, 1, *seed) == (0, 1)
+    });
+    assert!(refused.is_some(), "new blocks are still taken");
+    full.assert_logged();
+    server.kill();
+    client.kill();
 }
