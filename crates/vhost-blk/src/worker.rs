@@ -37,7 +37,7 @@ const LOOKS_PER_TIME: u32 = 16;
 /// How many requests are done at once before their answers are published, at most.
 pub(crate) const GROUP: usize = 8;
 /// How many such groups are taken at a time while there are first touches among them: those of all groups are logged
-/// with one append, which takes longer than a write.
+/// with one append, which may be a system call and take longer than a write.
 const GROUPS_LOGGED: usize = 4;
 
 /// The data path of one virtqueue.

@@ -47,7 +47,7 @@ fn answer_before_the_kick_is_replaced_is_told_of_afterwards() {
     assert!(told(), "the guest sleeps for ever");
 }
 
-/// An append takes longer than a write: first touches of several groups share one.
+/// An append may take longer than a write: first touches of several groups share one.
 #[test]
 fn first_touches_of_several_groups_are_logged_with_one_append() {
     let mut scene = Scene::new();
