@@ -15,12 +15,13 @@ use rustix::{
     mm::{MapFlags, ProtFlags},
 };
 
-use crate::Error;
+use crate::{
+    Error,
+    coherence::{TMPFS, file_system},
+};
 
 const PAGE_SIZE: usize = 4096;
 const WORD_BYTES: usize = size_of::<AtomicU64>();
-/// What `statfs` says of memory files.
-const TMPFS_MAGIC: rustix::fs::FsWord = 0x0102_1994;
 /// No shared memory is longer, in bytes.
 const SHARED_BYTES_MAX: u64 = 64 << 20;
 
@@ -152,7 +153,7 @@ impl SharedMemory {
             return Err(invalid("the length of the memory is not sealed"));
         }
         // Huge pages may not be there when they are touched, whatever was reserved: a SIGBUS.
-        if rustix::fs::fstatfs(&fd)?.f_type != TMPFS_MAGIC {
+        if file_system(&fd)? != TMPFS {
             return Err(invalid("it is not ordinary memory"));
         }
         let found = rustix::fs::fstat(&fd)?.st_size;

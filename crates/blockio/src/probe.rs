@@ -15,7 +15,10 @@ use rustix::{
     io::{Errno, ReadWriteFlags},
 };
 
-use crate::{AlignedBuf, Alignment, FileKind};
+use crate::{
+    AlignedBuf, Alignment, FileKind,
+    coherence::{BTRFS, EXT4, F2FS, TMPFS, XFS, file_system},
+};
 
 /// The largest piece that is copied through an aligned buffer at once, in bytes. A multiple of
 /// every alignment.
@@ -33,13 +36,6 @@ pub(crate) struct Abilities {
     pub(crate) write_nowait: bool,
 }
 
-/// The file systems' numbers (`statfs(2)`).
-const EXT4: u64 = 0xef53;
-const XFS: u64 = 0x5846_5342;
-const BTRFS: u64 = 0x9123_683e;
-const F2FS: u64 = 0xf2f5_2010;
-const TMPFS: u64 = 0x0102_1994;
-
 /// The longest write that is handed to the page cache at once, in bytes, where [long ones make short ones
 /// dear](write_max).
 const WRITE_MAX: u64 = 16 << 10;
@@ -56,7 +52,7 @@ pub(crate) fn alignment(fd: &OwnedFd, kind: FileKind) -> io::Result<Alignment> {
         if memory == 0 || offset == 0 {
             return Err(Errno::OPNOTSUPP.into());
         }
-        if kind == FileKind::Regular && rustix::fs::fstatfs(fd).is_ok_and(|stat| stat.f_type as u64 == XFS) {
+        if kind == FileKind::Regular && file_system(fd).is_ok_and(|number| number == XFS) {
             offset = offset.min(smallest_read(fd)?);
         }
         return checked(Alignment { memory, offset });
@@ -118,7 +114,7 @@ pub(crate) fn supports_nowait(fd: &OwnedFd) -> bool {
 pub(crate) fn write_max(fd: &OwnedFd, kind: FileKind) -> u64 {
     let has_lists = match kind {
         FileKind::BlockDevice => true,
-        FileKind::Regular => rustix::fs::fstatfs(fd).is_ok_and(|stat| stat.f_type as u64 == EXT4),
+        FileKind::Regular => file_system(fd).is_ok_and(|number| number == EXT4),
     };
     if has_lists { WRITE_MAX } else { u64::MAX }
 }
@@ -152,7 +148,7 @@ fn of_neighbour(fd: &OwnedFd, path: &Path) -> io::Result<Abilities> {
 
 /// What the file system's type promises: for a directory that we may not write to.
 fn of_file_system(fd: &OwnedFd) -> Abilities {
-    match rustix::fs::fstatfs(fd).map(|stat| stat.f_type as u64) {
+    match file_system(fd) {
         Ok(EXT4 | F2FS) => Abilities { punch: true, zero: true, write_nowait: false },
         Ok(XFS | BTRFS) => Abilities { punch: true, zero: true, write_nowait: true },
         Ok(TMPFS) => Abilities { punch: true, zero: false, write_nowait: false },

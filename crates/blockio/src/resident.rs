@@ -79,6 +79,8 @@ pub(crate) use copy::{copy as read_copy, end_stores, prefetch, store};
 use hot::{Hot, Prepared};
 use known::Known;
 use pace::Pace;
+#[cfg(test)]
+pub(crate) use pace::major_faults;
 use words::GROUP_PAGES;
 
 /// Pages that the kernel maps at a fault, if they are resident (`fault_around_bytes`, unless it was changed).

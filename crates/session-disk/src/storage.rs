@@ -407,7 +407,7 @@ mod tests {
         counts.lines().find_map(|line| line.strip_prefix("syscw: ")?.parse().ok())
     }
 
-    /// What is appended is in the log at once, without a system call, and whoever goes on with the log has it.
+    /// What is appended is in the log at once, with few system calls, and whoever goes on with the log has it.
     #[test]
     fn log_written_through_a_window_is_what_its_readers_find() {
         let dir = tempfile::tempdir_in("/dev/shm").unwrap();

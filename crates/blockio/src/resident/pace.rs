@@ -106,7 +106,7 @@ pub(super) fn step(now: Moment) -> Pace {
 }
 
 /// Major faults of the calling thread since it began.
-fn major_faults() -> i64 {
+pub(crate) fn major_faults() -> i64 {
     let mut usage = std::mem::MaybeUninit::<libc::rusage>::uninit();
     // SAFETY: `usage` has room for the answer.
     if unsafe { libc::getrusage(libc::RUSAGE_THREAD, usage.as_mut_ptr()) } != 0 {

@@ -1,7 +1,7 @@
 use std::{
     collections::HashSet,
     os::unix::process::ExitStatusExt,
-    path::{Path, PathBuf},
+    path::Path,
     process::Command,
     sync::{
         Barrier,
@@ -15,20 +15,11 @@ use proptest::prelude::*;
 use tempfile::TempDir;
 
 use super::*;
-use crate::OpenOptions;
+use crate::{OpenOptions, coherence::mappable_places as places};
 
 mod writes;
 
 const PAGE: usize = PAGE_SIZE as usize;
-
-/// Directories on the build's file system, and on tmpfs if there is one. Not all can be mapped (an
-/// overlay can't): those are left out.
-fn places() -> Vec<TempDir> {
-    let built = std::env::current_exe().unwrap().parent().unwrap().to_owned();
-    let places =
-        [built, PathBuf::from("/dev/shm")].into_iter().filter_map(|dir| tempfile::tempdir_in(dir).ok());
-    places.filter(|dir| kept(made(dir.path(), "probe", 1)).unwrap().is_some()).collect()
-}
 
 /// A place whose pages are those of a disk: they can be dropped, and read again.
 fn disk() -> Option<TempDir> {
