@@ -52,15 +52,13 @@ fn answer_before_the_kick_is_replaced_is_told_of_afterwards() {
 fn first_touches_of_several_groups_are_logged_with_one_append() {
     let mut scene = Scene::new();
     let used = |scene: &Scene| scene.memory.read_obj::<u16>(GuestAddress(USED + 2)).unwrap();
-    // Frames of the log begin with this (crates/write-log/FORMAT.md).
-    let appends = |scene: &Scene| scene.log().windows(3).filter(|bytes| bytes == b"wlf").count();
     // Every other block: no two make one run.
     let first_touches = |round: u64| (0..32).map(move |n| round * 64 + n * 2);
     for round in 0..3 {
         scene.offer(VIRTIO_BLK_T_OUT, first_touches(round));
         scene.serve(uncounted);
     }
-    let (answered, appended) = (used(&scene), appends(&scene));
+    let (answered, appended) = (used(&scene), scene.appends());
     scene.offer(VIRTIO_BLK_T_OUT, first_touches(3));
     let taken = {
         let mut worker = scene.backend.worker(0).unwrap();
@@ -70,7 +68,7 @@ fn first_touches_of_several_groups_are_logged_with_one_append() {
     };
     assert!(taken > 1);
     assert_eq!(usize::from(used(&scene).wrapping_sub(answered)), taken);
-    assert_eq!(appends(&scene) - appended, 1);
+    assert_eq!(scene.appends() - appended, 1);
 }
 
 /// Frontends add memory while rings run (`blkio` has its data in memory that it adds after the start): a
