@@ -21,15 +21,24 @@ pub fn dense(path: &Path, size: u64, seed: u64) {
     sparse(path, size, seed, &[(0, size)]);
 }
 
+/// As [`dense`], made by writes of `piece` bytes (at most 1 MiB).
+pub fn dense_in(path: &Path, size: u64, seed: u64, piece: usize) {
+    written(path, size, seed, &[(0, size)], piece);
+}
+
 /// A file of `size` bytes with data (from `seed`) in these ranges (offset, length) and holes elsewhere.
 pub fn sparse(path: &Path, size: u64, seed: u64, ranges: &[(u64, u64)]) {
+    written(path, size, seed, ranges, CHUNK);
+}
+
+fn written(path: &Path, size: u64, seed: u64, ranges: &[(u64, u64)], piece: usize) {
     let file = File::create(path).unwrap();
     file.set_len(size).unwrap();
-    let mut chunk = vec![0; CHUNK];
+    let mut chunk = vec![0; piece];
     for &(offset, len) in ranges {
         let mut at = offset;
         while at < offset + len {
-            let part = (offset + len - at).min(CHUNK as u64) as usize;
+            let part = (offset + len - at).min(piece as u64) as usize;
             random::fill(seed, at, &mut chunk[..part]);
             file.write_all_at(&chunk[..part], at).unwrap();
             at += part as u64;

@@ -25,6 +25,8 @@ fn suite_in_little_gives_full_tables_and_a_picture() {
             assert!(row.values.iter().flatten().all(|value| value.is_finite()), "{row:?}: {table}");
         }
     }
+    let aims = table.lines().filter(|line| line.ends_with("| reached |") || line.contains("| **no**"));
+    assert_eq!(aims.count(), 72, "{table}");
     let picture = std::fs::read_to_string(out.join("plot.svg")).unwrap();
     assert!(picture.starts_with("<svg ") && picture.ends_with("</svg>\n"), "{picture}");
     assert!(picture.matches("class=\"c0\"").count() > 40 && !picture.contains("NaN"), "{picture}");

@@ -1,7 +1,7 @@
 //! The backends that are compared, started and stopped for each measurement.
 
 use std::fmt::{self, Display, Formatter};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use rustix::process::Signal;
 use super::machine::{self, Place, cpu_seconds};
 use super::points::Point;
 use crate::PATIENCE;
-use crate::client::Score;
+use crate::client::{Loop, Score};
 use crate::images;
 use crate::lab::{Lab, Server};
 use crate::peer::{Image, storage_daemon};
@@ -29,8 +29,8 @@ pub enum Backend {
     FreshOverlay,
     /// `qemu-storage-daemon` with io_uring on a qcow2 overlay that has all blocks already.
     FullOverlay,
-    /// A plain loop on the peer's raw file, without backend: `sync` or `io_uring`.
-    Limit(&'static str),
+    /// A plain loop on a file, without backend.
+    Limit(Loop),
 }
 
 impl Display for Backend {
@@ -40,7 +40,7 @@ impl Display for Backend {
             Self::Daemon(aio) => write!(f, "qemu-storage-daemon, {aio}"),
             Self::FreshOverlay => f.write_str("qcow2 overlay, fresh"),
             Self::FullOverlay => f.write_str("qcow2 overlay, allocated"),
-            Self::Limit(way) => write!(f, "limit, {way}"),
+            Self::Limit(way) => write!(f, "limit, {}", way.name()),
         }
     }
 }
@@ -95,7 +95,7 @@ impl Bench {
         };
         match backend {
             Backend::Pristine => self.lab.disk(),
-            Backend::Daemon(_) | Backend::Limit(_) => self.peer_disk(),
+            Backend::Daemon(_) => self.peer_disk(),
             Backend::FreshOverlay => overlay("fresh.qcow2"),
             Backend::FullOverlay => {
                 let path = self.lab.path("full.qcow2");
@@ -110,6 +110,7 @@ impl Bench {
                 }
                 path
             }
+            Backend::Limit(_) => panic!("a limit is no server"),
         }
     }
 
@@ -117,7 +118,8 @@ impl Bench {
     /// the disk. So all of it is in memory, in the way in which it was made or this backend brings it there.
     pub fn start(&self, backend: Backend, queues: usize, place: Place) -> Running<'_> {
         let lab = &self.lab;
-        let disk = self.ready(backend);
+        let disk = self.disk_of(backend);
+        self.ready(&disk);
         let daemon = |image: Image<'_>| {
             let socket = lab.runtime().join("peer");
             let process = storage_daemon(place.launcher(), &image, &socket, queues as u32);
@@ -151,9 +153,44 @@ impl Bench {
     /// Puts the load of `point` on `backend` for `time`.
     pub fn measure(&self, backend: Backend, point: Point, time: Duration) -> Sample {
         if let Backend::Limit(way) = backend {
-            return machine::undisturbed(|| machine::with_stolen(|| self.limit(way, point, time)));
+            let load = format!("{} {} {}", point.pattern.name(), point.depth, time.as_secs_f64());
+            return self.limit("limit", &self.peer_disk(), way, &load);
         }
         self.with_running(backend, point, |running| running.load(point, time, None))
+    }
+
+    /// Writes once to each of `count` scattered blocks of a file like the disks, `depth` at a time; none of it has been written to since
+    /// it was written back. It was written 8 KiB at a time when it was made, and so lies in memory in the way in which such writes
+    /// are cheapest.
+    pub fn limit_first(&self, way: Loop, depth: usize, count: u64, seed: u64) -> Sample {
+        let file = self.lab.path("limit.img");
+        if !file.exists() {
+            images::dense_in(
+                &file,
+                std::fs::metadata(self.lab.base()).unwrap().len(),
+                1,
+                images::BLOCK as usize,
+            );
+        }
+        self.limit("limit-first", &file, way, &format!("{depth} {count} {seed}"))
+    }
+
+    /// What a loop on `file` has to say to a command, on the backends' processor.
+    fn limit(&self, command: &str, file: &Path, way: Loop, words: &str) -> Sample {
+        let cache = if self.direct { "direct" } else { "buffered" };
+        let command = format!("{command} {} {} {cache} {words}", file.display(), way.name());
+        machine::undisturbed(|| {
+            self.ready(file);
+            if !self.direct {
+                machine::warm(file);
+            }
+            machine::with_stolen(|| {
+                let mut client = Remote::start_with(Place::Backend.launcher(), &self.lab.socket());
+                let score: Score = client.ask(&command).parse().unwrap();
+                client.leave();
+                Sample { score, cpu_us: score.client_us }
+            })
+        })
     }
 
     /// Starts `backend` for `point`, has it measured, and stops it; again, if the hypervisor has spoilt that.
@@ -171,28 +208,13 @@ impl Bench {
         })
     }
 
-    fn limit(&self, way: &str, point: Point, time: Duration) -> Sample {
-        let file = self.ready(Backend::Limit("sync"));
-        let cache = if self.direct { "direct" } else { "buffered" };
-        let mut client = Remote::start_with(Place::Backend.launcher(), &self.lab.socket());
-        let file = file.display();
-        let (pattern, seconds) = (point.pattern.name(), time.as_secs_f64());
-        let answer = client.ask(&format!("limit {file} {way} {cache} {pattern} {} {seconds}", point.depth));
-        client.leave();
-        let score: Score = answer.parse().unwrap();
-        Sample { score, cpu_us: score.client_us }
-    }
-
-    fn ready(&self, backend: Backend) -> PathBuf {
-        let disk = self.disk_of(backend);
-        machine::settle(&disk);
+    /// What was written to a file is written back, and the file is in memory only if it may be.
+    fn ready(&self, file: &Path) {
+        machine::settle(file);
         if self.direct {
             // A direct write to what is cached costs more, and pristine makes sure that nothing is: let nobody gain by that.
-            machine::forget(&disk);
-        } else if matches!(backend, Backend::Limit(_)) {
-            machine::warm(&disk);
+            machine::forget(file);
         }
-        disk
     }
 }
 

@@ -19,7 +19,8 @@
 //!   reopen                     ok SUMMARY         connects again after the backend's death, looks at everything, goes on
 //!   enough                     ok SUMMARY         looks at everything
 //! bench PATTERN DEPTH SECONDS [QUEUES [RATE]]     ok SCORE   see `Load` and `Score`
-//! limit FILE LOOP CACHE PATTERN DEPTH SECONDS     ok SCORE   of the file itself; LOOP: sync, io_uring; CACHE: buffered, direct
+//! limit FILE LOOP CACHE PATTERN DEPTH SECONDS     ok SCORE   of the file itself; LOOP: sync, io_uring, map; CACHE: buffered, direct
+//! limit-first FILE LOOP CACHE DEPTH COUNT SEED    ok SCORE   of writes into COUNT blocks of it, each once
 //! passes DEPTH COUNT SEED      ok FIRST STEADY    writes a second into COUNT blocks, and then into the same
 //! first DEPTH COUNT SEED       ok RATE            the first of these alone
 //! warm                         ok                 reads all of the disk, in order
@@ -33,8 +34,8 @@ use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::Duration;
 
 use pristine_tests::client::{
-    Client, Done, Endure, Load, Loop, Pattern, Plan, Request, Shape, run_first, run_limit, run_load,
-    run_model, run_passes, run_touches, run_warm,
+    Client, Done, Endure, Limit, Load, Loop, Pattern, Plan, Request, Shape, run_first, run_load, run_model,
+    run_passes, run_touches, run_warm,
 };
 use pristine_tests::random::{Random, contents, scattered};
 use sha2::{Digest, Sha256};
@@ -93,6 +94,12 @@ fn load(pattern: &str, depth: &str, seconds: &str) -> Result<Load, String> {
         time: Duration::from_secs_f64(float(seconds)?),
         rate: None,
     })
+}
+
+/// A loop on a file, with its cache (`buffered`) or past it (`direct`).
+fn limit<'a>(file: &'a str, way: &str, cache: &str) -> Result<Limit<'a>, String> {
+    let way = Loop::named(way).ok_or("no such loop")?;
+    Ok(Limit { file: file.as_ref(), direct: cache == "direct", way })
 }
 
 impl Session {
@@ -163,10 +170,12 @@ impl Session {
                 run_load(&self.socket, load).map(|score| score.to_string())
             }
             ("limit", [file, way, cache, pattern, depth, seconds]) => {
-                let way = if *way == "sync" { Loop::Sync } else { Loop::IoUring };
                 let load = load(pattern, depth, seconds)?;
-                run_limit(file.as_ref(), *cache == "direct", way, load).map(|score| score.to_string())
+                limit(file, way, cache)?.load(load).map(|score| score.to_string())
             }
+            ("limit-first", [file, way, cache, depth, count, seed]) => limit(file, way, cache)?
+                .first(number(depth)? as usize, number(count)?, number(seed)?)
+                .map(|score| score.to_string()),
             ("passes", [depth, count, seed]) => {
                 let depth = number(depth)? as usize;
                 let [first, second] = run_passes(&self.socket, depth, number(count)?, number(seed)?)?;

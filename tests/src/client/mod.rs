@@ -16,7 +16,7 @@ mod requests;
 
 pub use copy::{Way, copy};
 pub use endure::{Endure, Endured};
-pub use limit::{Loop, run_limit};
+pub use limit::{Limit, Loop};
 pub use load::{Load, Pattern, Score, run_load};
 pub use model::{Plan, Summary, run as run_model};
 pub use passes::{Touches, run_first, run_passes, run_touches, run_warm};

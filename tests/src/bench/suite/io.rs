@@ -5,6 +5,7 @@ use crate::bench::backend::{Backend, Bench, Sample};
 use crate::bench::median;
 use crate::bench::points::Point;
 use crate::bench::report::{Better, Role, Section, short};
+use crate::client::Loop;
 use crate::lab::Lab;
 
 pub(super) fn compare(plan: &Plan, medium: &Medium, points: &[Point]) -> Vec<Section> {
@@ -42,9 +43,12 @@ fn backends(medium: &Medium) -> Vec<(Backend, Role)> {
     backends.extend([
         (Backend::FreshOverlay, Role::Other),
         (Backend::FullOverlay, Role::Other),
-        (Backend::Limit("sync"), Role::Limit),
-        (Backend::Limit("io_uring"), Role::Limit),
+        (Backend::Limit(Loop::Sync), Role::Limit),
+        (Backend::Limit(Loop::IoUring), Role::Limit),
     ]);
+    if !medium.direct {
+        backends.push((Backend::Limit(Loop::Map), Role::Limit));
+    }
     backends
 }
 
@@ -53,7 +57,7 @@ fn measured(backend: Backend, point: Point) -> bool {
     match backend {
         Backend::Pristine | Backend::Daemon(_) => true,
         Backend::FreshOverlay | Backend::FullOverlay => point.depth == 32 && point.queues == 1,
-        Backend::Limit("sync") => point.queues == 1 && [1, 16].contains(&point.depth),
+        Backend::Limit(Loop::Sync) => point.queues == 1 && [1, 16].contains(&point.depth),
         Backend::Limit(_) => point.queues == 1,
     }
 }

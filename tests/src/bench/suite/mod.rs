@@ -1,5 +1,6 @@
 //! The whole comparison, of which `ci/bench` runs all or parts.
 
+mod aims;
 mod first;
 mod idle;
 mod io;
@@ -51,6 +52,7 @@ pub fn run(plan: &Plan) -> Vec<Section> {
 /// Stores `table.md` and `plot.svg` in `dir`; returns the table.
 pub fn store(sections: &[Section], plan: &Plan, dir: &Path) -> String {
     let mut table = format!("{}\n", facts(&plan.to_string()));
+    table.push_str(&aims::markdown(sections));
     let tables: Vec<String> = sections.iter().map(Section::markdown).collect();
     table.push_str(&tables.join("\n"));
     std::fs::create_dir_all(dir).unwrap();
