@@ -41,7 +41,8 @@ impl Mounts {
     /// made. Whether that could be done: it takes a loop device.
     pub fn ext4(&self, at: &Path, image: &Path, size: u64) -> bool {
         std::fs::create_dir_all(at).unwrap();
-        crate::images::ext4(image, size, &[]);
+        // It may lie in what is mounted there.
+        crate::images::ext4(&self.outside(image), size, &[]);
         let mut mount = Command::new("mount");
         let finished = run(&mut self.inside(mount.args(["-o", "loop"]).arg(image).arg(at)));
         if finished.code != Some(0) {

@@ -251,3 +251,72 @@ fn base_that_changed_under_a_server_is_refused_until_the_disk_is_moved_to_it() {
     lab.run("rebase", &["--now".as_ref(), "--base".as_ref(), base.as_os_str()]).ok();
     lab.assert_pristine();
 }
+
+/// Invariants 2 and 12: the disk's storage begins to fail writes, of which nothing but a sync would tell. What a session wrote
+/// over blocks that were pending, and so held the last session's data, is lost; it must not read that data in its place. Every
+/// read is of a whole block, or of a part.
+fn session_does_not_see_the_last_ones_data_when_its_own_is_lost(whole: bool) {
+    let (lab, Some(mounts)) = (Lab::new(), Mounts::new()) else { return };
+    let (outer, inner) = (lab.path("outer"), lab.path("inner"));
+    if !mounts.ext4(&outer, &lab.path("outer.img"), 128 * MIB)
+        || !mounts.ext4(&inner, &outer.join("inner.img"), 96 * MIB)
+    {
+        return;
+    }
+    let mut remount = std::process::Command::new("mount");
+    run(&mut mounts.inside(remount.args(["-o", "remount,errors=remount-ro"]).arg(&outer))).ok();
+    images::dense(&lab.base(), SIZE, 47);
+    let small = Small { disk: inner.join("disk.img"), lab, mounts, dir: inner };
+    small.run("provision", &[OsStr::new("--base"), small.lab.base().as_os_str()]).ok();
+    small.run("restore", NONE).ok();
+    let socket = small.lab.socket();
+    // Sixteen blocks a second: what is pending at the end of the disk stays so.
+    let serve: Vec<&OsStr> =
+        [OsStr::new("--rate"), OsStr::new("64K"), OsStr::new("--socket-path"), socket.as_os_str()].into();
+    let server = Server::start(&small.command("serve", &serve));
+    let at = SIZE - MIB;
+    let mut first = Remote::connected(&socket, 1);
+    (0..8).for_each(|n| drop(first.ask(&format!("write {} {MIB} 48", n * MIB))));
+    first.ask(&format!("write {at} {MIB} 48"));
+    let sync = |small: &Small| {
+        let mut sync = std::process::Command::new("sync");
+        run(&mut small.mounts.inside(sync.arg("-f").arg(&small.disk)))
+    };
+    sync(&small).ok();
+    first.leave();
+    wait_until("the session is over", || small.status()["pending_blocks"].as_u64().unwrap() > 2000);
+    let mut second = Remote::connected(&socket, 1);
+    let (from, len) = if whole { (at, 64 << 10) } else { (at + 512, 1024) };
+    second.ask(&format!("write {from} {len} 49"));
+    small.mounts.fail_ext4(&outer);
+    let _ = sync(&small);
+    // Nobody needs it any more, and it is written back, as far as the kernel knows.
+    let disk = fs::File::open(small.mounts.outside(&small.disk)).unwrap();
+    rustix::fs::fadvise(&disk, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+    let last = small.lab.path("last.img");
+    images::sparse(&last, SIZE, 48, &[(at, MIB)]);
+    let held = |file: &fs::File| {
+        let mut held = vec![0; len as usize];
+        std::os::unix::fs::FileExt::read_exact_at(file, &mut held, from).unwrap();
+        held
+    };
+    let is_lost = held(&disk) == held(&fs::File::open(&last).unwrap());
+    assert!(is_lost, "the medium does not hold the last session's data: nothing is shown");
+    let answer = ask(&mut second, &format!("compare {from} {len} {}", last.display()));
+    assert_ne!(answer.as_deref(), Ok("same"), "a session reads what the last one wrote");
+    assert!(answer.is_err(), "what was read is neither that nor the session's own: {answer:?}");
+    // From now on nothing is believed.
+    assert!(ask(&mut second, &format!("read {at} 4096")).is_err());
+    second.kill();
+    server.kill();
+}
+
+#[test]
+fn session_whose_blocks_are_lost_does_not_read_the_last_ones() {
+    session_does_not_see_the_last_ones_data_when_its_own_is_lost(true);
+}
+
+#[test]
+fn session_whose_parts_of_blocks_are_lost_does_not_read_the_last_ones() {
+    session_does_not_see_the_last_ones_data_when_its_own_is_lost(false);
+}

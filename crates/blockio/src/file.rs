@@ -455,6 +455,23 @@ impl File {
             unsafe { libc::sync_file_range(self.fd.as_raw_fd(), offset, len, libc::SYNC_FILE_RANGE_WRITE) };
     }
 
+    /// Asks whether the kernel has failed to write back something of the file, and waits for nothing. A failure is said once, to each
+    /// open file description: it is not said here what a sync of this one has reported, nor by a sync of this one what was said
+    /// here. Pages whose write-back has failed may be gone, but not before it is said.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn check_written_back(&self) -> io::Result<()> {
+        // There are no pages so far behind the end that anybody would wait for; what is asked for is said of the whole file.
+        const BEHIND_THE_END: libc::off64_t = 1 << 62;
+        let (fd, flags) = (self.fd.as_raw_fd(), libc::SYNC_FILE_RANGE_WAIT_BEFORE);
+        // SAFETY: an open descriptor and numbers; no memory is involved.
+        match unsafe { libc::sync_file_range(fd, BEHIND_THE_END, 1, flags) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
     /// `fsync`.
     ///
     /// # Errors

@@ -205,6 +205,10 @@ fn drain_all(disk: &SessionDisk, control: &Control, observer: &dyn DrainObserver
             }
         }
     }
+    if !shared.unsynced.is_empty() {
+        // Guests have taken what was left. Nothing more can be taken, and then it is read like everything else.
+        shared.sync_disk()?;
+    }
     if disk.has_old_logs() {
         disk.checkpoint()?;
         observer.restored(restored, disk.copied() - copied_before, started.elapsed());

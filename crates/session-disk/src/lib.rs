@@ -50,6 +50,7 @@ mod request;
 mod shared;
 mod status;
 mod storage;
+mod unsynced;
 mod verify;
 mod ways;
 mod witness;

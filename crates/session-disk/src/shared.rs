@@ -19,6 +19,7 @@ use crate::live::{LiveMark, LivePage};
 use crate::open::describe;
 use crate::pace::DrainPolicy;
 use crate::storage::Storage;
+use crate::unsynced::Unsynced;
 use crate::ways::Ways;
 
 /// The session disk, in every engine of a disk.
@@ -51,6 +52,9 @@ pub(crate) struct Shared {
     /// The disk again, under an open file description of its own: the kernel reports a failed
     /// write-back once to each, so a guest's flush can't swallow what a drain's sync must see.
     pub(crate) disk_sync: File,
+    /// And again, to ask whether a write-back has failed. Locked by whoever asks, until what was said is known to all: it is
+    /// said once.
+    disk_watch: Mutex<File>,
     pub(crate) base: BaseImage,
     /// What the base must look like.
     pub(crate) base_identity: BaseIdentity,
@@ -67,6 +71,8 @@ pub(crate) struct Shared {
     pub(crate) pending: BlockSet,
     /// L: blocks that are committed in this session's log. Added to only after the append returned.
     pub(crate) owned: BlockSet,
+    /// Of what left P because a guest took it, what may not be durable.
+    pub(crate) unsynced: Unsynced,
     /// C, and what the drain has copied and not settled.
     pub(crate) claims: Claims,
     pub(crate) intents: Intents,
@@ -100,6 +106,7 @@ pub(crate) struct Parts {
     pub(crate) geometry: Geometry,
     pub(crate) disk: Arc<File>,
     pub(crate) disk_sync: File,
+    pub(crate) disk_watch: File,
     pub(crate) base: BaseImage,
     pub(crate) base_identity: BaseIdentity,
     pub(crate) engine: EngineKind,
@@ -122,6 +129,7 @@ impl Shared {
             geometry: parts.geometry,
             disk: parts.disk,
             disk_sync: parts.disk_sync,
+            disk_watch: Mutex::new(parts.disk_watch),
             base: parts.base,
             base_identity: parts.base_identity,
             engine: parts.engine,
@@ -132,6 +140,7 @@ impl Shared {
             ways: Mutex::new(ways),
             counters: Counters::default(),
             owned: BlockSet::new(parts.pending.bound()),
+            unsynced: Unsynced::new(parts.pending.bound()),
             claims: Claims::new(parts.pending.bound()),
             pending: parts.pending,
             intents: parts.intents,
@@ -272,8 +281,21 @@ impl Shared {
             return Err(Error::Poisoned(self.disk.path().to_owned()));
         }
         // The path of `disk_sync` is that of a descriptor.
-        let result = self.storage.sync_disk(self.disk.path(), || sync(&self.disk_sync));
-        result.inspect_err(|_| self.poison())
+        let sync = || self.storage.sync_disk(self.disk.path(), || sync(&self.disk_sync));
+        self.unsynced.synced(sync).inspect_err(|_| self.poison())
+    }
+
+    /// Fails, now and for ever, if the kernel has failed to write back some of the disk. What was read from the disk before this
+    /// succeeded is what was written to it last: see [`unsynced`](crate::unsynced).
+    pub(crate) fn check_written_back(&self) -> io::Result<()> {
+        let watch = self.disk_watch.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if self.is_poisoned() {
+            return Err(io::Error::other(Error::Poisoned(self.disk.path().to_owned())));
+        }
+        watch.check_written_back().inspect_err(|error| {
+            log::error!("{}: the kernel failed to write data back: {error}", self.disk.path().display());
+            self.poison();
+        })
     }
 
     pub(crate) fn is_poisoned(&self) -> bool {

@@ -93,6 +93,7 @@ impl SessionDisk {
         let shared = Arc::new(Shared::new(Parts {
             geometry,
             disk_sync: open_for_sync(&disk)?,
+            disk_watch: open_for_sync(&disk)?,
             disk,
             base_identity: identity_of(&base, &manifest)?,
             base,
@@ -123,6 +124,9 @@ impl SessionDisk {
                     || kept.contains_all(extent))
             })?;
         }
+        // What a server before us has synced is not known.
+        shared.unsynced.insert_set(&shared.owned);
+        shared.unsynced.insert_set(&kept);
         let lifecycle = Lifecycle { manifest, session, kept, queues: Vec::new(), finisher: None };
         let disk = Self {
             shared,

@@ -11,7 +11,9 @@
 //! 3. *Part of a pending block*: the same, with a read of the base into a bounce block before.
 //! 4. *Write-zeroes* goes the same ways. *Discard* only affects whole blocks that the session owns.
 //! 5. *Mixed requests* are split; the answer waits for all parts, and what failed stays pending.
-//! 6. *Read*: per run, pending blocks from the base, others from the disk. P only shrinks while a session runs.
+//! 6. *Read*: per run, pending blocks from the base, others from the disk. P only shrinks while a session runs. Blocks that left P
+//!    by steps 2 and 3 and [are not known to be durable](crate::unsynced) go by way of a bounce buffer, and the guest gets them if the
+//!    kernel has not failed to write back any of the disk.
 //!
 //! In steady state (nothing pending, the block owned) a request costs two looks at bitmaps and one
 //! operation: no lock, no allocation.
@@ -33,15 +35,19 @@ use rustix::event::{PollFd, PollFlags, poll};
 
 use self::ahead::{Ahead, Window};
 use self::slots::Slots;
-use self::write::Fill;
+use self::write::Bounce;
 use crate::Error;
 use crate::claims::Waker;
 use crate::helper::Helper;
 use crate::request::{Data, Done, Request, Write};
 use crate::shared::{BASE, DISK, FlushPolicy, QueueCounters, Shared};
 
-/// Set in the token of an operation that fills a bounce block; the rest is the fill's number.
-const FILL: u64 = 1 << 63;
+/// Set in the token of an operation that reads into a bounce buffer; the rest is its number.
+const BOUNCE: u64 = 1 << 63;
+
+/// What may not be durable is read so much at a time, and no further request is begun while more than so much is being read.
+const BOUNCE_LEN_MAX: u64 = 256 << 10;
+const BOUNCED_BYTES_MAX: usize = 4 << 20;
 
 /// When more operations are on their way, no further request is begun: one request over blocks that are
 /// pending here and there becomes many operations, and memory must not grow with what guests ask.
@@ -62,8 +68,11 @@ pub struct DiskQueue {
     counters: Arc<QueueCounters>,
     engine: Box<dyn Engine>,
     slots: Slots,
-    fills: Vec<Option<Fill>>,
-    free_fills: Vec<usize>,
+    /// What is read into bounce buffers, each of so many bytes.
+    bounces: Vec<Option<(Bounce, usize)>>,
+    free_bounces: Vec<usize>,
+    /// Bytes of all of them.
+    bounced_bytes: usize,
     /// Blocks to log before what was announced is written.
     announced: Vec<Extent>,
     /// Blocks to log before anything of `staged` is submitted.
@@ -106,8 +115,9 @@ impl DiskQueue {
             counters,
             engine,
             slots: Slots::default(),
-            fills: Vec::new(),
-            free_fills: Vec::new(),
+            bounces: Vec::new(),
+            free_bounces: Vec::new(),
+            bounced_bytes: 0,
             announced: Vec::new(),
             first_touches: Vec::new(),
             staged: Vec::new(),
@@ -131,6 +141,7 @@ impl DiskQueue {
         let done = buf.len() as u64 == range.len()
             && self.enter()
             && self.is_clean(range.touched())
+            && !self.shared.unsynced.intersects(range.touched())
             && self.engine.perform_now(Quick::Read { file: DISK, offset: range.offset(), buf });
         if done
             && let Some(ahead) = &mut self.ahead
@@ -224,11 +235,16 @@ impl DiskQueue {
         let slot = self.slots.take(token);
         if !is_open {
             self.part_done(slot, Err(failed(io::ErrorKind::NotConnected)));
-        } else if self.engine.in_flight() > OPERATIONS_MAX {
+        } else if self.is_full() {
             self.deferred.push_back((slot, request));
         } else {
             self.start(slot, request);
         }
+    }
+
+    /// Whether no further request is begun.
+    fn is_full(&self) -> bool {
+        self.engine.in_flight() > OPERATIONS_MAX || self.bounced_bytes > BOUNCED_BYTES_MAX
     }
 
     /// Makes operations of a request.
@@ -274,7 +290,7 @@ impl DiskQueue {
         self.in_pass = false;
         loop {
             self.complete();
-            while self.engine.in_flight() <= OPERATIONS_MAX
+            while !self.is_full()
                 && let Some((slot, request)) = self.deferred.pop_front()
             {
                 self.start(slot, request);
@@ -337,8 +353,7 @@ impl DiskQueue {
         }
         let touched = range.touched();
         if self.is_clean(touched) {
-            let op = Op::Read { file: DISK, offset: range.offset(), buf: Buffer::Guest(buf) };
-            self.push_part(slot, op);
+            self.read_disk(slot, range, buf);
             let window = self.ahead.as_mut().and_then(|ahead| ahead.missed(range.offset(), range.len()));
             return self.read_ahead(window);
         }
@@ -353,8 +368,27 @@ impl DiskQueue {
             if pending {
                 self.read_base(slot, part, buf);
             } else {
-                self.push_part(slot, Op::Read { file: DISK, offset: part.offset(), buf: Buffer::Guest(buf) });
+                self.read_disk(slot, part, buf);
             }
+        }
+    }
+
+    /// Reads what is not pending.
+    fn read_disk(&mut self, slot: usize, range: BlockRange, buf: GuestBuf) {
+        if !self.shared.unsynced.intersects(range.touched()) {
+            let op = Op::Read { file: DISK, offset: range.offset(), buf: Buffer::Guest(buf) };
+            return self.push_part(slot, op);
+        }
+        for from in (0..range.len()).step_by(BOUNCE_LEN_MAX as usize) {
+            let len = (range.len() - from).min(BOUNCE_LEN_MAX) as usize;
+            let Some(buf) = buf.slice(from as usize, len) else {
+                return self.fail(slot, failed(io::ErrorKind::InvalidInput));
+            };
+            if let Some(state) = self.slots.get_mut(slot) {
+                state.parts += 1;
+            }
+            let bounce = AlignedBuf::new_zeroed(len);
+            self.push_bounced(Bounce::Read { slot, buf }, DISK, range.offset() + from, bounce);
         }
     }
 
@@ -440,14 +474,14 @@ impl DiskQueue {
         let mut completions = std::mem::take(&mut self.completions);
         self.engine.reap(&mut completions);
         for completion in completions.drain(..) {
-            if completion.token & FILL == 0 {
+            if completion.token & BOUNCE == 0 {
                 self.part_done(completion.token as usize, completion.result);
             } else {
                 let bounce = match completion.buf {
                     Some(Buffer::Owned(buf)) => Some(buf),
                     _ => None,
                 };
-                self.filled((completion.token & !FILL) as usize, completion.result, bounce);
+                self.bounced((completion.token & !BOUNCE) as usize, completion.result, bounce);
             }
         }
         self.completions = completions;

@@ -3,14 +3,23 @@
 use std::io;
 use std::sync::Arc;
 
-use blockio::{AlignedBuf, Buffer, Op};
+use blockio::{AlignedBuf, Buffer, FileIndex, GuestBuf, Op};
 use blocks::{BlockRange, Extent};
 
-use super::{DiskQueue, FILL, failed};
+use super::{BOUNCE, DiskQueue, failed};
 use crate::request::{Data, Write};
 use crate::shared::{BASE, DISK, FlushPolicy, NO_LOG};
 
-/// A bounce block on its way: part of a pending block is being written.
+/// A bounce buffer on its way.
+#[derive(Debug)]
+pub(super) enum Bounce {
+    /// Part of a pending block is being written.
+    Fill(Fill),
+    /// A read of what may not be durable, for the request `slot`, into `buf`.
+    Read { slot: usize, buf: GuestBuf },
+}
+
+/// What becomes of a bounce block that the base was read into.
 #[derive(Debug)]
 pub(super) struct Fill {
     /// The request.
@@ -193,15 +202,7 @@ impl DiskQueue {
                     state.parts += 1;
                 }
                 if read {
-                    let index = self.free_fills.pop().unwrap_or_else(|| {
-                        self.fills.push(None);
-                        self.fills.len() - 1
-                    });
-                    if let Some(place) = self.fills.get_mut(index) {
-                        *place = Some(fill);
-                    }
-                    let op = Op::Read { file: BASE, offset: bytes.offset(), buf: Buffer::Owned(bounce) };
-                    self.push_op(FILL | index as u64, op);
+                    self.push_bounced(Bounce::Fill(fill), BASE, bytes.offset(), bounce);
                 } else {
                     self.write_filled(fill, bounce);
                 }
@@ -209,14 +210,37 @@ impl DiskQueue {
         }
     }
 
-    /// A bounce block was read: merge and write it.
-    pub(super) fn filled(&mut self, index: usize, result: io::Result<()>, bounce: Option<AlignedBuf>) {
-        let Some(fill) = self.fills.get_mut(index).and_then(Option::take) else { return };
-        self.free_fills.push(index);
-        match (result, bounce) {
-            (Ok(()), Some(bounce)) => self.write_filled(fill, bounce),
-            (Ok(()), None) => self.part_done(fill.slot, Err(failed(io::ErrorKind::InvalidData))),
-            (Err(error), _) => self.part_done(fill.slot, Err(error)),
+    /// Has a bounce buffer read.
+    pub(super) fn push_bounced(&mut self, what: Bounce, file: FileIndex, offset: u64, bounce: AlignedBuf) {
+        let index = self.free_bounces.pop().unwrap_or_else(|| {
+            self.bounces.push(None);
+            self.bounces.len() - 1
+        });
+        if let Some(place) = self.bounces.get_mut(index) {
+            *place = Some((what, bounce.len()));
+        }
+        self.bounced_bytes += bounce.len();
+        self.push_op(BOUNCE | index as u64, Op::Read { file, offset, buf: Buffer::Owned(bounce) });
+    }
+
+    /// A bounce buffer was read: merge and write it, or give it to the guest.
+    pub(super) fn bounced(&mut self, index: usize, result: io::Result<()>, bounce: Option<AlignedBuf>) {
+        let Some((what, len)) = self.bounces.get_mut(index).and_then(Option::take) else { return };
+        self.free_bounces.push(index);
+        self.bounced_bytes -= len;
+        let bounce = bounce.ok_or_else(|| failed(io::ErrorKind::InvalidData));
+        match (result.and(bounce), what) {
+            (Ok(bounce), Bounce::Fill(fill)) => self.write_filled(fill, bounce),
+            (Ok(bounce), Bounce::Read { slot, buf }) => {
+                let checked = self.shared.check_written_back();
+                if checked.is_ok() {
+                    buf.copy_in(0, &bounce);
+                }
+                self.part_done(slot, checked);
+            }
+            (Err(error), Bounce::Fill(Fill { slot, .. }) | Bounce::Read { slot, .. }) => {
+                self.part_done(slot, Err(error));
+            }
         }
     }
 
@@ -247,6 +271,10 @@ impl DiskQueue {
         let result = self.shared.own(&taken);
         if result.is_ok() {
             for extent in &taken {
+                // What was written past the page cache is where it was written to.
+                if !self.shared.disk.is_direct() {
+                    self.shared.unsynced.insert(*extent);
+                }
                 self.shared.pending.remove(*extent);
             }
             self.shared.live.set_pending(self.shared.pending.count());
