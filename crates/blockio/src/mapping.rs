@@ -10,7 +10,7 @@ use std::{
 };
 
 use rustix::{
-    fs::{FallocateFlags, MemfdFlags, Mode, OFlags, SealFlags},
+    fs::{FallocateFlags, FlockOperation, MemfdFlags, Mode, OFlags, SealFlags},
     io::Errno,
     mm::{MapFlags, ProtFlags},
 };
@@ -70,6 +70,7 @@ unsafe impl Sync for Words {}
 #[derive(Debug)]
 pub struct SharedPage {
     words: Words,
+    fd: OwnedFd,
 }
 
 impl SharedPage {
@@ -103,7 +104,34 @@ impl SharedPage {
             Err(Errno::OPNOTSUPP) => {}
             Err(errno) => return Err(fail(errno)),
         }
-        Ok(SharedPage { words: Words::map(&fd, PAGE_SIZE).map_err(fail)? })
+        Ok(SharedPage { words: Words::map(&fd, PAGE_SIZE).map_err(fail)?, fd })
+    }
+
+    /// Maps the file at `path`, which is made if need be, as [`open`](Self::open) does, and takes its exclusive lock (`flock`), which
+    /// goes with the page. `None`: another one that was opened so has it, in whatever process, also of another pid namespace.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_exclusive(path: &Path) -> Result<Option<SharedPage>, Error> {
+        let fail = |errno: Errno| Error::new("lock", path, errno);
+        loop {
+            let page = Self::open(path, true)?;
+            let lock = || rustix::fs::flock(&page.fd, FlockOperation::NonBlockingLockExclusive);
+            match rustix::io::retry_on_intr(lock) {
+                Ok(()) => {}
+                Err(Errno::WOULDBLOCK) => return Ok(None),
+                Err(errno) => return Err(fail(errno)),
+            }
+            // Whoever had it may have removed it before it gave the lock back.
+            let locked = rustix::fs::fstat(&page.fd).map_err(fail)?;
+            match rustix::fs::lstat(path) {
+                Ok(named) if (named.st_dev, named.st_ino) == (locked.st_dev, locked.st_ino) => {
+                    return Ok(Some(page));
+                }
+                Ok(_) | Err(Errno::NOENT) => {}
+                Err(errno) => return Err(fail(errno)),
+            }
+        }
     }
 
     /// Word `index` of 512; `None` past the end.
@@ -203,6 +231,26 @@ mod tests {
         let other = SharedPage::open(&path, false).unwrap();
         assert_eq!(other.word(511).unwrap().load(Ordering::Acquire), u64::MAX - 1);
         assert_eq!(std::fs::metadata(&path).unwrap().len(), 4096);
+    }
+
+    #[test]
+    fn page_is_exclusively_for_one_until_that_is_gone_or_its_file_has_another_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("live");
+        let page = SharedPage::open_exclusive(&path).unwrap().unwrap();
+        assert!(SharedPage::open_exclusive(&path).unwrap().is_none());
+        // Whoever only looks needs no lock.
+        assert!(SharedPage::open(&path, false).is_ok());
+        page.word(0).unwrap().store(7, Ordering::Release);
+        drop(page);
+        let page = SharedPage::open_exclusive(&path).unwrap().unwrap();
+        assert_eq!(page.word(0).unwrap().load(Ordering::Acquire), 7);
+        // Removed by its owner: the next one's is another.
+        std::fs::remove_file(&path).unwrap();
+        let next = SharedPage::open_exclusive(&path).unwrap().unwrap();
+        assert_eq!(next.word(0).unwrap().load(Ordering::Acquire), 0);
+        drop(page);
+        assert!(SharedPage::open_exclusive(&path).unwrap().is_none());
     }
 
     #[test]

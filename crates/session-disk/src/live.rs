@@ -103,24 +103,28 @@ impl LivePage {
     /// nothing is changed before [`take_over`](Self::take_over).
     ///
     /// # Errors
-    /// If the page is in use for another disk with the same ID, that is a copy: a living server has it, or a session is open
-    /// whose VM lives, and what that owns would be forgotten.
+    /// If the page is in use for another disk with the same ID, that is a copy: a server has it, also one that can't be seen from
+    /// here, or a session is open whose VM lives, and what that owns would be forgotten.
     pub(crate) fn open(paths: &Paths, disk: Uuid, file: u64) -> Result<(Self, Before), Error> {
         paths.create_runtime_dir()?;
         let path = paths.live_page(disk);
-        let live = Self { page: SharedPage::open(&path, true)?, nowhere: AtomicU64::new(0) };
+        let in_use = |server: Option<ProcessId>| {
+            let who = server.map_or("a process".into(), |server| format!("process {}", server.pid));
+            let by = format!(
+                ": {who} serves another disk with the same ID; a copied disk has to be provisioned anew with --adopt"
+            );
+            Error::InUse { path: path.clone(), by }
+        };
+        let Some(page) = SharedPage::open_exclusive(&path)? else {
+            return Err(in_use(SharedPage::open(&path, false).ok().and_then(|page| Self::of(page).server())));
+        };
+        let live = Self::of(page);
         let of_this_disk = live.is_of(boot_id()?, disk);
+        // One of a version that takes no lock.
         if let Some(server) = live.server().filter(|server| of_this_disk && server.is_alive())
             && server != ProcessId::own()
         {
-            return Err(Error::InUse {
-                path,
-                by: format!(
-                    ": process {} serves another disk with the same ID; a copied disk has to be provisioned anew \
-                     with --adopt",
-                    server.pid
-                ),
-            });
+            return Err(in_use(Some(server)));
         }
         let same_boot = of_this_disk && live.load(WORD_FILE) == file;
         let goes_on = live.owner().filter(|owner| live.session_is_open() && owner.is_alive());
@@ -175,8 +179,12 @@ impl LivePage {
 
     /// Opens the page for looking only. `None`: there is none of this boot and disk.
     pub(crate) fn inspect(path: &Path, disk: Uuid, file: u64) -> Option<Self> {
-        let live = Self { page: SharedPage::open(path, false).ok()?, nowhere: AtomicU64::new(0) };
+        let live = Self::of(SharedPage::open(path, false).ok()?);
         (live.is_of(boot_id().ok()?, disk) && live.load(WORD_FILE) == file).then_some(live)
+    }
+
+    fn of(page: SharedPage) -> Self {
+        Self { page, nowhere: AtomicU64::new(0) }
     }
 
     fn word(&self, index: usize) -> &AtomicU64 {
@@ -398,9 +406,19 @@ mod tests {
     fn page_of_a_living_server_is_refused() {
         let ((_dir, paths), disk) = (dir(), Uuid::from_u128(1));
         let page = taken_over(&paths, disk);
+        let refused = || {
+            let error = LivePage::open(&paths, disk, FILE + 1).unwrap_err();
+            assert!(matches!(error, Error::InUse { .. }), "{error}");
+            error.to_string()
+        };
+        assert!(refused().contains(&std::process::id().to_string()));
+        // Also one that is not seen to live, or has no name there yet.
+        page.set_server(None);
+        refused();
         let mut other = std::process::Command::new("sleep").arg("60").spawn().unwrap();
         page.set_server(ProcessId::of(other.id()));
-        assert!(matches!(LivePage::open(&paths, disk, FILE + 1), Err(Error::InUse { .. })));
+        drop(page);
+        assert!(refused().contains(&other.id().to_string()));
         other.kill().unwrap();
         other.wait().unwrap();
         assert!(LivePage::open(&paths, disk, FILE + 1).is_ok());
