@@ -161,6 +161,20 @@ impl Work {
         self.file
     }
 
+    /// Bytes of memory that the next call will make, to copy by way of it: none if it is there already.
+    pub(crate) fn missing_bounce(&self) -> usize {
+        if self.bounces && self.bounce.is_none() { self.bounce_len() } else { 0 }
+    }
+
+    /// Bytes of memory that was made for that; it goes when the operation is complete.
+    pub(crate) fn bounce_held(&self) -> usize {
+        self.bounce.as_ref().map_or(0, |bounce| bounce.len())
+    }
+
+    fn bounce_len(&self) -> usize {
+        (self.len - self.done).min(BOUNCE_MAX as u64) as usize
+    }
+
     /// What to ask the kernel for next.
     pub(crate) fn call(&mut self) -> Call {
         let (write, dsync) = match self.kind {
@@ -204,7 +218,7 @@ impl Work {
     }
 
     fn bounce_memory(&mut self, write: bool) -> Memory {
-        let len = (self.len - self.done).min(BOUNCE_MAX as u64) as usize;
+        let len = self.bounce_len();
         self.asked = len as u64;
         let bounce = self.bounce.get_or_insert_with(|| AlignedBuf::new_zeroed(len));
         if let (true, Some(buf), Some(to)) = (write, &self.buf, bounce.get_mut(..len)) {

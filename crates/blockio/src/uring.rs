@@ -33,6 +33,10 @@ const SUBMIT_TRIES_MAX: u32 = 1000;
 /// whoever waits for answers while all of them are looked at. In small parts the three work at the same time.
 const DIRECT_BATCH: usize = 4;
 
+/// All that is copied by way of aligned memory at a time holds no more than this, or is alone: a guest's requests may all have
+/// memory that direct I/O can't take.
+const BOUNCED_MAX: usize = 8 << 20;
+
 /// An engine on an io_uring of its own.
 pub(crate) struct UringEngine {
     ring: IoUring,
@@ -51,6 +55,8 @@ pub(crate) struct UringEngine {
     /// Works in either ring or in the kernel.
     at_work: usize,
     at_work_max: usize,
+    /// Bytes that works hold to copy by way of them.
+    bounced: usize,
     /// The most calls that are handed to the kernel at once, and completions that are handed out at once.
     batch: usize,
     /// Whether what this thread waits for in the kernel has to wait until nothing is at work. To share blocks the kernel
@@ -89,6 +95,7 @@ impl UringEngine {
             ringed: Vec::new(),
             at_work: 0,
             at_work_max,
+            bounced: 0,
             batch,
             waits_alone: is_direct,
             ready: Vec::new(),
@@ -113,7 +120,7 @@ impl UringEngine {
 
     /// Puts a batch of next calls into the submission ring. Returns whether there is anything in it.
     fn fill(&mut self) -> bool {
-        let Self { ring, files, works, queue, ringed, pace, ready, idle, .. } = self;
+        let Self { ring, files, works, queue, ringed, pace, ready, idle, bounced, .. } = self;
         let mut entries = ring.submission();
         // Whose write was made in place last, and in part.
         let mut begun = None;
@@ -122,6 +129,14 @@ impl UringEngine {
             self.released -= 1;
             let Some(work) = works.get_mut(slot as usize) else { continue };
             let index = work.file().0;
+            // Whoever holds some goes on, and is in front of all who don't: what is at work gives some back.
+            let missing = work.missing_bounce();
+            if missing > 0 && *bounced > 0 && *bounced + missing > BOUNCED_MAX {
+                queue.push_front(slot);
+                self.released += 1;
+                break;
+            }
+            *bounced += missing;
             let call = work.call();
             let shares = matches!(call, Call::Share { .. });
             if shares && self.waits_alone && self.at_work > 0 {
@@ -219,6 +234,7 @@ impl UringEngine {
         let unstarted = self.ringed.drain(..).chain(self.queue.drain(..self.released));
         for slot in unstarted {
             if let Some(work) = self.works.get_mut(slot as usize) {
+                self.bounced -= work.bounce_held();
                 self.ready.push(work.complete(Err(error()), &self.files));
                 self.idle.push(slot);
             }
@@ -228,7 +244,7 @@ impl UringEngine {
 
     /// Moves a batch of completions out of the ring to `done`. Works with another call to make are queued.
     fn collect(&mut self, done: &mut Vec<Completion>) {
-        let Self { files, ring, works, idle, queue, released, at_work, ready, .. } = self;
+        let Self { files, ring, works, idle, queue, released, at_work, ready, bounced, .. } = self;
         let room = self.batch.saturating_sub(ready.len());
         for entry in ring.completion().take(room) {
             let slot = entry.user_data() as u32;
@@ -238,6 +254,7 @@ impl UringEngine {
             let outcome = usize::try_from(outcome).map_err(|_| io::Error::from_raw_os_error(-outcome));
             match work.advance(outcome) {
                 Some(result) => {
+                    *bounced -= work.bounce_held();
                     done.push(work.complete(result, files));
                     idle.push(slot);
                 }

@@ -270,3 +270,35 @@ fn long_write_is_made_at_once_only_where_it_makes_no_folio() {
         assert!(write(&buf));
     }
 }
+
+/// Invariant 8: many long requests into memory that direct I/O can't take hold no more memory than a few of them.
+#[test]
+fn memory_of_requests_that_are_not_aligned_is_bounded() {
+    const LEN: usize = 3 << 20;
+    // Not in memory: direct I/O takes any there.
+    let mut file = tempfile::NamedTempFile::new_in(".").unwrap();
+    file.write_all(&(0..LEN).map(|at| (at / 512) as u8).collect::<Vec<_>>()).unwrap();
+    let direct = OpenOptions { write: true, direct: true, ..Default::default() };
+    let file = Arc::new(File::open(file.path(), direct).unwrap());
+    let mut engine = UringEngine::new(64, vec![file]).unwrap();
+    let memory: Vec<_> = (0..32).map(|_| Arc::new(AlignedBuf::new_zeroed(LEN + 512))).collect();
+    for (token, memory) in (0..).zip(&memory) {
+        let part = IoVec { base: memory.as_ptr().wrapping_add(1).cast_mut(), len: LEN };
+        // SAFETY: the guard owns the memory.
+        let buf = unsafe { GuestBuf::new([part], memory.clone()) };
+        engine.push(token, Op::Read { file: FileIndex(0), offset: 0, buf: buf.into() });
+    }
+    engine.submit();
+    let (mut done, mut most) = (Vec::new(), 0);
+    while done.len() < memory.len() {
+        most = most.max(engine.bounced);
+        engine.wait(None).unwrap();
+        engine.reap(&mut done);
+    }
+    assert!(done.iter().all(|done| done.result.is_ok()));
+    assert_eq!(engine.bounced, 0);
+    assert!((1 << 20..=BOUNCED_MAX).contains(&most), "{most} bytes");
+    for memory in memory {
+        assert!((0..LEN).step_by(512).all(|at| memory[at + 1] == (at / 512) as u8));
+    }
+}
