@@ -253,15 +253,16 @@ fn base_that_changed_under_a_server_is_refused_until_the_disk_is_moved_to_it() {
 }
 
 /// Invariants 2 and 12: the disk's storage begins to fail writes, of which nothing but a sync would tell. What a session wrote
-/// over blocks that were pending, and so held the last session's data, is lost; it must not read that data in its place. Every
-/// read is of a whole block, or of a part.
-fn session_does_not_see_the_last_ones_data_when_its_own_is_lost(whole: bool) {
-    let (lab, Some(mounts)) = (Lab::new(), Mounts::new()) else { return };
+/// over blocks that were pending, and so held the last session's data, is lost. Returns the disk, its server, a client in that
+/// session, and the offset and length that it wrote, whole blocks or a part of one; and a file that has at those what the last
+/// session wrote. `None`: that can't be had here.
+fn lost(whole: bool) -> Option<(Small, Server, Remote, u64, u64, PathBuf)> {
+    let (lab, mounts) = (Lab::new(), Mounts::new()?);
     let (outer, inner) = (lab.path("outer"), lab.path("inner"));
     if !mounts.ext4(&outer, &lab.path("outer.img"), 128 * MIB)
         || !mounts.ext4(&inner, &outer.join("inner.img"), 96 * MIB)
     {
-        return;
+        return None;
     }
     let mut remount = std::process::Command::new("mount");
     run(&mut mounts.inside(remount.args(["-o", "remount,errors=remount-ro"]).arg(&outer))).ok();
@@ -302,11 +303,16 @@ fn session_does_not_see_the_last_ones_data_when_its_own_is_lost(whole: bool) {
     };
     let is_lost = held(&disk) == held(&fs::File::open(&last).unwrap());
     assert!(is_lost, "the medium does not hold the last session's data: nothing is shown");
+    Some((small, server, second, from, len, last))
+}
+
+fn session_does_not_see_the_last_ones_data_when_its_own_is_lost(whole: bool) {
+    let Some((_small, server, mut second, from, len, last)) = lost(whole) else { return };
     let answer = ask(&mut second, &format!("compare {from} {len} {}", last.display()));
     assert_ne!(answer.as_deref(), Ok("same"), "a session reads what the last one wrote");
     assert!(answer.is_err(), "what was read is neither that nor the session's own: {answer:?}");
     // From now on nothing is believed.
-    assert!(ask(&mut second, &format!("read {at} 4096")).is_err());
+    assert!(ask(&mut second, &format!("read {from} 4096")).is_err());
     second.kill();
     server.kill();
 }
@@ -319,4 +325,16 @@ fn session_whose_blocks_are_lost_does_not_read_the_last_ones() {
 #[test]
 fn session_whose_parts_of_blocks_are_lost_does_not_read_the_last_ones() {
     session_does_not_see_the_last_ones_data_when_its_own_is_lost(false);
+}
+
+/// Nor is it kept as what the session wrote.
+#[test]
+fn session_whose_blocks_are_lost_is_not_kept() {
+    let Some((small, server, second, ..)) = lost(true) else { return };
+    // Nobody has noticed.
+    server.kill();
+    second.kill();
+    let kept = small.lab.path("kept.qcow2");
+    small.run("keep", &[OsStr::new("--to"), kept.as_os_str()]).refused(1, &["can't be told", "sync"]);
+    assert!(!kept.exists());
 }

@@ -68,6 +68,8 @@ impl ChangedDisk {
         refuse_open_session(options, live.as_ref())?;
         let base = open_base(&manifest, options.base_patience)?;
         redo::finish_for_reader(&storage, &paths, &manifest, geometry, &file, live.as_ref())?;
+        // Where a write-back failed there is what an earlier session wrote, and this says so.
+        file.sync_data()?;
         let live = Before::of(live.as_ref());
         let verdict = judge(&storage, &paths, &manifest, geometry, &file, live.session_over())?;
         let taken = taken(options, &paths, &storage, &manifest, geometry, live, verdict)?;

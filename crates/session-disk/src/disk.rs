@@ -320,7 +320,8 @@ impl SessionDisk {
         if let Some(session) = &lifecycle.session
             && self.resume
             && self.session_owner().is_none_or(ProcessId::is_alive)
-            && !self.shared.is_poisoned()
+            // What the kernel knows to be lost is told to us, and not to the next server.
+            && self.shared.check_written_back().is_ok()
         {
             // The live page vouches for the log as long as the host runs.
             self.shared.live.set_server(None);

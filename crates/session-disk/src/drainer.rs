@@ -7,6 +7,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use crate::drain::Drain;
 use crate::open::describe;
+use crate::shared::Shared;
 use crate::{CopyCounts, Error, SessionDisk};
 
 /// How long the drain waits before it begins: who was waiting for the last session's end begins his own first.
@@ -18,6 +19,9 @@ const BACK_OFF_MAX: Duration = Duration::from_secs(60);
 /// After so many restored blocks (4 GiB) the rest is made a new log, so that a kill does not send
 /// the drain back to its beginning.
 const CHECKPOINT_BLOCKS: u64 = 1 << 20;
+
+/// What guests have taken costs them more to read until it is durable. Where no batch makes it so, it is made so this often.
+const UNSYNCED_MAX: Duration = Duration::from_secs(5);
 
 /// Logs of earlier sessions that may be left when restoring fails, before they are made one.
 const OLD_LOGS_MAX: usize = 8;
@@ -154,6 +158,9 @@ fn run(disk: &SessionDisk, control: &Control, observer: &dyn DrainObserver) {
                 );
                 *control.trouble() = Some(DrainTrouble { error, next_attempt: SystemTime::now() + pause });
                 disk.shared().live.set_drain_failing(true);
+                if let Err(error) = sync_taken(disk.shared()) {
+                    log::warn!("{}", describe(&error));
+                }
                 // Sessions go on; their logs must not pile up.
                 if disk.old_logs() > OLD_LOGS_MAX
                     && let Err(error) = disk.checkpoint()
@@ -184,6 +191,7 @@ fn drain_all(disk: &SessionDisk, control: &Control, observer: &dyn DrainObserver
         control.pause(GRACE);
         // Made anew each time: between sessions an idle disk keeps no ring and no buffers for it.
         let mut drain = Drain::new(Arc::clone(shared))?;
+        let mut synced = Instant::now();
         while !shared.pending.is_empty() {
             if shared.claims.drain_rests() {
                 // What is kept is to survive a power cut.
@@ -192,6 +200,12 @@ fn drain_all(disk: &SessionDisk, control: &Control, observer: &dyn DrainObserver
             let batch = drain.batch(&control.stop, &|| disk.guests(), &mut |_| ())?;
             restored += batch.restored;
             since_checkpoint += batch.restored;
+            if batch.restored > 0 {
+                synced = Instant::now();
+            } else if synced.elapsed() > UNSYNCED_MAX {
+                sync_taken(shared)?;
+                synced = Instant::now();
+            }
             // A drain that is to be slow, or to wait, may see many sessions.
             if since_checkpoint >= CHECKPOINT_BLOCKS || disk.old_logs() > OLD_LOGS_MAX {
                 since_checkpoint = 0;
@@ -205,13 +219,16 @@ fn drain_all(disk: &SessionDisk, control: &Control, observer: &dyn DrainObserver
             }
         }
     }
-    if !shared.unsynced.is_empty() {
-        // Guests have taken what was left. Nothing more can be taken, and then it is read like everything else.
-        shared.sync_disk()?;
-    }
+    // Guests may have taken what was left. Nothing more can be taken, and then it is read like everything else.
+    sync_taken(shared)?;
     if disk.has_old_logs() {
         disk.checkpoint()?;
         observer.restored(restored, disk.copied() - copied_before, started.elapsed());
     }
     Ok(())
+}
+
+/// Makes durable what guests took, if anything may not be, and can be.
+fn sync_taken(shared: &Shared) -> Result<(), Error> {
+    if shared.unsynced.is_empty() || shared.is_poisoned() { Ok(()) } else { shared.sync_disk() }
 }

@@ -169,6 +169,8 @@ impl<'a> Disk<'a> {
         if self.live.as_ref().is_some_and(LivePage::is_poisoned) {
             return Err(unsure(self.options, &"its storage failed, and what was written may be lost"));
         }
+        // Where a write-back failed there is what an earlier session wrote, and this says so.
+        self.file.sync_data().map_err(|error| unsure(self.options, &describe(&error)))?;
         let live = Before::of(self.live.as_ref());
         let before = live.session_over();
         let verdict = judge(&storage, &paths, &self.manifest, self.geometry, &self.file, before)?;

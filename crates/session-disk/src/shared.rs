@@ -277,12 +277,15 @@ impl Shared {
 
     /// Step 12: a failed sync poisons and is never tried again, because the kernel forgets it.
     fn sync(&self, sync: impl FnOnce(&File) -> Result<(), blockio::Error>) -> Result<(), Error> {
-        if self.is_poisoned() {
-            return Err(Error::Poisoned(self.disk.path().to_owned()));
-        }
-        // The path of `disk_sync` is that of a descriptor.
-        let sync = || self.storage.sync_disk(self.disk.path(), || sync(&self.disk_sync));
-        self.unsynced.synced(sync).inspect_err(|_| self.poison())
+        self.unsynced.synced(|| {
+            // Known before the next one syncs, to whom the kernel would not say it again.
+            if self.is_poisoned() {
+                return Err(Error::Poisoned(self.disk.path().to_owned()));
+            }
+            // The path of `disk_sync` is that of a descriptor.
+            let result = self.storage.sync_disk(self.disk.path(), || sync(&self.disk_sync));
+            result.inspect_err(|_| self.poison())
+        })
     }
 
     /// Fails, now and for ever, if the kernel has failed to write back some of the disk. What was read from the disk before this

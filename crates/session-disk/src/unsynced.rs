@@ -8,6 +8,7 @@
 //!
 //! Blocks that were never pending have the base's content underneath, and what is written again after a sync has the session's own.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use blocks::{BlockSet, Extent};
@@ -19,6 +20,12 @@ pub(crate) struct Unsynced {
     taken: BlockSet,
     /// What was taken before it: a sync that is under way, or has failed, vouches for it or does not.
     waiting: BlockSet,
+    /// Insertions that have begun, and those of them that have ended. (The sets' own counts are behind their bits while blocks are
+    /// added and removed at the same time.)
+    begun: AtomicU64,
+    ended: AtomicU64,
+    /// So many had begun and ended before the last sync that succeeded.
+    settled: AtomicU64,
     /// Held by the one who syncs.
     syncing: Mutex<()>,
 }
@@ -26,47 +33,62 @@ pub(crate) struct Unsynced {
 impl Unsynced {
     /// Nothing, of a disk of so many blocks.
     pub(crate) fn new(blocks: u64) -> Self {
-        Self { taken: BlockSet::new(blocks), waiting: BlockSet::new(blocks), syncing: Mutex::default() }
+        Self {
+            taken: BlockSet::new(blocks),
+            waiting: BlockSet::new(blocks),
+            begun: AtomicU64::new(0),
+            ended: AtomicU64::new(0),
+            settled: AtomicU64::new(0),
+            syncing: Mutex::default(),
+        }
     }
 
     /// A guest's data of `extent` is in the page cache. To be called before it leaves P.
     pub(crate) fn insert(&self, extent: Extent) {
+        self.begun.fetch_add(1, Ordering::AcqRel);
         self.taken.insert(extent);
+        self.ended.fetch_add(1, Ordering::AcqRel);
     }
 
     /// As [`insert`](Self::insert), of every block of a set.
     pub(crate) fn insert_set(&self, set: &BlockSet) {
-        self.taken.insert_set(set);
+        set.runs().for_each(|run| self.insert(run));
     }
 
+    /// Whether all that was inserted is durable.
+    #[inline]
     pub(crate) fn is_empty(&self) -> bool {
-        // In this order: what is in neither is durable, for it goes from the first to the second before it leaves that.
-        self.taken.is_empty() && self.waiting.is_empty()
+        self.begun.load(Ordering::Acquire) == self.settled.load(Ordering::Acquire)
     }
 
     /// Whether a block of `extent` may not be durable. To be asked after a look at P.
     #[inline]
     pub(crate) fn intersects(&self, extent: Extent) -> bool {
-        let of = |set: &BlockSet| !set.is_empty() && set.intersects(extent);
-        of(&self.taken) || of(&self.waiting)
+        // In this order: what is in neither is durable, for it goes from the first to the second before it leaves that.
+        !self.is_empty() && (self.taken.intersects(extent) || self.waiting.intersects(extent))
     }
 
-    /// Makes the disk durable by `sync`: if that succeeds, so is what was taken before.
+    /// Makes the disk durable by `sync`: if that succeeds, so is what was taken before. One at a time.
     pub(crate) fn synced<T, E>(&self, sync: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
         let _syncing = self.syncing.lock().unwrap_or_else(PoisonError::into_inner);
-        if !self.taken.is_empty() {
-            for run in self.taken.runs() {
-                // Taken again between the two, it is in the second set, and its data was there before the sync begins.
-                self.waiting.insert(run);
-                self.taken.remove(run);
-            }
+        // What has begun when this is read had ended before, if both are the same.
+        let ended = self.ended.load(Ordering::Acquire);
+        let begun = self.begun.load(Ordering::Acquire);
+        if self.is_empty() {
+            return sync();
+        }
+        for run in self.taken.runs() {
+            // Taken again between the two, it is in the second set, and its data was there before the sync begins.
+            self.waiting.insert(run);
+            self.taken.remove(run);
         }
         let result = sync()?;
-        if !self.waiting.is_empty() {
-            // Run by run: a set is not to fill memory that it never needed.
-            for run in self.waiting.runs() {
-                self.waiting.remove(run);
-            }
+        // Run by run: a set is not to fill memory that it never needed.
+        for run in self.waiting.runs() {
+            self.waiting.remove(run);
+        }
+        if begun == ended {
+            self.settled.store(begun, Ordering::Release);
         }
         Ok(result)
     }
@@ -95,6 +117,21 @@ mod tests {
         assert_eq!([3, 4, 5, 9].map(left), [false, true, false, true]);
         assert_eq!(unsynced.synced(|| Err::<(), _>("lost")), Err("lost"));
         assert_eq!([3, 4, 5, 9].map(left), [false, true, false, true]);
+        assert_eq!(unsynced.synced(|| Ok::<_, ()>(())), Ok(()));
+        assert!(unsynced.is_empty() && !unsynced.intersects(ALL));
+    }
+
+    /// One that has begun and not ended when a sync begins may add its blocks at any time.
+    #[test]
+    fn insertion_that_a_sync_overtakes_waits_for_the_next_one() {
+        let unsynced = Unsynced::new(100);
+        unsynced.insert(Extent::new(3, 2));
+        unsynced.begun.fetch_add(1, Ordering::AcqRel);
+        assert_eq!(unsynced.synced(|| Ok::<_, ()>(())), Ok(()));
+        unsynced.taken.insert(Extent::new(7, 1));
+        assert!(unsynced.intersects(Extent::new(7, 1)));
+        unsynced.ended.fetch_add(1, Ordering::AcqRel);
+        assert!(unsynced.intersects(Extent::new(7, 1)) && !unsynced.intersects(Extent::new(3, 2)));
         assert_eq!(unsynced.synced(|| Ok::<_, ()>(())), Ok(()));
         assert!(unsynced.is_empty() && !unsynced.intersects(ALL));
     }

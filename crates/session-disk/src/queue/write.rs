@@ -271,10 +271,8 @@ impl DiskQueue {
         let result = self.shared.own(&taken);
         if result.is_ok() {
             for extent in &taken {
-                // What was written past the page cache is where it was written to.
-                if !self.shared.disk.is_direct() {
-                    self.shared.unsynced.insert(*extent);
-                }
+                // Also with direct I/O, for which the kernel may use the page cache when it can't do without.
+                self.shared.unsynced.insert(*extent);
                 self.shared.pending.remove(*extent);
             }
             self.shared.live.set_pending(self.shared.pending.count());
