@@ -8,6 +8,7 @@ mod buffer;
 mod clock;
 mod coherence;
 mod deadline;
+mod durable;
 mod engine;
 mod error;
 pub mod fault;

@@ -152,14 +152,8 @@ fn panel(body: &mut String, section: &Section, names: &[&str], x: f64, top: f64)
 
 /// A mark where the best loop without a backend is; an arrow at the panel's edge if that is farther away.
 fn limits(body: &mut String, section: &Section, row: &Row, x: f64, y: f64, height: f64, scale: f64) {
-    let values = section.columns.iter().zip(&row.values);
-    let limits = values.filter(|(column, _)| column.role == Role::Limit).filter_map(|(_, value)| *value);
-    let best = match section.better {
-        Better::Higher => limits.reduce(f64::max),
-        Better::Lower => limits.reduce(f64::min),
-    };
     let one = row.against.and_then(|against| row.values[against]);
-    if let (Some(best), Some(one)) = (best, one) {
+    if let (Some((best, _)), Some(one)) = (section.best_limit(row), one) {
         let (at, edge) = (best / one * scale, PANEL_WIDTH - BARS_AT - 6.0);
         if at <= edge {
             bar(body, "limit", x + at - 1.0, y - 1.0, 2.0, height + 1.0);

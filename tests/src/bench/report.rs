@@ -116,6 +116,16 @@ impl Section {
         Some(row.values[0]? / row.values[row.against?]?).filter(|ratio| ratio.is_finite())
     }
 
+    /// The best number of a line that the machine has without any backend, and its column.
+    pub fn best_limit(&self, row: &Row) -> Option<(f64, &Column)> {
+        let limits = self.columns.iter().zip(&row.values).filter(|(column, _)| column.role == Role::Limit);
+        let limits = limits.filter_map(|(column, value)| Some(((*value)?, column)));
+        match self.better {
+            Better::Higher => limits.max_by(|a, b| a.0.total_cmp(&b.0)),
+            Better::Lower => limits.min_by(|a, b| a.0.total_cmp(&b.0)),
+        }
+    }
+
     /// A Markdown table with a title.
     pub fn markdown(&self) -> String {
         let mut text = format!("### {}\n\n", self.title);

@@ -14,10 +14,8 @@ use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 use super::histogram::Histogram;
 use super::load::{Aim, Load, Next, Score, thread_time};
 use crate::bench::machine::cpu_seconds;
+use crate::images::BLOCK;
 use crate::random::scattered;
-
-/// Bytes of a block.
-const BLOCK: usize = 4096;
 
 /// How the loop does its I/O.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,8 +71,8 @@ impl Limit<'_> {
 
     /// Writes to `count` scattered blocks, each once, `depth` at a time where the loop has several under way.
     pub fn first(&self, depth: usize, count: u64, seed: u64) -> Result<Score, String> {
-        let work = |size| Work::Once(scattered(seed, count, size / BLOCK as u64).into_iter());
-        self.run(BLOCK, depth, None, work)
+        let work = |size| Work::Once(scattered(seed, count, size / BLOCK).into_iter());
+        self.run(BLOCK as usize, depth, None, work)
     }
 
     /// Does work of requests of `len` bytes; what counts is what is done in `span`, or else all of it.
@@ -194,7 +192,7 @@ impl Work {
     fn next(&mut self) -> Option<Next> {
         match self {
             Self::Load(aim) => Some(aim.next()),
-            Self::Once(blocks) => blocks.next().map(|block| Next::Write(block * BLOCK as u64)),
+            Self::Once(blocks) => blocks.next().map(|block| Next::Write(block * BLOCK)),
         }
     }
 }

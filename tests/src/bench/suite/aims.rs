@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use crate::bench::report::{Better, Role, Row, Section, short};
+use crate::bench::report::{Better, Row, Section, short};
 
 /// Rates on one queue: of which medium, at which point, and how many times the best peer's.
 const RATES: [(&str, &str, f64); 19] = [
@@ -161,13 +161,8 @@ fn cost(sections: &[Section], medium: &str, point: &str, aim: f64) -> Option<Aim
 fn ratio(sections: &[Section], title: &str, label: &str, before: &str, aim: f64) -> Option<Aim> {
     let (section, row) = find(sections, title, label)?;
     let against = row.values[row.against?]?;
-    let limits = section.columns.iter().zip(&row.values).filter(|(column, _)| column.role == Role::Limit);
-    let limits = limits.filter_map(|(column, value)| Some(((*value)? / against, column.name.clone())));
-    let limit = match section.better {
-        Better::Higher => limits.max_by(|a, b| a.0.total_cmp(&b.0)),
-        Better::Lower => limits.min_by(|a, b| a.0.total_cmp(&b.0)),
-    };
-    let limit = limit.filter(|_| !label.ends_with("-1"));
+    let limit = section.best_limit(row).filter(|_| !label.ends_with("-1"));
+    let limit = limit.map(|(value, column)| (value / against, column.name.clone()));
     let reached = section.ratio(row)?;
     Some(Aim { what: format!("{before}{label}"), unit: "x", better: section.better, aim, reached, limit })
 }
@@ -210,6 +205,7 @@ fn find<'a>(sections: &'a [Section], title: &str, label: &str) -> Option<(&'a Se
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::bench::report::Role;
 
     fn sections() -> [Section; 2] {
         let columns = |title: String, better| {

@@ -1,0 +1,68 @@
+//! Making what was written to a file durable, and asking what has become of it.
+
+use std::{io, os::fd::AsRawFd};
+
+use rustix::io::Errno;
+
+use crate::{Error, File, FileKind, coherence::kept};
+
+impl File {
+    /// `fdatasync`.
+    ///
+    /// # Errors
+    /// What the kernel says. Trying again proves nothing: the data may be lost already.
+    pub fn sync_data(&self) -> Result<(), Error> {
+        rustix::fs::fdatasync(&self.fd).map_err(|errno| self.error("sync", errno))
+    }
+
+    /// Asks the kernel to begin to write back what is dirty in a range, so that a later sync has less to
+    /// wait for. Vouches for nothing, and swallows no error that a sync has to report.
+    pub fn start_write_back(&self, offset: u64, len: u64) {
+        if self.is_direct() || len == 0 {
+            return;
+        }
+        let (offset, len) = (offset as libc::off64_t, len as libc::off64_t);
+        // SAFETY: an open descriptor and numbers; no memory is involved.
+        let _ =
+            unsafe { libc::sync_file_range(self.fd.as_raw_fd(), offset, len, libc::SYNC_FILE_RANGE_WRITE) };
+    }
+
+    /// Asks whether the kernel has failed to write back something of the file. That waits for nothing where the file system is known
+    /// to keep the file's pages and errors itself; elsewhere (overlays, FUSE) only a sync can tell, and so it is one.
+    ///
+    /// A failure is said once, to each open file description: it is not said here what a sync of this one has reported, nor by a
+    /// sync of this one what was said here. Pages whose write-back has failed may be gone, but not before it is said.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn check_written_back(&self) -> io::Result<()> {
+        // There are no pages so far behind the end that anybody would wait for; what is asked for is said of the whole file.
+        const BEHIND_THE_END: libc::off64_t = 1 << 62;
+        let is_known = match self.kind() {
+            FileKind::BlockDevice => true,
+            FileKind::Regular => kept(&self.fd).is_ok_and(|kept| kept.is_some()),
+        };
+        // Kernels of 32 bits say nothing of what lies so far behind.
+        if is_known && cfg!(target_pointer_width = "64") {
+            let (fd, flags) = (self.fd.as_raw_fd(), libc::SYNC_FILE_RANGE_WAIT_BEFORE);
+            // SAFETY: an open descriptor and numbers; no memory is involved.
+            if unsafe { libc::sync_file_range(fd, BEHIND_THE_END, 1, flags) } == 0 {
+                return Ok(());
+            }
+            match Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO) {
+                // Not asked.
+                Errno::NOSYS | Errno::PERM | Errno::INVAL | Errno::SPIPE => {}
+                errno => return Err(errno.into()),
+            }
+        }
+        Ok(rustix::fs::fdatasync(&self.fd)?)
+    }
+
+    /// `fsync`.
+    ///
+    /// # Errors
+    /// As [`sync_data`](File::sync_data).
+    pub fn sync_all(&self) -> Result<(), Error> {
+        rustix::fs::fsync(&self.fd).map_err(|errno| self.error("sync", errno))
+    }
+}
