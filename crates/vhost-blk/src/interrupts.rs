@@ -15,7 +15,10 @@
 
 use std::time::{Duration, Instant};
 
-use crate::{sooner::Sooner, worker::GROUP};
+use crate::{
+    wake::{Wake, When},
+    worker::GROUP,
+};
 
 /// What it takes, after an interrupt, until a guest that slept has asked for more, as long as nothing is known. From one
 /// virtual core to another that halts it is 12 to 16 us when the guest has just fallen asleep and 25 to 40 else; where idle cores do not
@@ -64,7 +67,7 @@ pub(crate) struct Interrupts {
     /// How long a guest that sleeps takes to ask for more, lately.
     waking: Duration,
     woken: Option<Woken>,
-    sooner: Sooner,
+    wake: Wake,
 }
 
 /// A guest that was interrupted and has not been seen to ask for more.
@@ -95,7 +98,7 @@ impl Interrupts {
             untold: None,
             waking: WAKING_FIRST,
             woken: None,
-            sooner: Sooner::new(),
+            wake: Wake::new(),
         }
     }
 
@@ -117,6 +120,7 @@ impl Interrupts {
             return false;
         }
         let answers = std::mem::take(&mut self.answers);
+        self.wake.answered(answers);
         let asked = self.woken.as_mut().is_some_and(|woken| {
             woken.left = woken.left.saturating_sub(answers);
             left > woken.left
@@ -126,7 +130,7 @@ impl Interrupts {
             return true;
         }
         let now = now();
-        self.count(answers, now);
+        self.time(now);
         if asked {
             self.learn_waking(now, answers);
         }
@@ -142,18 +146,22 @@ impl Interrupts {
             || now.saturating_duration_since(since) + group >= delay_max
     }
 
-    fn count(&mut self, answers: u16, now: Instant) {
+    fn time(&mut self, now: Instant) {
         #[cfg(test)]
         if IS_COUNTED.load(std::sync::atomic::Ordering::Relaxed) {
             return;
         }
-        self.sooner.answered(answers, now);
+        self.wake.goes_on(now);
     }
 
     /// How long what is left lasts, at most, when the guest is woken.
     fn early(&self) -> Duration {
+        let waking = match self.wake.when() {
+            When::AtOnce => EARLY_MAX,
+            When::Sooner => self.waking * 2,
+            When::Later => self.waking * 5 / 4,
+        };
         // It is looked at after each group, so half a group late on average.
-        let waking = if self.sooner.is_now() { self.waking * 2 } else { self.waking * 5 / 4 };
         let early = waking.min(EARLY_MAX) + self.request * self.group as u32 / 2;
         // With the last one, however long it takes: then there is something to do meanwhile.
         early.max(self.request)
@@ -287,7 +295,11 @@ mod tests {
                 "{groups} groups: {:?}",
                 interrupts.waking
             );
-            let wanted = if interrupts.sooner.is_now() { 2 * waking * MICRO } else { waking * MICRO * 5 / 4 };
+            let wanted = match interrupts.wake.when() {
+                When::AtOnce => EARLY_MAX,
+                When::Sooner => 2 * waking * MICRO,
+                When::Later => waking * MICRO * 5 / 4,
+            };
             assert!(interrupts.early().abs_diff(wanted.min(EARLY_MAX) + 4 * MICRO) < MICRO);
         }
     }

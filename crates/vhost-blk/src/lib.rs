@@ -30,11 +30,11 @@ mod server;
 mod setup;
 mod slots;
 mod socket;
-mod sooner;
 #[cfg(test)]
 mod testing;
 mod used;
 mod vring;
+mod wake;
 mod wire;
 mod worker;
 
