@@ -56,7 +56,7 @@ const WORD_OWNER: usize = 1;
 /// Words from one slot's to the next: a line of the cache.
 const SLOT_WORDS: usize = 8;
 
-/// A small file with slots, see [above](self).
+/// A small file with slots, in which what is being written stands meanwhile.
 #[derive(Debug)]
 pub struct Redo {
     fd: OwnedFd,

@@ -1,4 +1,6 @@
 //! The command line.
+// What is documented here is the text of `--help`, in which [] are what they are there.
+#![allow(rustdoc::broken_intra_doc_links)]
 
 use std::ffi::OsString;
 use std::path::PathBuf;

@@ -305,7 +305,7 @@ impl SessionDisk {
         Ok(restored)
     }
 
-    /// Stops: the queues are quiesced, nothing more is taken. With [`DiskOptions::resume`] an open
+    /// Stops: the queues are quiesced, nothing more is taken. With [`DiskOptions::resume`](crate::DiskOptions::resume) an open
     /// session whose owner may come back stays open for the next server, as after a kill; returns its
     /// number. Otherwise it has ended: its log is sealed and durable, so that the next start knows
     /// exactly what it owned, whatever happens to the host meanwhile.

@@ -1,4 +1,4 @@
-//! Measured numbers, side by side: as Markdown here, as a picture in [`plot`](super::plot).
+//! Measured numbers, side by side: as Markdown here, as a picture in `plot`.
 
 use std::fmt::Write;
 
