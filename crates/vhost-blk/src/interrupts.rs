@@ -1,17 +1,16 @@
 //! When to interrupt a guest for answers that were published.
 //!
 //! A guest that is awake sees them by itself and wants no interrupt. One that sleeps takes a while to wake, and goes on
-//! asking for more then. So it is woken when what it has asked for and is left to do lasts a little longer than that, or
-//! twice as long, [whichever turns out better](Sooner): earlier, it would find less done and sleep again, later, there would be
-//! nothing to do meanwhile; but where idle processors halt, to wake one that has slept takes us several times as long as one
-//! that just falls asleep. At the latest it is woken when nothing is left, or after [`DELAY_MAX`]; where requests are long, after [`DELAY_REQUESTS`] of them.
+//! asking for more then. So it is woken when what it has asked for and is left to do lasts about as long as that: earlier, it
+//! would find less done and sleep again, later, there would be nothing to do meanwhile. How long waking takes is not the same on any two
+//! machines, nor what an interrupt takes us: from 1 us to 25, where idle processors halt. So it is [tried](Wake) how much
+//! may be left. At the latest a guest is woken when nothing is left, or after [`DELAY_MAX`]; where requests are long, after [`DELAY_REQUESTS`] of them.
 //!
 //! That needs groups that are short compared with waking: [`group`](Interrupts::group) says how many requests to take
 //! at a time, one if they are long.
 //!
 //! How long a request takes is measured between groups of them and from an interrupt to the next group, and only when
-//! there is more to do: a request that is alone costs no look at a clock. How long waking takes is measured as well, for it is
-//! not the same on any two machines: from an interrupt that the guest wanted to the group after which it has asked for more.
+//! there is more to do: a request that is alone costs no look at a clock.
 
 use std::time::{Duration, Instant};
 
@@ -20,17 +19,11 @@ use crate::{
     worker::GROUP,
 };
 
-/// What it takes, after an interrupt, until a guest that slept has asked for more, as long as nothing is known. From one
-/// virtual core to another that halts it is 12 to 16 us when the guest has just fallen asleep and 25 to 40 else; where idle cores do not
-/// halt, 5 to 8. The interrupt before takes 1 to 25 us of ours.
-const WAKING_FIRST: Duration = Duration::from_micros(30);
-/// It is thought to be no less and no more than this.
-const WAKING_MIN: Duration = Duration::from_micros(4);
-const WAKING_MAX: Duration = Duration::from_micros(45);
-/// What is left when a guest is woken lasts no longer than this: where waking takes so long, each interrupt is dear for us too.
-const EARLY_MAX: Duration = Duration::from_micros(56);
-/// Who takes longer has not been woken late, but had nothing to ask for.
-const ASKING_MAX: Duration = Duration::from_micros(200);
+/// What is left when a guest is woken lasts no longer than this. To wake one that sleeps deeply takes 12 to 40 us and more; where
+/// idle processors do not halt, 5 to 8.
+const LEFT_AT_ONCE: Duration = Duration::from_micros(56);
+const LEFT_SOONER: Duration = Duration::from_micros(14);
+const LEFT_LATER: Duration = Duration::from_micros(5);
 /// An answer that was published is followed by an interrupt before this time, even if there is more to do, as far as can
 /// be foreseen: it is looked at between groups.
 const DELAY_MAX: Duration = Duration::from_micros(50);
@@ -64,19 +57,7 @@ pub(crate) struct Interrupts {
     /// Answers since then.
     answers: u16,
     untold: Option<Untold>,
-    /// How long a guest that sleeps takes to ask for more, lately.
-    waking: Duration,
-    woken: Option<Woken>,
     wake: Wake,
-}
-
-/// A guest that was interrupted and has not been seen to ask for more.
-#[derive(Debug)]
-struct Woken {
-    /// When the interrupt was sent.
-    since: Instant,
-    /// What is left of what it had asked for before.
-    left: u16,
 }
 
 /// Published answers after which nobody has asked whether the guest wants an interrupt.
@@ -96,8 +77,6 @@ impl Interrupts {
             grouped: None,
             answers: 0,
             untold: None,
-            waking: WAKING_FIRST,
-            woken: None,
             wake: Wake::new(),
         }
     }
@@ -121,19 +100,12 @@ impl Interrupts {
         }
         let answers = std::mem::take(&mut self.answers);
         self.wake.answered(answers);
-        let asked = self.woken.as_mut().is_some_and(|woken| {
-            woken.left = woken.left.saturating_sub(answers);
-            left > woken.left
-        });
         if left == 0 {
             self.grouped = None;
             return true;
         }
         let now = now();
         self.time(now);
-        if asked {
-            self.learn_waking(now, answers);
-        }
         if let Some(before) = self.grouped.replace(now) {
             let each = now.saturating_duration_since(before) / u32::from(answers.max(1));
             self.learn((self.request * (WEIGHT - 1) + each.min(REQUEST_MAX)) / WEIGHT);
@@ -156,31 +128,20 @@ impl Interrupts {
 
     /// How long what is left lasts, at most, when the guest is woken.
     fn early(&self) -> Duration {
-        let waking = match self.wake.when() {
-            When::AtOnce => EARLY_MAX,
-            When::Sooner => self.waking * 2,
-            When::Later => self.waking * 5 / 4,
+        let left = match self.wake.when() {
+            When::AtOnce => LEFT_AT_ONCE,
+            When::Sooner => LEFT_SOONER,
+            When::Later => LEFT_LATER,
         };
         // It is looked at after each group, so half a group late on average.
-        let early = waking.min(EARLY_MAX) + self.request * self.group as u32 / 2;
+        let early = left + self.request * self.group as u32 / 2;
         // With the last one, however long it takes: then there is something to do meanwhile.
         early.max(self.request)
     }
 
-    /// A guest that was woken has asked for more until `now`, in the time of the last `answers`.
-    fn learn_waking(&mut self, now: Instant, answers: u16) {
-        let Some(woken) = self.woken.take() else { return };
-        #[cfg(test)]
-        if IS_COUNTED.load(std::sync::atomic::Ordering::Relaxed) {
-            return;
-        }
-        let seen = now.saturating_duration_since(woken.since);
-        if seen <= ASKING_MAX {
-            // It may have been at any time since it was last looked at.
-            let asked = seen.saturating_sub(self.request * u32::from(answers) / 2);
-            let waking = (self.waking * (WEIGHT - 1) + asked) / WEIGHT;
-            self.waking = waking.clamp(WAKING_MIN, WAKING_MAX);
-        }
+    /// The worker has slept for so long.
+    pub(crate) fn slept(&mut self, time: Duration) {
+        self.wake.slept(time);
     }
 
     /// A request takes so long, as far as is known.
@@ -195,7 +156,7 @@ impl Interrupts {
         self.group = usize::try_from(fit).unwrap_or(GROUP).clamp(1, GROUP);
     }
 
-    /// Has requests take so long that no interrupt is worth it yet while twelve or more are left.
+    /// Has requests take so long that no interrupt is worth it yet while 17 or more are left.
     #[cfg(test)]
     pub(crate) fn put_off(&mut self) {
         self.learn(4 * REQUEST_FIRST);
@@ -206,20 +167,16 @@ impl Interrupts {
         self.untold.is_some()
     }
 
-    /// The guest was asked, and interrupted if it `wanted` to be, until `now`, and `left` requests are still to be begun.
+    /// The guest was asked, and interrupted if it wants to be, until `now`, and there is more to do.
     /// Without this nothing would be learnt from requests whose every group is followed by an interrupt.
-    pub(crate) fn goes_on(&mut self, now: Instant, wanted: bool, left: u16) {
+    pub(crate) fn goes_on(&mut self, now: Instant) {
         self.grouped = Some(now);
-        if wanted {
-            self.woken = Some(Woken { since: now, left });
-        }
     }
 
     /// The guest is asked now. The used index before the first answer that it was not told of; `None`: there is none.
     pub(crate) fn take(&mut self) -> Option<u16> {
         // What that takes is not a request's time.
         self.grouped = None;
-        self.woken = None;
         self.untold.take().map(|untold| untold.before)
     }
 }
@@ -254,9 +211,9 @@ mod tests {
         assert!(!interrupts.is_due(0, never));
     }
 
-    /// Twice what waking takes, or almost, for it is slow at first; and half a group.
+    /// As it is tried first: 56 us, and half a group.
     #[test]
-    fn guest_is_told_when_what_is_left_takes_as_long_as_waking_it() {
+    fn guest_is_told_when_what_is_left_takes_no_longer_than_waking_it() {
         for (each, last) in [(500, 116), (1000, 60), (4000, 16), (13_000, 4), (37_400, 1), (80_000, 1)] {
             let (mut interrupts, mut now) = with_requests_of(Duration::from_nanos(each));
             let told = (0..last + 3).rev().find(|left| {
@@ -269,58 +226,29 @@ mod tests {
         }
     }
 
-    const MICRO: Duration = Duration::from_micros(1);
-
-    /// Requests of 1 us in groups of 8, with 24 left when the guest is told, if it `wants` that; it asks for 32 more so many
-    /// groups later.
-    fn wake(interrupts: &mut Interrupts, now: &mut Instant, wants: bool, groups: u16) {
-        interrupts.take();
-        interrupts.goes_on(*now, wants, 24);
-        for group in 1..=groups {
-            *now += 8 * MICRO;
-            interrupts.published(0, 8);
-            let left = 24u16.saturating_sub(8 * group) + if group == groups { 32 } else { 0 };
-            interrupts.is_due(left, || *now);
-        }
-    }
-
-    /// Also where it asks only when nothing is left to do.
+    /// What is left then, with half a group.
     #[test]
-    fn guest_that_wakes_quickly_or_slowly_is_told_later_or_sooner_from_then_on() {
-        for (groups, waking) in [(1, 4), (2, 12), (3, 20), (5, 36), (20, 45)] {
-            let (mut interrupts, mut now) = with_requests_of(MICRO);
-            (0..60).for_each(|_| wake(&mut interrupts, &mut now, true, groups));
-            assert!(
-                interrupts.waking.abs_diff(waking * MICRO) < MICRO / 2,
-                "{groups} groups: {:?}",
-                interrupts.waking
-            );
-            let wanted = match interrupts.wake.when() {
-                When::AtOnce => EARLY_MAX,
-                When::Sooner => 2 * waking * MICRO,
-                When::Later => waking * MICRO * 5 / 4,
-            };
-            assert!(interrupts.early().abs_diff(wanted.min(EARLY_MAX) + 4 * MICRO) < MICRO);
-        }
-    }
-
-    #[test]
-    fn guest_that_was_awake_or_has_nothing_to_ask_for_says_nothing_of_waking() {
-        for (wants, groups) in [(false, 1), (true, 27)] {
-            let (mut interrupts, mut now) = with_requests_of(MICRO);
-            (0..60).for_each(|_| wake(&mut interrupts, &mut now, wants, groups));
-            assert_eq!(interrupts.waking, WAKING_FIRST);
-        }
-        // What it had asked for before is not more, and an interrupt that comes first begins anew.
-        let (mut interrupts, mut now) = with_requests_of(MICRO);
-        for _ in 0..60 {
+    fn guest_is_told_with_less_left_where_later_is_better() {
+        let (mut interrupts, mut now) = with_requests_of(Duration::from_micros(1));
+        let mut least = Vec::new();
+        // All three are tried first, in turns.
+        for _ in 0..9 * 1024 / 32 {
+            let told = (1..32).rev().find(|left| {
+                now += Duration::from_micros(1);
+                interrupts.published(7, 8);
+                interrupts.is_due(*left, || now)
+            });
+            least.extend(told);
             interrupts.take();
-            interrupts.goes_on(now, true, 24);
-            now += 8 * MICRO;
-            interrupts.published(0, 8);
-            interrupts.is_due(16, || now);
+            interrupts.goes_on(now);
+            // The rest, after which nothing is left.
+            now += Duration::from_micros(1);
+            interrupts.published(8, 8 + told.unwrap_or(0));
+            assert!(interrupts.is_due(0, never) || told.is_none());
+            interrupts.take();
         }
-        assert_eq!(interrupts.waking, WAKING_FIRST);
+        least.dedup();
+        assert_eq!(least, [31, 18, 9, 18, 31, 18, 9]);
     }
 
     #[test]
@@ -379,7 +307,7 @@ mod tests {
                 interrupts.take();
                 // It takes its time.
                 now += Duration::from_micros(25);
-                interrupts.goes_on(now, true, 8);
+                interrupts.goes_on(now);
             }
             due
         });

@@ -126,16 +126,17 @@ impl PollWindow {
         }
     }
 
-    /// The worker was woken at `now`.
-    pub(crate) fn woken(&mut self, now: Instant) {
-        let Some(since) = self.idle_since.take() else { return };
+    /// The worker was woken at `now`. For how long it had nothing to do.
+    pub(crate) fn woken(&mut self, now: Instant) -> Duration {
+        let Some(since) = self.idle_since.take() else { return Duration::ZERO };
+        let time = now.saturating_duration_since(since);
         if let Some(auto) = &mut self.auto {
-            let time = now.saturating_duration_since(since);
             if time > AWAKE {
                 auto.waited(time);
             }
             auto.slept(now, time <= SOON);
         }
+        time
     }
 }
 

@@ -1,10 +1,11 @@
 //! When a sleeping guest is best woken, as there is more to do: found out by doing it in every way.
 //!
-//! Woken sooner, a guest with a processor of its own is told before it sleeps deeply, and has something to do meanwhile. One that
-//! shares its processor with the worker takes that from it, and does less each time: it is better woken later. And where it takes us
-//! long to wake one whose processor has halted, a guest is best told as soon as anything is done: it has just begun to wait then, and
-//! goes on at once. So now and then all are done in turns, each for some thousand answers, and what answered faster is done until the next time:
-//! at once or later only if it is plain that it is better, for the one takes more interrupts, and the other more time.
+//! Woken early, a guest with a processor of its own is told before it sleeps deeply, and has something to do meanwhile. One that
+//! shares its processor with the worker takes that from it, and does less each time; so does one that wakes quickly and finds
+//! little done: these are better woken late. Where it takes us long to wake one whose processor has halted, a guest is best told as soon as anything
+//! is done: it has just begun to wait then, and goes on at once. So now and then all are done in turns, each for some thousand
+//! answers, and what answered faster is done until the next time: at once or later only if it is plain that it is better, for the
+//! one takes more interrupts, and the other more time.
 
 use std::time::{Duration, Instant};
 
@@ -12,21 +13,22 @@ use std::time::{Duration, Instant};
 const WINDOW: u32 = 1024;
 /// Each is done in so many windows before one is chosen: an odd number.
 const ROUNDS: usize = 9;
-/// At once or later is chosen if the median of its windows took less by one part of so many. What later makes worse shows late: a guest that is
-/// awake goes on to be for a while, however late it is told, and then all look alike.
+/// At once or later is chosen if, in the median of its windows, an answer and one part of it of so many take less time than one
+/// of the others. What later makes worse shows late: a guest that is awake goes on to be for a while, however late it is told, and then all look alike.
 const GAIN: u32 = 16;
-/// For so many windows it is kept to what was chosen: longer if that was at once, for what the others cost while they are tried is more.
-const AT_ONCE_SETTLED: u32 = 300;
-const SETTLED: u32 = 100;
+/// For so many windows it is kept to what was chosen: twice as many each time that it is chosen again.
+const SETTLED_MIN: u32 = 100;
+const SETTLED_MAX: u32 = 800;
+/// A worker that has slept for longer did so because there was nothing to do.
+const IDLE: Duration = Duration::from_micros(200);
 
 /// When a guest that wants to be told is woken.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum When {
     /// As soon as something is done, unless what is left lasts long.
     AtOnce,
-    /// When what is left lasts about twice as long as waking it.
     Sooner,
-    /// When what is left lasts a little longer than that.
+    /// When hardly anything is left.
     Later,
 }
 
@@ -38,17 +40,15 @@ type Times = [Duration; ROUNDS];
 pub(crate) struct Wake {
     /// What is best, as far as is known.
     best: When,
-    /// Windows that are left until all are tried again.
+    /// Windows that are left until all are tried again, and of how many.
     settled: u32,
+    settled_for: u32,
     /// Answers in this window, and when it began.
     answers: u32,
     since: Option<Instant>,
-    /// What is tried in this window, if nothing is settled, and how many times all were before.
-    tried: When,
-    round: usize,
-    at_once: Times,
-    sooner: Times,
-    later: Times,
+    /// How many windows of this trial are over.
+    turn: usize,
+    times: [Times; 3],
 }
 
 impl Wake {
@@ -56,24 +56,37 @@ impl Wake {
         Self {
             best: When::Sooner,
             settled: 0,
+            settled_for: 0,
             answers: 0,
             since: None,
-            tried: When::AtOnce,
-            round: 0,
-            at_once: Times::default(),
-            sooner: Times::default(),
-            later: Times::default(),
+            turn: 0,
+            times: Default::default(),
         }
     }
 
     /// When the guest is to be woken now.
     pub(crate) fn when(&self) -> When {
-        if self.settled > 0 { self.best } else { self.tried }
+        if self.settled > 0 {
+            return self.best;
+        }
+        // There and back, so that neither comes after the same one each time.
+        match self.turn % 6 {
+            0 | 5 => When::AtOnce,
+            1 | 4 => When::Sooner,
+            _ => When::Later,
+        }
     }
 
     /// So many answers were given.
     pub(crate) fn answered(&mut self, answers: u16) {
         self.answers = self.answers.saturating_add(answers.into());
+    }
+
+    /// The worker has slept for so long: if that was long, it says nothing of how it works.
+    pub(crate) fn slept(&mut self, time: Duration) {
+        if time > IDLE {
+            self.since = self.since.and_then(|since| since.checked_add(time));
+        }
     }
 
     /// It is `now`, and there is more to do.
@@ -92,22 +105,17 @@ impl Wake {
 
     /// Each answer took so long in a window.
     fn note(&mut self, each: Duration) {
-        let (times, next) = match self.tried {
-            When::AtOnce => (&mut self.at_once, When::Sooner),
-            When::Sooner => (&mut self.sooner, When::Later),
-            When::Later => (&mut self.later, When::AtOnce),
-        };
-        if let Some(time) = times.get_mut(self.round) {
+        let (when, round) = (self.when(), self.turn / self.times.len());
+        if let Some(time) = self.times.get_mut(when as usize).and_then(|times| times.get_mut(round)) {
             *time = each;
         }
-        if self.tried == When::Later {
-            self.round += 1;
-        }
-        self.tried = next;
-        if self.round == ROUNDS {
-            self.round = 0;
-            self.best = best(median(self.at_once), median(self.sooner), median(self.later));
-            self.settled = settled(self.best);
+        self.turn += 1;
+        if self.turn == self.times.len() * ROUNDS {
+            self.turn = 0;
+            let best = best(self.times.map(median));
+            let again = best == self.best;
+            self.settled_for = if again { self.settled_for * 2 } else { 0 }.clamp(SETTLED_MIN, SETTLED_MAX);
+            (self.best, self.settled) = (best, self.settled_for);
         }
     }
 }
@@ -117,19 +125,11 @@ fn median(mut times: Times) -> Duration {
 }
 
 /// What is best if an answer takes so long.
-fn best(at_once: Duration, sooner: Duration, later: Duration) -> When {
+fn best([at_once, sooner, later]: [Duration; 3]) -> When {
     let is_less = |one: Duration, other: Duration| one + one / GAIN < other;
     let (best, time) =
         if is_less(at_once, sooner) { (When::AtOnce, at_once) } else { (When::Sooner, sooner) };
     if is_less(later, time) { When::Later } else { best }
-}
-
-/// Windows after which all are tried again, when this was best.
-fn settled(best: When) -> u32 {
-    match best {
-        When::AtOnce => AT_ONCE_SETTLED,
-        When::Sooner | When::Later => SETTLED,
-    }
 }
 
 #[cfg(test)]
@@ -137,78 +137,113 @@ mod tests {
     use super::*;
     use When::{AtOnce, Later, Sooner};
 
-    /// Windows in which an answer takes so many nanoseconds at once, sooner or later, until one is chosen. How were the
-    /// windows done?
-    fn trial(wake: &mut Wake, now: &mut Instant, each: [u64; 3]) -> Vec<When> {
-        let mut done = Vec::new();
-        while wake.settled == 0 {
-            done.push(wake.when());
-            let each = each[wake.when() as usize];
-            for _ in 0..WINDOW / 8 {
-                *now += Duration::from_nanos(8 * each);
-                wake.answered(8);
-                wake.goes_on(*now);
-            }
+    /// A guest, of which an answer takes so many nanoseconds when it is woken at once, sooner or later.
+    struct Guest {
+        wake: Wake,
+        now: Instant,
+        each: [u64; 3],
+    }
+
+    impl Guest {
+        fn new(each: [u64; 3]) -> Self {
+            Self { wake: Wake::new(), now: Instant::now(), each }
         }
-        done
+
+        /// Answers of a window, and then `more` time in which there was something to do.
+        fn window(&mut self, more: Duration) -> When {
+            let when = self.wake.when();
+            for _ in 0..WINDOW / 8 {
+                self.now += Duration::from_nanos(8 * self.each[when as usize]);
+                self.wake.answered(8);
+                self.wake.goes_on(self.now);
+            }
+            self.now += more;
+            when
+        }
+
+        /// Windows until something is chosen. How were they done?
+        fn trial(&mut self, more: impl Fn(usize) -> Duration) -> Vec<When> {
+            let mut done = Vec::new();
+            while self.wake.settled == 0 {
+                done.push(self.window(more(done.len())));
+            }
+            done
+        }
     }
 
     #[test]
     fn what_answers_faster_is_done_until_all_are_tried_again() {
-        let (mut wake, mut now) = (Wake::new(), Instant::now());
+        let mut guest = Guest::new([0; 3]);
         for (each, best) in [
             ([600, 600, 500], Later),
             ([600, 500, 600], Sooner),
             ([300, 500, 600], AtOnce),
-            ([300, 500, 400], AtOnce),
             ([400, 500, 300], Later),
+            ([300, 500, 400], AtOnce),
             // Not worth the interrupts, or the time.
             ([480, 500, 480], Sooner),
             ([300, 500, 290], AtOnce),
             ([3000, 3000, 2800], Later),
         ] {
-            let done = trial(&mut wake, &mut now, each);
+            guest.each = each;
+            let done = guest.trial(|_| Duration::ZERO);
             // The first window of all has no beginning.
             assert!((27..=28).contains(&done.len()), "{done:?}");
             for when in [AtOnce, Sooner, Later] {
                 assert!(done.iter().filter(|done| **done == when).count().abs_diff(9) <= 1, "{done:?}");
             }
-            for _ in 0..settled(best) {
-                assert_eq!(wake.when(), best, "{each:?}");
-                wake.answered(WINDOW as u16);
-                wake.goes_on(now);
+            for _ in 0..SETTLED_MIN {
+                assert_eq!(guest.window(Duration::ZERO), best, "{each:?}");
             }
-            assert_eq!(wake.settled, 0);
+            assert_eq!(guest.wake.settled, 0);
         }
     }
 
-    /// A guest that had nothing to ask for now and then, or a processor that others had.
+    #[test]
+    fn what_is_chosen_again_and_again_is_kept_for_longer() {
+        let mut guest = Guest::new([300, 500, 600]);
+        let mut kept = |each| {
+            guest.each = each;
+            guest.trial(|_| Duration::ZERO);
+            let kept = guest.wake.settled;
+            (0..kept).for_each(|_| _ = guest.window(Duration::ZERO));
+            kept
+        };
+        assert_eq!([0; 5].map(|_| kept([300, 500, 600])), [100, 200, 400, 800, 800]);
+        assert_eq!([0; 2].map(|_| kept([600, 500, 300])), [100, 200]);
+    }
+
+    #[test]
+    fn each_comes_after_another_one_in_turns() {
+        let done = Guest::new([500; 3]).trial(|_| Duration::ZERO);
+        // Without the first window, which counts for nothing.
+        assert_eq!(done[1..8], [AtOnce, Sooner, Later, Later, Sooner, AtOnce, AtOnce]);
+    }
+
+    /// A processor that others had, four times of nine.
     #[test]
     fn windows_that_took_long_for_other_reasons_decide_nothing() {
-        for (fast, each) in [(AtOnce, [400, 500, 500]), (Later, [500, 500, 400])] {
-            let (mut wake, mut now) = (Wake::new(), Instant::now());
-            let mut windows = 0;
-            while wake.settled == 0 {
-                let pause = if windows % 13 == 2 { 1_000_000 } else { 0 };
-                now += Duration::from_nanos(u64::from(WINDOW) * each[wake.when() as usize] + pause);
-                wake.answered(WINDOW as u16);
-                wake.goes_on(now);
-                windows += 1;
-            }
-            assert_eq!(wake.when(), fast);
+        for (best, each) in [(AtOnce, [400, 500, 500]), (Later, [500, 500, 400])] {
+            let mut guest = Guest::new(each);
+            guest.trial(|window| Duration::from_millis(u64::from((2..14).contains(&window))));
+            assert_eq!(guest.wake.when(), best);
         }
     }
 
-    /// What is answered last of all that was asked for counts too, or running dry would look slower than it is.
+    /// A guest that asks for something now and then only.
     #[test]
-    fn answers_after_which_nothing_is_left_belong_to_the_window() {
-        let (mut wake, mut now) = (Wake::new(), Instant::now());
-        wake.answered(WINDOW as u16);
-        wake.goes_on(now);
-        wake.answered(WINDOW as u16);
-        now += Duration::from_nanos(100) * WINDOW;
-        wake.answered(WINDOW as u16);
-        wake.goes_on(now);
-        assert_eq!((wake.tried, wake.at_once[0]), (Sooner, Duration::from_nanos(50)));
+    fn time_in_which_there_was_nothing_to_do_does_not_count() {
+        let mut guest = Guest::new([400, 500, 500]);
+        for window in 0..28 {
+            let idle = Duration::from_millis(1 + window % 7);
+            guest.now += idle;
+            guest.wake.slept(idle);
+            guest.window(Duration::ZERO);
+        }
+        assert_eq!(guest.wake.times.map(median), [400, 500, 500].map(Duration::from_nanos));
+        // To fall asleep and be woken again is a part of being told late.
+        let before = guest.wake.since;
+        guest.wake.slept(IDLE);
+        assert_eq!(guest.wake.since, before);
     }
 }

@@ -133,7 +133,7 @@ impl Worker {
     /// Serves the queue until there is nothing left to do; then the thread may sleep until a kick
     /// or a completion.
     pub(crate) fn run(&mut self, device: &Device, vring: &Vring) {
-        self.poll.woken(Instant::now());
+        self.interrupts.slept(self.poll.woken(Instant::now()));
         while !device.is_stopping() {
             match self.pass(device, vring) {
                 Pass::Worked => continue,
@@ -141,9 +141,7 @@ impl Worker {
                     self.tell(device, vring);
                     return;
                 }
-                Pass::Idle => {
-                    self.tell(device, vring);
-                }
+                Pass::Idle => self.tell(device, vring),
             }
             if !self.spin(device, vring) && !self.arm(device, vring) {
                 return;
@@ -243,9 +241,9 @@ impl Worker {
         // Only what is done at once leaves more to do; what else is left comes by itself.
         let left = self.watch.as_ref().map_or(0, Watch::left).saturating_add(taken as u16);
         if self.interrupts.is_due(left, Instant::now) {
-            let told = self.tell(device, vring);
+            self.tell(device, vring);
             if left > 0 {
-                self.interrupts.goes_on(Instant::now(), told, left);
+                self.interrupts.goes_on(Instant::now());
             }
         }
     }
@@ -495,9 +493,9 @@ impl Worker {
         self.interrupts.published(before, next);
     }
 
-    /// Interrupts the guest, if it wants to be told of what was published; whether it did.
-    fn tell(&mut self, device: &Device, vring: &Vring) -> bool {
-        let Some(before) = self.interrupts.take() else { return false };
+    /// Interrupts the guest, if it wants to be told of what was published.
+    fn tell(&mut self, device: &Device, vring: &Vring) {
+        let Some(before) = self.interrupts.take() else { return };
         let memory = device.memory();
         let state = vring.lock();
         match wants_interrupt(state.get_queue(), &memory, before) {
@@ -505,13 +503,9 @@ impl Worker {
                 if let Err(error) = vring.signal(&state) {
                     device.warn(|| format!("cannot interrupt the guest: {error}"));
                 }
-                true
             }
-            Ok(false) => false,
-            Err(error) => {
-                device.warn(|| format!("cannot tell whether to interrupt the guest: {error}"));
-                false
-            }
+            Ok(false) => {}
+            Err(error) => device.warn(|| format!("cannot tell whether to interrupt the guest: {error}")),
         }
     }
 
