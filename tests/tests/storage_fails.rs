@@ -336,5 +336,9 @@ fn session_whose_blocks_are_lost_is_not_kept() {
     second.kill();
     let kept = small.lab.path("kept.qcow2");
     small.run("keep", &[OsStr::new("--to"), kept.as_os_str()]).refused(1, &["can't be told", "sync"]);
+    // The kernel has told of it, and does so once.
+    small
+        .run("keep", &[OsStr::new("--to"), kept.as_os_str()])
+        .refused(1, &["can't be told", "storage failed"]);
     assert!(!kept.exists());
 }

@@ -24,7 +24,7 @@
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use blockio::SharedPage;
+use blockio::{File, SharedPage};
 use uuid::Uuid;
 use write_log::Mark;
 
@@ -96,6 +96,19 @@ pub(crate) struct LivePage {
     page: SharedPage,
     /// Stands in for words that the page does not have: never read, never missed.
     nowhere: AtomicU64,
+}
+
+/// Makes what was written to `disk` durable, for whoever takes it from there while nobody serves it. The kernel tells of a
+/// failed write-back once, so that `live`, if there is one, tells of it from then on.
+///
+/// # Errors
+/// Where a write-back has failed: there is what an earlier session wrote, and a page cache that says otherwise goes away.
+pub(crate) fn sync_unserved(disk: &File, live: Option<&LivePage>) -> Result<(), blockio::Error> {
+    disk.sync_data().inspect_err(|_| {
+        if let Some(live) = live {
+            live.set_poisoned();
+        }
+    })
 }
 
 impl LivePage {

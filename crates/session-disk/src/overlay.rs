@@ -14,7 +14,7 @@ use blocks::{BLOCK_SIZE, BlockSet, Extent, Geometry};
 use write_log::LogId;
 
 use crate::last_session::{self, LastSession, Traces, Unsure};
-use crate::live::{Before, LivePage};
+use crate::live::{Before, LivePage, sync_unserved};
 use crate::manifest::{EntryKind, Manifest};
 use crate::new_file::NewFile;
 use crate::open::{
@@ -169,8 +169,8 @@ impl<'a> Disk<'a> {
         if self.live.as_ref().is_some_and(LivePage::is_poisoned) {
             return Err(unsure(self.options, &"its storage failed, and what was written may be lost"));
         }
-        // Where a write-back failed there is what an earlier session wrote, and this says so.
-        self.file.sync_data().map_err(|error| unsure(self.options, &describe(&error)))?;
+        sync_unserved(&self.file, self.live.as_ref())
+            .map_err(|error| unsure(self.options, &describe(&error)))?;
         let live = Before::of(self.live.as_ref());
         let before = live.session_over();
         let verdict = judge(&storage, &paths, &self.manifest, self.geometry, &self.file, before)?;
