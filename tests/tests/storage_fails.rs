@@ -327,6 +327,17 @@ fn session_whose_parts_of_blocks_are_lost_does_not_read_the_last_ones() {
     session_does_not_see_the_last_ones_data_when_its_own_is_lost(false);
 }
 
+/// A flush, which waits for nothing, tells of it as soon as anybody can.
+#[test]
+fn flush_of_a_session_whose_blocks_are_lost_fails() {
+    let Some((small, server, mut second, from, ..)) = lost(true) else { return };
+    assert!(ask(&mut second, "flush").is_err());
+    assert!(ask(&mut second, &format!("read {from} 4096")).is_err());
+    assert!(small.status()["pending_blocks"].as_u64().unwrap() > 0);
+    second.kill();
+    server.kill();
+}
+
 /// Nor is it kept as what the session wrote.
 #[test]
 fn session_whose_blocks_are_lost_is_not_kept() {

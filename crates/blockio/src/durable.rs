@@ -36,6 +36,17 @@ impl File {
     /// # Errors
     /// What the kernel says.
     pub fn check_written_back(&self) -> io::Result<()> {
+        if !self.ask_written_back()? {
+            rustix::fs::fdatasync(&self.fd)?;
+        }
+        Ok(())
+    }
+
+    /// [`check_written_back`](Self::check_written_back) where that waits for nothing; false: elsewhere, and nobody was asked.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn ask_written_back(&self) -> io::Result<bool> {
         // There are no pages so far behind the end that anybody would wait for; what is asked for is said of the whole file.
         const BEHIND_THE_END: libc::off64_t = 1 << 62;
         let is_known = match self.kind() {
@@ -43,19 +54,19 @@ impl File {
             FileKind::Regular => kept(&self.fd).is_ok_and(|kept| kept.is_some()),
         };
         // Kernels of 32 bits say nothing of what lies so far behind.
-        if is_known && cfg!(target_pointer_width = "64") {
-            let (fd, flags) = (self.fd.as_raw_fd(), libc::SYNC_FILE_RANGE_WAIT_BEFORE);
-            // SAFETY: an open descriptor and numbers; no memory is involved.
-            if unsafe { libc::sync_file_range(fd, BEHIND_THE_END, 1, flags) } == 0 {
-                return Ok(());
-            }
-            match Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO) {
-                // Not asked.
-                Errno::NOSYS | Errno::PERM | Errno::INVAL | Errno::SPIPE => {}
-                errno => return Err(errno.into()),
-            }
+        if !is_known || cfg!(not(target_pointer_width = "64")) {
+            return Ok(false);
         }
-        Ok(rustix::fs::fdatasync(&self.fd)?)
+        let (fd, flags) = (self.fd.as_raw_fd(), libc::SYNC_FILE_RANGE_WAIT_BEFORE);
+        // SAFETY: an open descriptor and numbers; no memory is involved.
+        if unsafe { libc::sync_file_range(fd, BEHIND_THE_END, 1, flags) } == 0 {
+            return Ok(true);
+        }
+        match Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO) {
+            // Not asked.
+            Errno::NOSYS | Errno::PERM | Errno::INVAL | Errno::SPIPE => Ok(false),
+            errno => Err(errno.into()),
+        }
     }
 
     /// `fsync`.

@@ -35,7 +35,8 @@ pub(crate) const NO_LOG: &str = "the session has no write log";
 /// What a guest's FLUSH does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum FlushPolicy {
-    /// Nothing: the session's data dies with the host anyway.
+    /// Nothing, unless the kernel knows that some of the disk could not be written back: then it fails. The session's data dies
+    /// with the host anyway.
     #[default]
     Auto,
     /// `fdatasync` of the session disk.
@@ -291,11 +292,20 @@ impl Shared {
     /// Fails, now and for ever, if the kernel has failed to write back some of the disk. What was read from the disk before this
     /// succeeded is what was written to it last: see [`unsynced`](crate::unsynced).
     pub(crate) fn check_written_back(&self) -> io::Result<()> {
+        self.watched(File::check_written_back)
+    }
+
+    /// Fails, now and for ever, if the kernel is known to have failed to write back some of the disk; does not wait.
+    pub(crate) fn ask_written_back(&self) -> io::Result<()> {
+        self.watched(|disk| disk.ask_written_back().map(drop))
+    }
+
+    fn watched(&self, ask: impl FnOnce(&File) -> io::Result<()>) -> io::Result<()> {
         let watch = self.disk_watch.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         if self.is_poisoned() {
             return Err(io::Error::other(Error::Poisoned(self.disk.path().to_owned())));
         }
-        watch.check_written_back().inspect_err(|error| {
+        ask(&watch).inspect_err(|error| {
             log::error!("{}: the kernel failed to write data back: {error}", self.disk.path().display());
             self.poison();
         })

@@ -263,11 +263,15 @@ impl DiskQueue {
                 self.start_write(slot, Write { range, data: Data::Zeroes { may_unmap }, durable });
             }
             Request::Discard { range } => self.discard(slot, range),
-            Request::Flush => {
-                if self.shared.flush == FlushPolicy::Always {
-                    self.push_sync(slot);
+            Request::Flush => match self.shared.flush {
+                FlushPolicy::Always => self.push_sync(slot),
+                FlushPolicy::Auto => {
+                    if let Err(error) = self.shared.ask_written_back() {
+                        self.fail(slot, error);
+                    }
                 }
-            }
+                FlushPolicy::Never => {}
+            },
         }
         self.part_done(slot, Ok(()));
     }
