@@ -42,6 +42,18 @@ impl File {
         Ok(())
     }
 
+    /// Whether [`check_written_back`](Self::check_written_back) waits for nothing, as far as can be foreseen.
+    pub fn tells_of_write_back(&self) -> bool {
+        // Kernels of 32 bits say nothing of what lies so far behind the end.
+        *self.tells.get_or_init(|| {
+            cfg!(target_pointer_width = "64")
+                && match self.kind() {
+                    FileKind::BlockDevice => true,
+                    FileKind::Regular => kept(&self.fd).is_ok_and(|kept| kept.is_some()),
+                }
+        })
+    }
+
     /// [`check_written_back`](Self::check_written_back) where that waits for nothing; false: elsewhere, and nobody was asked.
     ///
     /// # Errors
@@ -49,12 +61,7 @@ impl File {
     pub fn ask_written_back(&self) -> io::Result<bool> {
         // There are no pages so far behind the end that anybody would wait for; what is asked for is said of the whole file.
         const BEHIND_THE_END: libc::off64_t = 1 << 62;
-        let is_known = match self.kind() {
-            FileKind::BlockDevice => true,
-            FileKind::Regular => kept(&self.fd).is_ok_and(|kept| kept.is_some()),
-        };
-        // Kernels of 32 bits say nothing of what lies so far behind.
-        if !is_known || cfg!(not(target_pointer_width = "64")) {
+        if !self.tells_of_write_back() {
             return Ok(false);
         }
         let (fd, flags) = (self.fd.as_raw_fd(), libc::SYNC_FILE_RANGE_WAIT_BEFORE);

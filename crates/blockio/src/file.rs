@@ -82,6 +82,8 @@ pub struct File {
     /// The longest write that engines hand to the page cache at once, in bytes; they cut longer ones at its multiples.
     pub(crate) write_max: u64,
     resident: OnceLock<Option<ResidentMap>>,
+    /// Whether its file system is asked of failed write-back.
+    pub(crate) tells: OnceLock<bool>,
 }
 
 impl AsFd for File {
@@ -156,6 +158,7 @@ impl File {
             abilities,
             write_max,
             resident: OnceLock::new(),
+            tells: OnceLock::new(),
         })
     }
 
@@ -172,6 +175,7 @@ impl File {
             abilities: probe::Abilities::default(),
             write_max: u64::MAX,
             resident: OnceLock::new(),
+            tells: OnceLock::new(),
         }
     }
 

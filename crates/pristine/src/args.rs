@@ -334,8 +334,8 @@ pub(crate) enum Engine {
 /// What a guest's FLUSH does.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(crate) enum Flush {
-    /// Nothing, as the session dies with the host anyway, but it fails where the kernel could not write back what was
-    /// written; with --reset-on never: fdatasync
+    /// Nothing, as the session dies with the host anyway, but it fails where the kernel is known to have failed to
+    /// write back what was written; with --reset-on never: fdatasync
     Auto,
     /// fdatasync of the session disk
     Always,

@@ -7,7 +7,7 @@ use base_image::BaseImage;
 use blockio::{File, ImageAccess, OpenOptions};
 use blocks::{BLOCK_SIZE, BlockSet, Extent, Geometry};
 
-use crate::live::{Before, LivePage, sync_unserved};
+use crate::live::{Before, LivePage, heed_sync};
 use crate::manifest::Manifest;
 use crate::open::{check_size, file_number, judge, lock_state_dir, open_base};
 use crate::overlay::{last_session_of, lock};
@@ -68,7 +68,8 @@ impl ChangedDisk {
         refuse_open_session(options, live.as_ref())?;
         let base = open_base(&manifest, options.base_patience)?;
         redo::finish_for_reader(&storage, &paths, &manifest, geometry, &file, live.as_ref())?;
-        sync_unserved(&file, live.as_ref())?;
+        // Where a write-back failed there is what an earlier session wrote.
+        heed_sync(file.sync_data(), live.as_ref())?;
         let live = Before::of(live.as_ref());
         let verdict = judge(&storage, &paths, &manifest, geometry, &file, live.session_over())?;
         let taken = taken(options, &paths, &storage, &manifest, geometry, live, verdict)?;

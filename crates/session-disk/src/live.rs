@@ -24,7 +24,7 @@
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use blockio::{File, SharedPage};
+use blockio::SharedPage;
 use uuid::Uuid;
 use write_log::Mark;
 
@@ -98,14 +98,14 @@ pub(crate) struct LivePage {
     nowhere: AtomicU64,
 }
 
-/// Makes what was written to `disk` durable, for whoever takes it from there while nobody serves it. The kernel tells of a
-/// failed write-back once, so that `live`, if there is one, tells of it from then on.
-///
-/// # Errors
-/// Where a write-back has failed: there is what an earlier session wrote, and a page cache that says otherwise goes away.
-pub(crate) fn sync_unserved(disk: &File, live: Option<&LivePage>) -> Result<(), blockio::Error> {
-    disk.sync_data().inspect_err(|_| {
-        if let Some(live) = live {
+/// What a sync of the disk has `said` to one who does not serve it. The kernel tells of a failed write-back once, to each open file
+/// description and to those that are opened before; so that the live page, if there is one, tells of it from then on.
+pub(crate) fn heed_sync(
+    said: Result<(), blockio::Error>,
+    live: Option<&LivePage>,
+) -> Result<(), blockio::Error> {
+    said.inspect_err(|error| {
+        if let Some(live) = live.filter(|_| error.io_error().kind() != std::io::ErrorKind::Interrupted) {
             live.set_poisoned();
         }
     })

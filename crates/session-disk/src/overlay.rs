@@ -14,7 +14,7 @@ use blocks::{BLOCK_SIZE, BlockSet, Extent, Geometry};
 use write_log::LogId;
 
 use crate::last_session::{self, LastSession, Traces, Unsure};
-use crate::live::{Before, LivePage, sync_unserved};
+use crate::live::{Before, LivePage, heed_sync};
 use crate::manifest::{EntryKind, Manifest};
 use crate::new_file::NewFile;
 use crate::open::{
@@ -169,7 +169,8 @@ impl<'a> Disk<'a> {
         if self.live.as_ref().is_some_and(LivePage::is_poisoned) {
             return Err(unsure(self.options, &"its storage failed, and what was written may be lost"));
         }
-        sync_unserved(&self.file, self.live.as_ref())
+        // Where a write-back failed there is what an earlier session wrote.
+        heed_sync(self.file.sync_data(), self.live.as_ref())
             .map_err(|error| unsure(self.options, &describe(&error)))?;
         let live = Before::of(self.live.as_ref());
         let before = live.session_over();

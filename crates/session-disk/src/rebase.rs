@@ -23,7 +23,7 @@ use write_log::{LogHeader, LogWriter};
 
 use self::difference::Question;
 use crate::disk::{next_entry, unix_ns};
-use crate::live::{Before, LivePage};
+use crate::live::{Before, LivePage, heed_sync};
 use crate::manifest::{BaseEntry, DiskFile, EntryKind, Manifest};
 use crate::named_base::NamedBase;
 use crate::open::{
@@ -111,7 +111,6 @@ pub fn rebase(
     let live = LivePage::inspect(&paths.live_page(manifest.disk), manifest.disk, file_number(path)?);
     refuse_open_session(path, live.as_ref())?;
     let before = Before::of(live.as_ref()).session_over();
-    drop(live);
     let verdict = judge(storage, paths, manifest, *geometry, disk, before)?;
     let pending = verdict.pending;
     if manifest.kept && !pending.is_empty() && !options.discard_kept {
@@ -131,7 +130,7 @@ pub fn rebase(
     let (differing, way) = question.answer(stop, progress)?;
     if way == Way::Comparison {
         // What was found equal is so for good.
-        storage.sync_disk(path, || disk.sync_all())?;
+        storage.sync_disk(path, || heed_sync(disk.sync_all(), live.as_ref()))?;
     }
     base.check(&identity)?;
     pending.insert_set(&differing);

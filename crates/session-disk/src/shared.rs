@@ -35,7 +35,7 @@ pub(crate) const NO_LOG: &str = "the session has no write log";
 /// What a guest's FLUSH does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum FlushPolicy {
-    /// Nothing, unless the kernel knows that some of the disk could not be written back: then it fails. The session's data dies
+    /// Nothing, unless the kernel says without waiting that some of the disk could not be written back: then it fails. The session's data dies
     /// with the host anyway.
     #[default]
     Auto,
@@ -280,7 +280,7 @@ impl Shared {
     fn sync(&self, sync: impl FnOnce(&File) -> Result<(), blockio::Error>) -> Result<(), Error> {
         self.unsynced.synced(|| {
             // Known before the next one syncs, to whom the kernel would not say it again.
-            if self.is_poisoned() {
+            if self.heeds_poison() {
                 return Err(Error::Poisoned(self.disk.path().to_owned()));
             }
             // The path of `disk_sync` is that of a descriptor.
@@ -295,14 +295,18 @@ impl Shared {
         self.watched(File::check_written_back)
     }
 
-    /// Fails, now and for ever, if the kernel is known to have failed to write back some of the disk; does not wait.
+    /// The same where it waits for nothing; elsewhere nobody is asked.
     pub(crate) fn ask_written_back(&self) -> io::Result<()> {
+        if !self.disk.tells_of_write_back() {
+            return Ok(());
+        }
         self.watched(|disk| disk.ask_written_back().map(drop))
     }
 
+    /// What `ask` says of the disk, which is heeded. For one at a time, of whom the first is told.
     fn watched(&self, ask: impl FnOnce(&File) -> io::Result<()>) -> io::Result<()> {
         let watch = self.disk_watch.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        if self.is_poisoned() {
+        if self.heeds_poison() {
             return Err(io::Error::other(Error::Poisoned(self.disk.path().to_owned())));
         }
         ask(&watch).inspect_err(|error| {
@@ -311,6 +315,16 @@ impl Shared {
         })
     }
 
+    /// Whether anybody knows that write-back has failed: also one who took something from the disk, to whom the kernel has told
+    /// it and tells nobody else. Then nothing is believed any more.
+    pub(crate) fn heeds_poison(&self) -> bool {
+        if self.live.is_poisoned() {
+            self.poison();
+        }
+        self.is_poisoned()
+    }
+
+    /// Whether this server knows that write-back has failed.
     pub(crate) fn is_poisoned(&self) -> bool {
         self.poisoned.load(Ordering::Acquire)
     }

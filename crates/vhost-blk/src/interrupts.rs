@@ -139,7 +139,7 @@ impl Interrupts {
         early.max(self.request)
     }
 
-    /// The worker has slept for so long.
+    /// The worker has slept for so long, with no request on its way.
     pub(crate) fn slept(&mut self, time: Duration) {
         self.wake.slept(time);
     }
@@ -228,7 +228,7 @@ mod tests {
 
     /// What is left then, with half a group.
     #[test]
-    fn guest_is_told_with_less_left_where_later_is_better() {
+    fn guest_is_told_with_less_left_when_that_is_tried() {
         let (mut interrupts, mut now) = with_requests_of(Duration::from_micros(1));
         let mut least = Vec::new();
         // All three are tried first, in turns.

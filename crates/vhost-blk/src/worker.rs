@@ -133,7 +133,10 @@ impl Worker {
     /// Serves the queue until there is nothing left to do; then the thread may sleep until a kick
     /// or a completion.
     pub(crate) fn run(&mut self, device: &Device, vring: &Vring) {
-        self.interrupts.slept(self.poll.woken(Instant::now()));
+        let idle = self.poll.woken(Instant::now());
+        if self.is_quiet() {
+            self.interrupts.slept(idle);
+        }
         while !device.is_stopping() {
             match self.pass(device, vring) {
                 Pass::Worked => continue,

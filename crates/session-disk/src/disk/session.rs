@@ -33,7 +33,7 @@ impl SessionDisk {
         if lifecycle.session.is_some() {
             return Err(Error::WrongState("a session is open already"));
         }
-        if self.shared.is_poisoned() {
+        if self.shared.heeds_poison() {
             return Err(Error::Poisoned(self.shared.disk.path().to_owned()));
         }
         if let Some(reason) = &lifecycle.manifest.held {

@@ -385,3 +385,29 @@ fn two_open_logs_hide_no_block() {
         }
     }
 }
+
+/// Who takes something from the disk between sessions is told of a failed write-back, and nobody else is; flushes and sessions
+/// heed what that has noted.
+#[test]
+fn what_others_were_told_of_failed_write_back_is_heeded() {
+    let (_dir, options) = pristine_disk();
+    let (disk, _) = open_session(&options, 10);
+    let manifest = Manifest::load(&options.paths()).unwrap();
+    let page = options.paths().live_page(manifest.disk);
+    let live = LivePage::inspect(&page, manifest.disk, file_number(&options.disk).unwrap()).unwrap();
+    // An error of the kind that a sync has: of no file, for nothing else makes one here.
+    let failed = File::open(std::path::Path::new("/proc/nothing"), Default::default()).map(drop);
+    let flush = || {
+        let (mut queue, mut done) = (disk.queue(4).unwrap(), Vec::new());
+        queue.push(0, Request::Flush);
+        queue.quiesce(&mut done);
+        done.pop().unwrap().result
+    };
+    crate::live::heed_sync(Ok(()), Some(&live)).unwrap();
+    flush().unwrap();
+    crate::live::heed_sync(failed, Some(&live)).unwrap_err();
+    let tells = File::open(&options.disk, Default::default()).unwrap().tells_of_write_back();
+    assert_eq!(flush().is_err(), tells);
+    disk.end_session().unwrap();
+    assert!(matches!(disk.begin_session(None), Err(Error::Poisoned(_))));
+}
