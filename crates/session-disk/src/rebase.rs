@@ -218,7 +218,7 @@ fn switch(subject: &Subject, base: BaseEntry, pending: &BlockSet, keep_logs: usi
     let (live, _) = LivePage::open(paths, old.disk, file_number(disk.path())?)?;
     live.set_session_open(false);
     if pending.is_empty() {
-        storage.sync_disk(disk.path(), || disk.sync_all())?;
+        storage.sync_disk(disk.path(), || heed_sync(disk.sync_all(), Some(&live)))?;
         manifest.pristine_since = disk_witness(disk)?;
     } else {
         let entry = next_entry(&mut manifest, EntryKind::Pending);

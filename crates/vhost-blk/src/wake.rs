@@ -27,6 +27,7 @@ const IDLE: Duration = Duration::from_micros(200);
 pub(crate) enum When {
     /// As soon as something is done, unless what is left lasts long.
     AtOnce,
+    /// When what is left lasts as long as it takes to wake one that does not sleep deeply.
     Sooner,
     /// When hardly anything is left.
     Later,

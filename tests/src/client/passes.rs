@@ -33,7 +33,7 @@ pub fn run_first(socket: &Path, depth: usize, count: u64, seed: u64) -> Result<f
 }
 
 /// Writes to `count` scattered blocks, each once, `depth` at a time, and then to all of them again
-/// three times in other orders. Returns how many a second were the first time and then, in
+/// `STEADY_PASSES` times in other orders. Returns how many a second were the first time and then, in
 /// one session.
 pub fn run_passes(socket: &Path, depth: usize, count: u64, seed: u64) -> Result<[f64; 2], String> {
     let mut client = connected(socket, depth)?;
