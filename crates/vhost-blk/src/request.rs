@@ -7,7 +7,7 @@
 use std::sync::Arc;
 
 use blockio::{GuestView, IoVec};
-use blocks::{BlockRange, SECTOR_SIZE};
+use blocks::{BLOCK_SIZE, BlockRange, Extent, SECTOR_SIZE};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH,
     VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
@@ -17,7 +17,7 @@ use vm_memory::{Address, GuestAddress, GuestMemoryMmap};
 
 use crate::{
     chain::Table,
-    config::{DATA_MAX, QUEUE_SIZE_MAX, RANGE_SECTORS_MAX, RANGE_SEGMENTS_MAX},
+    config::{DATA_MAX, PART_MAX, QUEUE_SIZE_MAX, RANGE_SECTORS_MAX, RANGE_SEGMENTS_MAX},
     disk::DiskTraits,
     guest::GuestRegions,
     slots::Used,
@@ -373,6 +373,14 @@ impl Parser {
 enum Direction {
     In,
     Out,
+}
+
+/// What a read or write of `range` is given to the disk as: parts of [`PART_MAX`] bytes, at most.
+pub(crate) fn parts_of(range: BlockRange) -> impl Iterator<Item = BlockRange> {
+    const BLOCKS: u64 = PART_MAX / BLOCK_SIZE;
+    let touched = range.touched();
+    let firsts = (touched.first()..touched.end()).step_by(BLOCKS as usize);
+    firsts.filter_map(move |first| range.within(Extent::new(first, BLOCKS)))
 }
 
 #[cfg(test)]

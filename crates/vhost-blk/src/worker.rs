@@ -14,6 +14,7 @@
 
 use std::{sync::Arc, time::Instant};
 
+use blockio::GuestBuf;
 use blocks::BlockRange;
 use session_disk::Request;
 use virtio_queue::{Queue, QueueT};
@@ -26,7 +27,7 @@ use crate::{
     inflight::InflightQueue,
     interrupts::Interrupts,
     poll::{PollWindow, Polling},
-    request::{Action, Data, Memory, Parsed, Parser, Status},
+    request::{Action, Data, Memory, Parsed, Parser, Status, parts_of},
     slots::{Slot, Slots, Used, part_token},
     used::{avail_index, publish, used_head, used_index, want_no_kick, wants_interrupt},
     vring::Vring,
@@ -422,10 +423,11 @@ impl Worker {
         durable: bool,
     ) {
         let (parts, written) = match &action {
-            Action::Read { data, .. } => (1, data.len),
-            Action::Discard(ranges) => (ranges.len() as u32, 0),
-            Action::WriteZeroes(ranges) => (ranges.len() as u32, 0),
-            Action::Write { .. } | Action::Flush | Action::Answer { .. } => (1, 0),
+            Action::Read { range, data } => (parts_of(*range).count(), data.len),
+            Action::Write { range, .. } => (parts_of(*range).count(), 0),
+            Action::Discard(ranges) => (ranges.len(), 0),
+            Action::WriteZeroes(ranges) => (ranges.len(), 0),
+            Action::Flush | Action::Answer { .. } => (1, 0),
         };
         let buf = match &action {
             Action::Read { data, .. } | Action::Write { data, .. } => {
@@ -434,7 +436,7 @@ impl Worker {
             _ => None,
         };
         let token = status_at.and_then(|status_at| {
-            self.slots.insert(Slot { head, parts, written, status_at, memory: memory.clone() })
+            self.slots.insert(Slot { head, parts: parts as u32, written, status_at, memory: memory.clone() })
         });
         let Some(token) = token else {
             // Not reached: there is room for all that is taken, and a status for all that is done.
@@ -442,9 +444,11 @@ impl Worker {
             return;
         };
         match (action, buf) {
-            (Action::Read { range, .. }, Some(buf)) => self.io.push(token, Request::Read { range, buf }),
+            (Action::Read { range, .. }, Some(buf)) => {
+                self.push_parts(token, range, buf, |range, buf| Request::Read { range, buf });
+            }
             (Action::Write { range, .. }, Some(buf)) => {
-                self.io.push(token, Request::Write { range, buf, durable });
+                self.push_parts(token, range, buf, |range, buf| Request::Write { range, buf, durable });
             }
             (Action::Flush, _) => self.io.push(token, Request::Flush),
             (Action::Discard(ranges), _) => {
@@ -461,6 +465,27 @@ impl Worker {
             // Not reached either: data of this batch has a view, and answers are given before.
             (Action::Read { .. } | Action::Write { .. } | Action::Answer { .. }, _) => {
                 self.answers.extend(self.slots.finish(token, Outcome::Failed));
+            }
+        }
+    }
+
+    /// Starts a read or write in as many parts as it has.
+    fn push_parts(
+        &mut self,
+        token: u64,
+        range: BlockRange,
+        buf: GuestBuf,
+        request: impl Fn(BlockRange, GuestBuf) -> Request,
+    ) {
+        if parts_of(range).nth(1).is_none() {
+            return self.io.push(token, request(range, buf));
+        }
+        for (part, inner) in (0..).zip(parts_of(range)) {
+            let token = part_token(token, part);
+            match buf.slice((inner.offset() - range.offset()) as usize, inner.len() as usize) {
+                Some(buf) => self.io.push(token, request(inner, buf)),
+                // Not reached: the buffer is as long as the range.
+                None => self.answers.extend(self.slots.finish(token, Outcome::Failed)),
             }
         }
     }

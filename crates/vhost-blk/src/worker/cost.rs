@@ -60,6 +60,11 @@ impl Scene {
     /// Bytes of the region at [`DATA`].
     pub(super) const DATA_LEN: usize = 15 << 20;
 
+    /// The file that is served.
+    pub(super) fn disk(&self) -> std::fs::File {
+        std::fs::File::open(self.dir.path().join("disk.raw")).unwrap()
+    }
+
     /// The status of the first request.
     pub(super) fn status(&self) -> u8 {
         self.memory.read_obj(GuestAddress(STATUS)).unwrap()
@@ -119,24 +124,46 @@ impl Scene {
         for (slot, block) in (0u16..).zip(blocks) {
             let at = |start: u64, stride: u64| start + u64::from(slot) * stride;
             let header = at(HEADERS, 16);
-            self.memory.write_obj(kind, GuestAddress(header)).unwrap();
-            self.memory.write_obj(block * u64::from(LEN) / 512, GuestAddress(header + 8)).unwrap();
+            self.header(header, kind, block * u64::from(LEN) / 512);
             let parts = [
                 (header, 16, VRING_DESC_F_NEXT),
                 (at(DATA, LEN.into()), LEN, device_writes | VRING_DESC_F_NEXT),
                 (at(STATUS, 1), 1, VRING_DESC_F_WRITE),
             ];
-            for (index, (address, len, flags)) in (slot * 3..).zip(parts) {
-                let descriptor = GuestAddress(u64::from(index) * 16);
-                self.memory.write_obj(address, descriptor).unwrap();
-                let rest = u64::from(len) | u64::from(flags) << 32 | u64::from(index + 1) << 48;
-                self.memory.write_obj(rest, GuestAddress(descriptor.0 + 8)).unwrap();
-            }
-            let entry = AVAIL + 4 + u64::from(self.avail % QUEUE_SIZE) * 2;
-            self.memory.write_obj(slot * 3, GuestAddress(entry)).unwrap();
-            self.avail = self.avail.wrapping_add(1);
+            self.chain(slot * 3, parts.into_iter());
         }
         self.memory.write_obj(self.avail, GuestAddress(AVAIL + 2)).unwrap();
+    }
+
+    /// Makes a request of `kind` available whose data has so many pieces, each of them all of the memory for data.
+    pub(super) fn offer_long(&mut self, kind: u32, sector: u64, pieces: u16) {
+        self.header(HEADERS, kind, sector);
+        let device_writes = if kind == VIRTIO_BLK_T_IN { VRING_DESC_F_WRITE } else { 0 };
+        let piece = (DATA, Self::DATA_LEN as u32, device_writes | VRING_DESC_F_NEXT);
+        let parts = std::iter::once((HEADERS, 16, VRING_DESC_F_NEXT))
+            .chain(std::iter::repeat_n(piece, pieces.into()))
+            .chain([(STATUS, 1, VRING_DESC_F_WRITE)]);
+        self.chain(0, parts);
+        self.memory.write_obj(self.avail, GuestAddress(AVAIL + 2)).unwrap();
+    }
+
+    fn header(&self, at: u64, kind: u32, sector: u64) {
+        self.memory.write_obj(kind, GuestAddress(at)).unwrap();
+        self.memory.write_obj(sector, GuestAddress(at + 8)).unwrap();
+    }
+
+    /// Makes a chain of these descriptors (address, length, flags), the first of which is `head`, and puts it into the available
+    /// ring.
+    fn chain(&mut self, head: u16, parts: impl Iterator<Item = (u64, u32, u32)>) {
+        for (index, (address, len, flags)) in (head..).zip(parts) {
+            let descriptor = GuestAddress(u64::from(index) * 16);
+            self.memory.write_obj(address, descriptor).unwrap();
+            let rest = u64::from(len) | u64::from(flags) << 32 | u64::from(index + 1) << 48;
+            self.memory.write_obj(rest, GuestAddress(descriptor.0 + 8)).unwrap();
+        }
+        let entry = AVAIL + 4 + u64::from(self.avail % QUEUE_SIZE) * 2;
+        self.memory.write_obj(head, GuestAddress(entry)).unwrap();
+        self.avail = self.avail.wrapping_add(1);
     }
 
     /// Answers everything, and makes sure of it.

@@ -1,11 +1,12 @@
 //! Interrupts that are put off, and memory that is added while the ring is looked at.
 
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::event::{EventfdFlags, eventfd};
 use vhost_user_backend::VringT;
-use virtio_bindings::virtio_blk::VIRTIO_BLK_T_OUT;
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::cost::{AVAIL, DATA, QUEUE_SIZE, Scene, USED, uncounted};
@@ -102,4 +103,33 @@ fn request_in_memory_that_was_just_added_is_done() {
         stop.store(true, Ordering::Relaxed);
     });
     assert_eq!(scene.status(), 0, "the worker has looked for the data in older memory");
+}
+
+/// UEFI firmware heeds no limits, and reads what it boots with one request: 45 MiB are not refused. It begins within a block, and some of
+/// it was never written.
+#[test]
+fn request_beyond_all_limits_is_done_in_parts() {
+    const SECTOR: u64 = 3;
+    let mut scene = Scene::new();
+    let data: Vec<u8> = (0..Scene::DATA_LEN as u64 / 8).flat_map(|n| (n * 0x9e37).to_le_bytes()).collect();
+    scene.memory.write_slice(&data, GuestAddress(DATA)).unwrap();
+    let done = |scene: &mut Scene, kind, pieces: u16| {
+        scene.offer_long(kind, SECTOR, pieces);
+        while scene.memory.read_obj::<u16>(GuestAddress(USED + 2)).unwrap() != scene.avail {
+            uncounted(&scene.backend, &scene.vring);
+        }
+        let len = scene.memory.read_obj::<u32>(GuestAddress(USED + 8 * u64::from(scene.avail))).unwrap();
+        (scene.status(), len)
+    };
+    assert_eq!(done(&mut scene, VIRTIO_BLK_T_OUT, 3), (0, 1));
+    let mut bytes = vec![0; data.len()];
+    for piece in 0..3 {
+        let offset = SECTOR * 512 + piece * data.len() as u64;
+        scene.disk().read_exact_at(&mut bytes, offset).unwrap();
+        assert!(bytes == data, "piece {piece} of what was written");
+    }
+    scene.memory.write_slice(&vec![0xee; data.len()], GuestAddress(DATA)).unwrap();
+    assert_eq!(done(&mut scene, VIRTIO_BLK_T_IN, 3), (0, 3 * data.len() as u32 + 1));
+    scene.memory.read_slice(&mut bytes, GuestAddress(DATA)).unwrap();
+    assert!(bytes == data, "what was read is not what was written");
 }
