@@ -14,7 +14,8 @@
 //!   another pid namespace proves itself with the token in its in-flight table.
 //! - A frontend that connects while another one is connected is turned away.
 //! - A frontend without a session whose rings are not fresh is a guest that was restored, or one
-//!   whose session is over: refused, for it would see other contents under its file system.
+//!   whose session is over: refused, for it would see other contents under its file system. If its first ring was, and
+//!   a session has begun for it, that ends with the connection.
 
 use std::time::{Duration, Instant};
 
@@ -60,6 +61,8 @@ pub enum EndReason {
     Disconnected,
     /// Another frontend has waited long enough.
     TakenOver,
+    /// The frontend that it was begun for has turned out to be a guest of another one.
+    Mistaken,
     /// The operator wanted it.
     Operator,
 }
@@ -70,6 +73,7 @@ impl std::fmt::Display for EndReason {
             EndReason::OwnerExited => "the VM's process is gone",
             EndReason::Disconnected => "the VM disconnected",
             EndReason::TakenOver => "another VM took over",
+            EndReason::Mistaken => "the VM's rings are of another session",
             EndReason::Operator => "ended by the operator",
         })
     }
@@ -82,6 +86,8 @@ enum Session {
     None,
     /// Begun over this connection.
     Begun,
+    /// Begun over this connection for a guest that belongs to another one, as its first ring did not show. Nobody may come back to it.
+    Mistaken,
     /// Begun over an earlier connection of the same process.
     Continued,
     /// Begun before the server was restarted, by a process that is not known: whether it is this one,
@@ -158,27 +164,31 @@ impl Boundary {
     /// this connection is to continue where another left off; `proven`: its in-flight table has the
     /// token of the open session.
     pub(crate) fn ring_starts(&mut self, fresh: bool, proven: bool) -> RingStart {
-        match &mut self.state {
-            State::Served { session: Session::Continued, .. } => RingStart::Continue,
-            State::Served { session, .. } if matches!(session, Session::Unproven { .. }) => {
-                if proven {
-                    *session = Session::Continued;
-                    return RingStart::Continue;
-                }
-                RingStart::Refuse(
+        let State::Served { session, .. } = &mut self.state else {
+            return RingStart::Refuse("it is not connected");
+        };
+        match session {
+            Session::Continued => return RingStart::Continue,
+            Session::Unproven { .. } if proven => {
+                *session = Session::Continued;
+                return RingStart::Continue;
+            }
+            Session::Unproven { .. } => {
+                return RingStart::Refuse(
                     "the session of a VM that can't be watched is open: try again when its grace is over",
-                )
+                );
             }
-            State::Served { session: Session::Begun, .. } if fresh => RingStart::Continue,
-            State::Served { session, .. } if fresh => {
+            Session::Begun if fresh => return RingStart::Continue,
+            Session::None if fresh => {
                 *session = Session::Begun;
-                RingStart::Begin
+                return RingStart::Begin;
             }
-            State::Served { .. } => RingStart::Refuse(
-                "its rings are not fresh: it belongs to a session that has ended, or to a restored guest",
-            ),
-            State::Idle | State::Orphaned { .. } => RingStart::Refuse("it is not connected"),
+            Session::Begun => *session = Session::Mistaken,
+            Session::None | Session::Mistaken => {}
         }
+        RingStart::Refuse(
+            "its rings are not fresh: it belongs to a session that has ended, or to a restored guest",
+        )
     }
 
     /// The session that [`RingStart::Begin`] asked for could not begin.
@@ -194,6 +204,10 @@ impl Boundary {
         if session == Session::None {
             self.state = State::Idle;
             return None;
+        }
+        if session == Session::Mistaken {
+            self.state = State::Idle;
+            return Some(EndReason::Mistaken);
         }
         if let Session::Unproven { since } = session {
             let owner = Identity { process: None, watched: false };

@@ -133,15 +133,18 @@ fn second_frontend_is_turned_away_and_disturbs_nothing() {
 }
 
 /// Invariant 3: a guest of an earlier session whose first ring happens to be unused is found out by
-/// its other rings, before it goes on with a disk that was reset.
+/// its other rings, before it goes on with a disk that was reset; nor does it when it connects again.
 #[test]
 fn ring_that_continues_in_a_session_that_was_begun_just_now_is_refused() {
     let now = Instant::now();
     let mut boundary = in_session(process(1), now);
-    assert!(matches!(boundary.ring_starts(false, false), RingStart::Refuse(_)));
-    boundary.disconnected(false, now);
+    for fresh in [false, true] {
+        assert!(matches!(boundary.ring_starts(fresh, false), RingStart::Refuse(_)));
+    }
+    assert_eq!(boundary.disconnected(false, now), Some(EndReason::Mistaken));
+    assert!(!boundary.session_is_open());
     assert_eq!(boundary.connected(process(1), now), Admission::Serve);
-    assert_eq!(boundary.ring_starts(false, false), RingStart::Continue);
+    assert!(matches!(boundary.ring_starts(false, false), RingStart::Refuse(_)));
 }
 
 #[test]
@@ -257,8 +260,8 @@ proptest! {
         let (mut served, mut session): (Option<usize>, Option<usize>) = (None, None);
         let mut held: Option<(usize, Instant)> = None;
         let mut left_at = now;
-        // Whether the session was begun over the connection that is served.
-        let mut begun_here = false;
+        // Whether the session was begun over the connection that is served, and for a guest of another one.
+        let (mut begun_here, mut mistaken) = (false, false);
         for event in events {
             let mut ended = None;
             match event {
@@ -267,6 +270,7 @@ proptest! {
                         prop_assert!(served.is_none());
                         prop_assert!(session.is_none_or(|owner| owner == index && owner != 3));
                         (served, held, begun_here) = (Some(index), None, false);
+                        prop_assert!(!mistaken);
                     }
                     Admission::Hold => {
                         prop_assert!(served.is_none() && session.is_some() && held.is_none());
@@ -285,9 +289,12 @@ proptest! {
                     }
                     RingStart::Continue => {
                         prop_assert_eq!(session, served);
-                        prop_assert!(fresh || !begun_here);
+                        prop_assert!(!mistaken && (fresh || !begun_here));
                     }
-                    RingStart::Refuse(_) => prop_assert!(!fresh && (session.is_none() || begun_here)),
+                    RingStart::Refuse(_) => {
+                        prop_assert!(mistaken || !fresh && (session.is_none() || begun_here));
+                        mistaken = session.is_some();
+                    }
                 },
                 Event::BeginFails if session.is_none() => boundary.begin_failed(),
                 Event::Disconnect => if let Some(index) = served.take() {
@@ -325,8 +332,10 @@ proptest! {
                     EndReason::TakenOver => {
                         prop_assert!(held.is_some_and(|(_, since)| now >= since + GRACE));
                     }
+                    EndReason::Mistaken => prop_assert!(mistaken),
                     EndReason::Operator => {}
                 }
+                mistaken = false;
                 if let Some((index, _)) = held.take() {
                     prop_assert_eq!(boundary.connected(peer(index), now), Admission::Serve);
                     served = Some(index);
