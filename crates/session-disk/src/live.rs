@@ -20,6 +20,7 @@
 //! | 16..20, 24..28 | the two marks: log sequence, epoch, committed bytes, CRC |
 //! | 20, 21 | the token of the in-flight table of the open session's frontend; 0: none |
 //! | 22 | 1 when write-back has failed: what the open session has written may be lost |
+//! | 23 | 1 while the guest of the open session counts writes as durable when they are answered |
 
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -50,6 +51,7 @@ const WORD_FILE: usize = 15;
 const WORD_MARKS: [usize; 2] = [16, 24];
 const WORD_TOKEN: usize = 20;
 const WORD_POISONED: usize = 22;
+const WORD_WRITE_THROUGH: usize = 23;
 
 /// A log and how much of it counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -182,6 +184,7 @@ impl LivePage {
         self.set_session_open(false);
         self.set_owner(None);
         self.set_token(None);
+        self.set_write_through(false);
         self.word(WORD_POISONED).store(0, Ordering::Release);
         self.set_dirty(0);
         self.set_drain_failing(false);
@@ -281,6 +284,16 @@ impl LivePage {
         let (high, low) = token.unwrap_or_default().as_u64_pair();
         self.word(WORD_TOKEN).store(high, Ordering::Release);
         self.word(WORD_TOKEN + 1).store(low, Ordering::Release);
+    }
+
+    /// Whether the guest has chosen the write-through mode.
+    pub(crate) fn is_write_through(&self) -> bool {
+        self.load(WORD_WRITE_THROUGH) == 1
+    }
+
+    /// Notes whether the guest has chosen the write-through mode.
+    pub(crate) fn set_write_through(&self, chosen: bool) {
+        self.word(WORD_WRITE_THROUGH).store(chosen.into(), Ordering::Release);
     }
 
     /// Notes that write-back has failed.

@@ -102,7 +102,8 @@ impl Backend {
             disk: disk.traits(),
             memory: SharedMemory::new(Memory::new()),
             acked_features: AtomicU64::new(0),
-            writeback: AtomicBool::new(true),
+            // The frontend of an open session says it no second time.
+            writeback: AtomicBool::new(!disk.is_write_through()),
             stopping: AtomicBool::new(false),
             warnings: RateLimit::new(),
             inflight: Mutex::new(None),
@@ -249,10 +250,10 @@ impl VhostUserBackend for Backend {
     }
 
     /// RESET_DEVICE: all rings are disabled already. When this returns, nothing touches the
-    /// guest's memory any more. It is not the end of a session.
+    /// guest's memory any more. It is not the end of a session. Nor does it change `writeback`: frontends go on to show the guest what
+    /// it had chosen before, and it would wait for no flush.
     fn reset_device(&self) {
         self.drain();
-        self.device.writeback.store(true, Ordering::Relaxed);
     }
 
     fn set_event_idx(&self, _enabled: bool) {}

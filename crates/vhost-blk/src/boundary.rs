@@ -254,6 +254,11 @@ impl Boundary {
         matches!(self.state, State::Orphaned { owner, .. } if owner == peer)
     }
 
+    /// Whether a frontend is connected that may or may not be the open session's owner.
+    pub(crate) fn is_unproven(&self) -> bool {
+        matches!(self.state, State::Served { session: Session::Unproven { .. }, .. })
+    }
+
     pub(crate) fn session_is_open(&self) -> bool {
         match self.state {
             State::Served { session, .. } => session != Session::None,

@@ -37,6 +37,9 @@ pub(crate) trait Disk: Send + Sync {
     /// The token of the in-flight table of the open session's frontend.
     fn token(&self) -> Option<Uuid>;
     fn set_token(&self, token: Option<Uuid>);
+    /// Whether the guest that is served, or whose session is open, has chosen the write-through mode.
+    fn is_write_through(&self) -> bool;
+    fn set_write_through(&self, chosen: bool);
     /// Sequence number of the session that is open.
     fn open_session(&self) -> Option<u64>;
     fn session_is_open(&self) -> bool {
@@ -148,6 +151,14 @@ impl Disk for Arc<SessionDisk> {
 
     fn set_token(&self, token: Option<Uuid>) {
         SessionDisk::set_token(self, token);
+    }
+
+    fn is_write_through(&self) -> bool {
+        SessionDisk::is_write_through(self)
+    }
+
+    fn set_write_through(&self, chosen: bool) {
+        SessionDisk::set_write_through(self, chosen);
     }
 }
 

@@ -19,6 +19,7 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use uuid::Uuid;
 use vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures};
 
+use crate::config;
 use crate::handover::HandOver;
 use crate::inflight::{InflightTable, Shape};
 use crate::setup::Setup;
@@ -46,6 +47,9 @@ pub(crate) enum Ending {
 pub(crate) trait Gate {
     /// A ring is about to start. An error closes the connection.
     fn ring_starts(&mut self, start: Start) -> Result<(), String>;
+
+    /// The guest chooses the mode of its cache.
+    fn writeback(&mut self, writeback: bool);
 
     /// Rings that start from now on note their requests in this table, or go on with what is in it.
     fn inflight(&mut self, table: Arc<InflightTable>);
@@ -311,6 +315,14 @@ impl Relay {
                 self.reply_ack = bits & VhostUserProtocolFeatures::REPLY_ACK.bits() != 0;
                 Ok(())
             }
+            Ok(FrontendReq::SET_CONFIG) => {
+                // Offset, size and flags come before.
+                let bytes = message.payload().get(12..).unwrap_or_default();
+                if let Some(writeback) = config::written_writeback(message.payload_word(0), bytes) {
+                    gate.writeback(writeback);
+                }
+                Ok(())
+            }
             Ok(FrontendReq::SET_VRING_CALL) => events_only(message),
             Ok(FrontendReq::SET_VRING_KICK) => {
                 events_only(message)?;
@@ -376,6 +388,8 @@ mod tests {
             self.starts.push(start.fresh);
             self.verdict.clone()
         }
+
+        fn writeback(&mut self, _writeback: bool) {}
 
         fn inflight(&mut self, table: Arc<InflightTable>) {
             self.tables.push(table.token());

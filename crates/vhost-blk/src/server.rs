@@ -270,6 +270,9 @@ impl Server {
                 if self.held.take().is_some() {
                     self.refuse("the owner of the session has come back");
                 }
+                if !continues {
+                    self.disk.set_write_through(false);
+                }
                 match Connection::open(self.disk.as_ref(), self.config.device.clone(), arrival) {
                     Ok(mut connection) => {
                         if self.config.hand_over {
@@ -419,6 +422,13 @@ struct SessionGate<'a> {
 impl Gate for SessionGate<'_> {
     fn inflight(&mut self, table: Arc<InflightTable>) {
         self.queues.backend.set_inflight(table);
+    }
+
+    fn writeback(&mut self, writeback: bool) {
+        // Of a session that may be another's nothing is changed.
+        if !self.boundary.is_unproven() {
+            self.disk.set_write_through(!writeback);
+        }
     }
 
     fn ring_starts(&mut self, start: Start) -> Result<(), String> {

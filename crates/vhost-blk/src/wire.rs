@@ -77,9 +77,14 @@ impl Message {
         word(&self.bytes, 0)
     }
 
+    /// What comes after the header.
+    pub(crate) fn payload(&self) -> &[u8] {
+        self.bytes.get(HEADER_LEN..).unwrap_or_default()
+    }
+
     /// Length of the payload in bytes.
     pub(crate) fn payload_len(&self) -> usize {
-        self.bytes.len().saturating_sub(HEADER_LEN)
+        self.payload().len()
     }
 
     /// The `index`-th 32-bit number of the payload, 0 if it is not that long.

@@ -92,6 +92,17 @@ impl SessionDisk {
         self.shared.live.token()
     }
 
+    /// Notes whether the guest has chosen the write-through mode (virtio 1.2, 5.2.4, `writeback`): frontends say that once, so that who
+    /// serves the session after this connection, or after this process, has to know. Forgotten at the end of the session.
+    pub fn set_write_through(&self, chosen: bool) {
+        self.shared.live.set_write_through(chosen);
+    }
+
+    /// What was noted last by [`set_write_through`](Self::set_write_through).
+    pub fn is_write_through(&self) -> bool {
+        self.shared.live.is_write_through()
+    }
+
     /// Ends the session: step 8. Everything that it owns is pending from now on, or kept. No data is synced.
     ///
     /// # Errors
@@ -143,6 +154,7 @@ impl SessionDisk {
         self.shared.live.set_session_open(false);
         self.shared.live.set_owner(None);
         self.shared.live.set_token(None);
+        self.shared.live.set_write_through(false);
         self.shared.live.set_dirty(lifecycle.kept.count());
         self.shared.live.set_pending(self.shared.pending.count());
         Ok(summary)

@@ -411,3 +411,17 @@ fn what_others_were_told_of_failed_write_back_is_heeded() {
     disk.end_session().unwrap();
     assert!(matches!(disk.begin_session(None), Err(Error::Poisoned(_))));
 }
+
+/// The guest says it once, and sends no flushes from then on.
+#[test]
+fn write_through_is_remembered_by_the_next_server_until_the_session_ends() {
+    let (_dir, mut options) = pristine_disk();
+    options.resume = true;
+    let (disk, _) = open_session(&options, 3);
+    disk.set_write_through(true);
+    drop(disk);
+    let disk = SessionDisk::open(&options).unwrap();
+    assert!(disk.open_session().is_some() && disk.is_write_through());
+    disk.end_session().unwrap();
+    assert!(!disk.is_write_through());
+}

@@ -34,6 +34,7 @@ struct State {
     session: Option<u64>,
     owner: Option<ProcessId>,
     token: Option<Uuid>,
+    write_through: bool,
     sessions: u64,
     refuse_sessions: bool,
     refuse_queues: bool,
@@ -167,6 +168,7 @@ impl Disk for Arc<MemoryDisk> {
         let mut state = self.state();
         let sequence = state.session.take().ok_or("no session is open")?;
         assert_eq!(self.in_flight(), 0, "I/O in flight at the session's end");
+        state.write_through = false;
         state.bytes.fill(0);
         let duration = Duration::from_secs(1);
         Ok(SessionSummary { sequence, dirty_blocks: 0, bytes_written: 0, duration })
@@ -202,6 +204,14 @@ impl Disk for Arc<MemoryDisk> {
 
     fn set_token(&self, token: Option<Uuid>) {
         self.state().token = token;
+    }
+
+    fn is_write_through(&self) -> bool {
+        self.state().write_through
+    }
+
+    fn set_write_through(&self, chosen: bool) {
+        self.state().write_through = chosen;
     }
 }
 

@@ -151,6 +151,33 @@ fn guest_that_switches_its_cache_off_gets_durable_writes() {
     driver.frontend.set_features(driver.features).unwrap();
     driver.start_queues().unwrap();
     assert_eq!(driver.write(0, 0, &[1; 512]), 0);
+    assert_eq!(server.disk.durable_writes(), 2);
+}
+
+/// Its frontend does not say it again when it connects the next time (QEMU), and the guest sends no flushes. Whoever has a session of
+/// its own chooses for itself.
+#[test]
+fn guest_that_switched_its_cache_off_gets_durable_writes_after_a_reconnection() {
+    let server = Running::new(|_| {});
+    let switch_off = |driver: &mut Driver| {
+        driver.frontend.set_config(32, VhostUserConfigFlags::WRITABLE, &[0]).unwrap();
+        let shown = driver.frontend.get_config(32, 1, VhostUserConfigFlags::WRITABLE, &[0]).unwrap().1;
+        assert_eq!(shown, [0]);
+    };
+    let mut early = Driver::connect(&server.path, 1);
+    early.negotiate(|bits| bits).unwrap();
+    switch_off(&mut early);
+    drop(early);
+    server.wait_for("left, open: false");
+    let mut driver = Driver::start(&server.path, 1);
+    assert_eq!(driver.write(0, 0, &[1; 512]), 0);
+    assert_eq!(server.disk.durable_writes(), 0);
+    switch_off(&mut driver);
+    drop(driver);
+    server.wait_for("left, open: true");
+    let mut driver = Driver::start(&server.path, 1);
+    let shown = driver.frontend.get_config(32, 1, VhostUserConfigFlags::WRITABLE, &[0]).unwrap().1;
+    assert_eq!((driver.write(0, 0, &[1; 512]), shown), (0, vec![0]));
     assert_eq!(server.disk.durable_writes(), 1);
 }
 
