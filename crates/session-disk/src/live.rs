@@ -23,7 +23,7 @@
 //! | 23 | 1 while the guest of the open session counts writes as durable when they are answered |
 
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use blockio::SharedPage;
 use uuid::Uuid;
@@ -96,6 +96,8 @@ impl Before {
 #[derive(Debug)]
 pub(crate) struct LivePage {
     page: SharedPage,
+    /// Whether this server has made it its own.
+    ours: AtomicBool,
     /// Stands in for words that the page does not have: never read, never missed.
     nowhere: AtomicU64,
 }
@@ -161,6 +163,7 @@ impl LivePage {
     pub(crate) fn go_on(&self) {
         self.set_drain_failing(false);
         self.set_server(Some(ProcessId::own()));
+        self.ours.store(true, Ordering::Release);
     }
 
     /// Makes this server the page's, without a mark, and leaves the session that was beginning: it begins again.
@@ -190,6 +193,7 @@ impl LivePage {
         self.set_drain_failing(false);
         self.set_server(Some(ProcessId::own()));
         self.word(0).store(MAGIC, Ordering::Release);
+        self.ours.store(true, Ordering::Release);
         Ok(())
     }
 
@@ -200,7 +204,7 @@ impl LivePage {
     }
 
     fn of(page: SharedPage) -> Self {
-        Self { page, nowhere: AtomicU64::new(0) }
+        Self { page, ours: AtomicBool::new(false), nowhere: AtomicU64::new(0) }
     }
 
     fn word(&self, index: usize) -> &AtomicU64 {
@@ -304,6 +308,12 @@ impl LivePage {
     /// Whether write-back has failed.
     pub(crate) fn is_poisoned(&self) -> bool {
         self.load(WORD_POISONED) == 1
+    }
+
+    /// Whether write-back has failed since this server has taken the page over. What failed before was judged when it
+    /// started: what it may have cost is pending.
+    pub(crate) fn was_poisoned_since(&self) -> bool {
+        self.ours.load(Ordering::Acquire) && self.is_poisoned()
     }
 
     /// Whether a session is open that may go on: its VM lives, or nobody can tell.

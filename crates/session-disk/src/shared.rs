@@ -318,7 +318,7 @@ impl Shared {
     /// Whether anybody knows that write-back has failed: also one who took something from the disk, to whom the kernel has told
     /// it and tells nobody else. Then nothing is believed any more.
     pub(crate) fn heeds_poison(&self) -> bool {
-        if self.live.is_poisoned() {
+        if self.live.was_poisoned_since() {
             self.poison();
         }
         self.is_poisoned()

@@ -425,3 +425,19 @@ fn write_through_is_remembered_by_the_next_server_until_the_session_ends() {
     disk.end_session().unwrap();
     assert!(!disk.is_write_through());
 }
+
+/// The session has written nothing, so that nothing is pending, and what has failed is over: the disk is served again.
+#[test]
+fn disk_with_nothing_pending_is_opened_after_failed_write_back() {
+    let (_dir, options) = pristine_disk();
+    let (disk, _) = open_session(&options, 0);
+    disk.shared().finish_beginning();
+    disk.shared().poison();
+    assert!(matches!(disk.checkpoint(), Err(Error::Poisoned(_))));
+    drop(disk);
+    let disk = SessionDisk::open(&options).unwrap();
+    assert_eq!(disk.pending_blocks(), 0);
+    disk.begin_session(None).unwrap();
+    disk.shared().live.set_poisoned();
+    assert!(matches!(disk.shared().sync_disk(), Err(Error::Poisoned(_))));
+}
