@@ -7,7 +7,7 @@
 use std::{
     fs, io,
     os::{
-        fd::{AsFd, OwnedFd, RawFd},
+        fd::{AsFd, AsRawFd, OwnedFd, RawFd},
         unix::{
             ffi::OsStrExt,
             fs::{FileTypeExt, MetadataExt, PermissionsExt},
@@ -19,7 +19,7 @@ use std::{
 };
 
 use rustix::{
-    fs::{AtFlags, CWD, FlockOperation, Gid, Mode, OFlags, Uid},
+    fs::{AtFlags, FileType, FlockOperation, Gid, Mode, OFlags, Uid},
     io::Errno,
     net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType},
 };
@@ -114,19 +114,15 @@ impl PlacedListener {
         remove_leftover(path)?;
         let listener = first_to_close(unix_socket().map_err(fail("create"))?);
         let address = SocketAddrUnix::new(path).map_err(fail("name"))?;
+        let mode = permissions.mode.map(|mode| mode & 0o7777);
+        if let Some(mode) = mode {
+            // What is bound has no more than this, whatever the umask takes away from it.
+            rustix::fs::fchmod(&listener, Mode::from_raw_mode(mode)).map_err(fail("change the mode of"))?;
+        }
         rustix::net::bind(&listener, &address).map_err(fail("bind"))?;
         // From here on, dropping removes it.
         let placed = Placed::at(path)?;
-        if permissions.owner.is_some() || permissions.group.is_some() {
-            let (owner, group) = (permissions.owner.map(Uid::from_raw), permissions.group.map(Gid::from_raw));
-            rustix::fs::chownat(CWD, path, owner, group, AtFlags::SYMLINK_NOFOLLOW)
-                .map_err(fail("change the owner of"))?;
-        }
-        if let Some(mode) = permissions.mode {
-            fs::set_permissions(path, fs::Permissions::from_mode(mode & 0o7777)).map_err(|source| {
-                SocketError::Io { operation: "change the mode of", path: path.to_owned(), source }
-            })?;
-        }
+        permit(path, mode, permissions)?;
         rustix::net::listen(&listener, BACKLOG).map_err(fail("listen on"))?;
         Ok(Self { listener: UnixListener::from(listener), _placed: placed })
     }
@@ -145,6 +141,30 @@ impl PlacedListener {
     pub fn listener(&self) -> &UnixListener {
         &self.listener
     }
+}
+
+/// Gives the socket at `path` what it has not got yet of its `mode`, and of its owner and group. Whoever owns the directory
+/// may have put something else there, even a link to another's file, and is not helped to change that.
+fn permit(path: &Path, mode: Option<u32>, permissions: SocketPermissions) -> Result<(), SocketError> {
+    let fail = |operation| move |error: Errno| failed(operation, path, error.into());
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let socket = rustix::fs::open(path, flags, Mode::empty()).map_err(fail("open"))?;
+    let found = rustix::fs::fstat(&socket).map_err(fail("look at"))?.st_mode;
+    if FileType::from_raw_mode(found) != FileType::Socket {
+        return Err(SocketError::NotASocket { path: path.to_owned() });
+    }
+    let (owner, group) = (permissions.owner.map(Uid::from_raw), permissions.group.map(Gid::from_raw));
+    if owner.is_some() || group.is_some() {
+        let flags = AtFlags::EMPTY_PATH;
+        rustix::fs::chownat(&socket, "", owner, group, flags).map_err(fail("change the owner of"))?;
+    }
+    if let Some(mode) = mode.filter(|mode| found & 0o7777 != *mode) {
+        // There is no other way to the mode of what is open like this.
+        let opened = format!("/proc/self/fd/{}", socket.as_raw_fd());
+        fs::set_permissions(opened, fs::Permissions::from_mode(mode))
+            .map_err(|source| failed("change the mode of", path, source))?;
+    }
+    Ok(())
 }
 
 impl Placed {
@@ -239,7 +259,7 @@ fn failed(operation: &'static str, path: &Path, source: io::Error) -> SocketErro
 
 #[cfg(test)]
 mod tests {
-    use std::os::{fd::AsRawFd, unix::net::UnixStream};
+    use std::os::unix::net::UnixStream;
 
     use super::*;
 
@@ -333,6 +353,20 @@ mod tests {
         let _socket = PlacedListener::bind(&path, permissions).unwrap();
         let found = fs::metadata(&path).unwrap();
         assert_eq!((found.mode() & 0o7777, found.gid()), (0o620, group));
+    }
+
+    /// As the owner of the directory can put one there between two steps.
+    #[test]
+    fn link_in_the_place_of_the_socket_gives_no_permissions_to_what_it_leads_to() {
+        let directory = tempfile::tempdir().unwrap();
+        let (path, secret) = (directory.path().join("s"), directory.path().join("secret"));
+        fs::write(&secret, "precious").unwrap();
+        fs::set_permissions(&secret, fs::Permissions::from_mode(0o400)).unwrap();
+        std::os::unix::fs::symlink(&secret, &path).unwrap();
+        let permissions = SocketPermissions { mode: Some(0o666), ..Default::default() };
+        let permitted = permit(&path, permissions.mode, permissions);
+        assert!(matches!(permitted, Err(SocketError::NotASocket { .. })), "{permitted:?}");
+        assert_eq!(fs::metadata(&secret).unwrap().mode() & 0o7777, 0o400);
     }
 
     #[test]
