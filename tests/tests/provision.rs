@@ -3,7 +3,7 @@
 use std::fs;
 
 use pristine_tests::images;
-use pristine_tests::lab::Lab;
+use pristine_tests::lab::{Lab, Server};
 use pristine_tests::mounts::LoopDevice;
 use pristine_tests::program::{pristine, run};
 use pristine_tests::remote::Remote;
@@ -123,4 +123,35 @@ fn block_device_as_session_disk_is_restored() {
     run(&mut command(&["verify"])).ok();
     drop(device);
     assert_eq!(fs::read(&backing).unwrap(), fs::read(lab.base()).unwrap());
+}
+
+/// Who is not allowed files of that size is told so, as of any other failure, and nothing half-made is left. A server
+/// goes on, and its guest gets an error.
+#[test]
+fn limit_of_a_files_size_is_an_error_and_no_end() {
+    let lab = Lab::new();
+    images::dense(&lab.base(), 32 << 20, 104);
+    // In sectors.
+    let limited = |command: &std::process::Command, sectors: u64| {
+        let mut limited = std::process::Command::new("sh");
+        limited.args(["-c", &format!("ulimit -f {sectors} && exec \"$0\" \"$@\"")]);
+        limited.arg(command.get_program()).args(command.get_args());
+        limited
+    };
+    let mut provision = pristine(["provision", "--base"]);
+    provision.arg(lab.base()).arg("--disk").arg(lab.disk()).arg("--runtime-dir").arg(lab.runtime());
+    run(&mut limited(&provision, 20_000)).refused(1, &["disk.img", "too large"]);
+    assert!(!lab.disk().exists() && !lab.state().exists());
+    lab.provision(&[]);
+    let socket = lab.socket();
+    let serve = lab.pristine("serve", &["--socket-path".as_ref(), socket.as_os_str()]);
+    let server = Server::start(&limited(&serve, 20_000));
+    let mut client = Remote::connected(&lab.socket(), 1);
+    client.ask("write 0 4096 1");
+    client.try_ask(&format!("write {} 4096 1", 20 << 20)).unwrap_err();
+    client.ask("write 4096 4096 1");
+    client.leave();
+    server.stop();
+    lab.run("restore", NONE).ok();
+    lab.assert_pristine();
 }

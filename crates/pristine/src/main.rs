@@ -41,6 +41,7 @@ use crate::args::{Cli, Command};
 fn main() -> ExitCode {
     let cli = Cli::parse_from(args::with_default_command(std::env::args_os()));
     start_logger(cli.verbose);
+    signals::survive_size_limits();
     let result = match &cli.command {
         Command::Provision(args) => commands::provision(args),
         Command::Serve(args) => serve::serve(args),

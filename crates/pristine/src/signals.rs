@@ -1,13 +1,23 @@
-//! SIGTERM and SIGINT: stop soon, in order.
+//! SIGTERM and SIGINT: stop soon, in order. SIGXFSZ: an error like others.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
+use rustix::process::Signal;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::{Handle, Signals};
 
 use crate::failure::Failure;
+
+/// Has a write beyond the limit of a file's size (`ulimit -f`, `LimitFSIZE=`) fail with an error that says which file, where it
+/// would kill the program: half-made files would be left, and a guest's write could end its server.
+pub(crate) fn survive_size_limits() {
+    let exceeded = Arc::new(AtomicBool::new(false));
+    if let Err(error) = signal_hook::flag::register(Signal::XFSZ.as_raw(), exceeded) {
+        log::debug!("a write beyond the limit of a file's size kills the program: {error}");
+    }
+}
 
 /// Waits for the signals in a thread of its own, as long as it lives.
 pub(crate) struct StopOnSignal {
