@@ -170,11 +170,19 @@ impl Backend {
     /// Waits for all I/O in flight of all queues, and publishes the answers. All at once: a write of one
     /// queue may wait for blocks that a finished write of another holds until it is answered.
     pub(crate) fn drain(&self) {
+        self.drain_until(&mut || false);
+    }
+
+    /// The same, as long as nothing says that the wait `is_over`; whether all of it is finished.
+    pub(crate) fn drain_until(&self, is_over: &mut dyn FnMut() -> bool) -> bool {
         let fds = self.wait_fds();
         loop {
             self.workers_with_rings().for_each(|(mut worker, ring)| worker.finish(&self.device, ring));
             if self.is_quiet() {
                 break;
+            }
+            if is_over() {
+                return false;
             }
             let borrow = |fd: &RawFd| {
                 // SAFETY: the descriptors are the workers', and live as long as `self`.
@@ -188,6 +196,7 @@ impl Backend {
             }
         }
         self.workers_with_rings().for_each(|(mut worker, ring)| worker.drain(&self.device, ring));
+        self.is_quiet()
     }
 
     /// Whether no I/O of any queue is in flight.

@@ -30,9 +30,9 @@ use crate::{
     wire::Message,
 };
 
-/// How long threads may take to let go of a connection: the state's storage can delay them, while a first write waits for it.
-const TEARDOWN_MAX: Duration = Duration::from_secs(20);
-/// How long until it is looked whether a frontend keeps them waiting by attacking its own interrupt descriptor; and then again.
+/// How long I/O may take to let go of a connection before that is said, and how long a server that is to stop waits for it.
+pub(crate) const TEARDOWN_MAX: Duration = Duration::from_secs(if cfg!(test) { 2 } else { 20 });
+/// How long until it is looked whether a frontend keeps threads waiting by attacking its own interrupt descriptor; and then again.
 const TEARDOWN_LOOK: Duration = Duration::from_millis(100);
 
 type Daemon = VhostUserDaemon<Arc<Backend>>;
@@ -79,7 +79,9 @@ impl Connection {
     /// Takes the connection down. When this returns without an error, its threads are gone, and no
     /// I/O of it is in flight. Returns what the library had against the frontend, if anything; and the
     /// frontend for another server, if the relay was to [`remember`](Relay::remember) what it set up.
-    pub(crate) fn close(self) -> io::Result<(Option<String>, Option<HandOver>)> {
+    ///
+    /// Storage that does not answer is waited for as long as the server is not to `stop`: another one could do no more.
+    pub(crate) fn close(self, stop: &dyn Fn() -> bool) -> io::Result<(Option<String>, Option<HandOver>)> {
         let Self { relay, queues: Queues { backend, threads }, mut daemon } = self;
         drop(threads);
         backend.stop();
@@ -92,22 +94,65 @@ impl Connection {
             drop(daemon);
             let _ = done.send(complaint(result));
         })?;
-        let begin = Instant::now();
+        let mut patience = Patience::new(stop);
         let complaint = loop {
             match ended.recv_timeout(TEARDOWN_LOOK) {
                 Ok(complaint) => break complaint,
-                Err(RecvTimeoutError::Timeout) if begin.elapsed() < TEARDOWN_MAX => backend.free(),
-                Err(_) => {
-                    let what = "the threads of a connection do not end";
-                    return Err(io::Error::new(io::ErrorKind::TimedOut, what));
+                Err(RecvTimeoutError::Timeout) if patience.is_over() => return Err(patience.lost()),
+                Err(RecvTimeoutError::Timeout) => backend.free(),
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(io::Error::other("the threads of a connection have ended in disorder"));
                 }
             }
         };
-        backend.drain();
-        if !backend.is_quiet() {
-            return Err(io::Error::other("I/O of a closed connection is still in flight"));
+        if !backend.drain_until(&mut || patience.is_over()) {
+            // Dropped, its queues would wait for their I/O.
+            std::mem::forget(backend);
+            return Err(patience.lost());
         }
         Ok((complaint, handover))
+    }
+}
+
+/// Waiting for the I/O of a frontend that is gone.
+struct Patience<'a> {
+    /// Whether the server is to stop.
+    stop: &'a dyn Fn() -> bool,
+    begin: Instant,
+    /// How long it has lasted when it is said next.
+    said_after: Duration,
+    stopping_since: Option<Instant>,
+}
+
+impl<'a> Patience<'a> {
+    fn new(stop: &'a dyn Fn() -> bool) -> Self {
+        Self { stop, begin: Instant::now(), said_after: TEARDOWN_MAX, stopping_since: None }
+    }
+
+    /// Whether to wait no longer. Says now and then that it is waited.
+    fn is_over(&mut self) -> bool {
+        let (now, waited) = (Instant::now(), self.begin.elapsed());
+        if waited >= self.said_after {
+            self.said_after *= 2;
+            log::warn!(
+                "a VM is gone, and its I/O is not finished after {} s: the storage of the disk, of its state or of its base \
+                 does not answer; nobody else is served before",
+                waited.as_secs()
+            );
+        }
+        if (self.stop)() {
+            self.stopping_since.get_or_insert(now);
+        }
+        self.stopping_since.is_some_and(|since| now.saturating_duration_since(since) >= TEARDOWN_MAX)
+    }
+
+    fn lost(&self) -> io::Error {
+        let what = format!(
+            "its I/O is not finished, {} s after the server was to stop: the storage of the disk, of its state or of its base \
+             does not answer",
+            TEARDOWN_MAX.as_secs()
+        );
+        io::Error::new(io::ErrorKind::TimedOut, what)
     }
 }
 

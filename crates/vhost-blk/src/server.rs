@@ -59,6 +59,8 @@ pub struct Server {
     accept_after: Option<Instant>,
     refusals: RateLimit,
     session_has_ended: bool,
+    /// Nobody is served any more.
+    is_ending: bool,
 }
 
 struct Served {
@@ -111,6 +113,7 @@ impl Server {
             accept_after: None,
             refusals: RateLimit::new(),
             session_has_ended: false,
+            is_ending: false,
         })
     }
 
@@ -136,6 +139,7 @@ impl Server {
     /// frontend is connected, unless the error says otherwise.
     pub fn run(&mut self) -> Result<Exit, ServerError> {
         let result = self.serve();
+        self.is_ending = true;
         // First, so that a frontend that connects again when its connection ends does not do so here.
         self.socket.close();
         self.held = None;
@@ -152,7 +156,7 @@ impl Server {
     }
 
     fn serve(&mut self) -> Result<Exit, ServerError> {
-        self.session_has_ended = false;
+        (self.session_has_ended, self.is_ending) = (false, false);
         if let SocketKind::Connected(stream) = &mut self.socket.kind
             && let Some(stream) = stream.take()
         {
@@ -325,7 +329,8 @@ impl Server {
 
     /// Takes a connection down; afterwards nothing of it is in flight.
     fn take_down(&self, served: Served) -> Result<(Peer, Option<HandOver>), ServerError> {
-        let (complaint, handover) = served.connection.close().map_err(ServerError::Teardown)?;
+        let closed = served.connection.close(&|| self.is_ending || self.control.is_to_stop());
+        let (complaint, handover) = closed.map_err(ServerError::Teardown)?;
         if let Some(complaint) = complaint {
             self.refuse(&complaint);
         }

@@ -109,6 +109,11 @@ impl Control {
         Ok(Arc::new(Self { event, stop: AtomicBool::new(false), end_session: AtomicU64::new(0) }))
     }
 
+    /// Whether to stop, without [taking](Self::take_stop) it.
+    pub(super) fn is_to_stop(&self) -> bool {
+        self.stop.load(Ordering::Acquire)
+    }
+
     /// Whether to stop; says so once per request.
     pub(super) fn take_stop(&self) -> bool {
         self.stop.swap(false, Ordering::Acquire)

@@ -3,6 +3,7 @@
 use rustix::fs::{FallocateFlags, MemfdFlags};
 
 use super::*;
+use crate::connection::TEARDOWN_MAX;
 
 #[test]
 fn server_of_a_frontend_reads_what_was_written_through_any_queue() {
@@ -320,4 +321,38 @@ fn server_of_a_guest_with_huge_pages_maps_them_as_they_are() {
     for mapping in mappings {
         assert!(mapping.lines().any(|line| line.starts_with("KernelPageSize:") && line.contains(" 2048 kB")));
     }
+}
+
+/// A server with a frontend that is gone, whose write the disk has not done yet.
+fn with_stuck_write() -> Running {
+    let server = Running::new(|_| {});
+    let mut driver = Driver::start(&server.path, 1);
+    server.disk.hold(true);
+    driver.header(DATA_AT, VIRTIO_BLK_T_OUT, 0);
+    driver.offer(0, &[(DATA_AT, 16 + 512, false), (DATA_AT + 4096, 1, true)]);
+    driver.kick(0);
+    wait_until("a request in flight", || server.disk.in_flight() == 1);
+    server
+}
+
+/// Storage that does not answer for long ends no server: the VM that comes next is served when it does.
+#[test]
+fn frontend_that_leaves_while_storage_is_stuck_is_waited_for() {
+    let server = with_stuck_write();
+    std::thread::sleep(TEARDOWN_MAX + Duration::from_millis(500));
+    assert_eq!(server.disk.in_flight(), 1);
+    server.disk.hold(false);
+    server.wait_for("left, open: true");
+    let mut driver = Driver::start(&server.path, 1);
+    assert_eq!(driver.write(0, 0, &[1; 512]), 0);
+}
+
+#[test]
+fn server_that_is_to_stop_while_storage_is_stuck_says_why_it_ends_in_disorder() {
+    let mut server = with_stuck_write();
+    server.stop.stop();
+    let error = server.thread.take().unwrap().join().unwrap().unwrap_err();
+    let source = std::error::Error::source(&error).unwrap().to_string();
+    assert!(matches!(error, ServerError::Teardown(_)) && source.contains("does not answer"), "{source}");
+    server.disk.hold(false);
 }
