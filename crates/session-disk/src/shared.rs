@@ -74,6 +74,8 @@ pub(crate) struct Shared {
     pub(crate) owned: BlockSet,
     /// Of what left P because a guest took it, what may not be durable.
     pub(crate) unsynced: Unsynced,
+    /// Those of them that were made to read as zeroes, or given up, and so not written.
+    pub(crate) zeroed: Unsynced,
     /// C, and what the drain has copied and not settled.
     pub(crate) claims: Claims,
     pub(crate) intents: Intents,
@@ -142,6 +144,7 @@ impl Shared {
             counters: Counters::default(),
             owned: BlockSet::new(parts.pending.bound()),
             unsynced: Unsynced::new(parts.pending.bound()),
+            zeroed: Unsynced::new(parts.pending.bound()),
             claims: Claims::new(parts.pending.bound()),
             pending: parts.pending,
             intents: parts.intents,
@@ -278,7 +281,7 @@ impl Shared {
 
     /// Step 12: a failed sync poisons and is never tried again, because the kernel forgets it.
     fn sync(&self, sync: impl FnOnce(&File) -> Result<(), blockio::Error>) -> Result<(), Error> {
-        self.unsynced.synced(|| {
+        let heeded = || {
             // Known before the next one syncs, to whom the kernel would not say it again.
             if self.heeds_poison() {
                 return Err(Error::Poisoned(self.disk.path().to_owned()));
@@ -286,7 +289,20 @@ impl Shared {
             // The path of `disk_sync` is that of a descriptor.
             let result = self.storage.sync_disk(self.disk.path(), || sync(&self.disk_sync));
             result.inspect_err(|_| self.poison())
-        })
+        };
+        self.unsynced.synced(|| self.zeroed.synced(heeded))
+    }
+
+    /// Fails, now and for ever, if what was taken from P may be lost. Of `extent` this was read from the disk before: if this succeeds,
+    /// it is what was put there last.
+    ///
+    /// Of data the kernel tells [whether it was written back](Self::check_written_back). That blocks read as zeroes is the file system's
+    /// own note, which may be lost without a word, should its journal have failed: only a sync tells of it.
+    pub(crate) fn check_taken(&self, extent: Extent) -> io::Result<()> {
+        if self.zeroed.intersects(extent) {
+            return self.sync_disk().map_err(io::Error::other);
+        }
+        self.check_written_back()
     }
 
     /// Fails, now and for ever, if the kernel has failed to write back some of the disk. What was read from the disk before this

@@ -6,6 +6,10 @@
 //! told that the data is there, whoever reads such a block asks, with the data in hand and before a guest sees any of it. The kernel
 //! notes a failure before it lets go of a page, so that what was read before the answer is the session's own if the answer is good.
 //!
+//! Zeroes that are not written are another matter: that a block reads as zeroes is a note of the file system, which is lost, without a word
+//! to those who ask about data, if its journal fails and the note is dropped from memory. The same is true of a block that is given up before its
+//! data was written back. So these are in a set of their own, and whoever reads one syncs.
+//!
 //! Blocks that were never pending have the base's content underneath, and what is written again after a sync has the session's own.
 
 use std::sync::atomic::{AtomicU64, Ordering};

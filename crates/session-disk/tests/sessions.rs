@@ -3,11 +3,13 @@
 
 mod common;
 
-use std::sync::atomic::AtomicBool;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
+use blockio::tape::{Io, Tape};
 use blockio::{EngineKind, GuestBuf};
 use common::{Bench, end, read, run, try_write, write};
-use session_disk::{Basis, DiskState, Distrust, Error, Request, status, verify};
+use session_disk::{Basis, DiskState, Distrust, Error, FlushPolicy, Request, status, verify};
 
 const MIB: usize = 1 << 20;
 
@@ -95,6 +97,66 @@ fn write_zeroes_over_mixed_blocks_reads_as_zeroes_and_is_restored() {
         end(&disk, queue);
         bench.assert_restores_exactly(&disk);
     }
+}
+
+/// Syncs of the disk fail while it says so.
+#[derive(Debug, Default)]
+struct NoSync(AtomicBool);
+
+impl Tape for NoSync {
+    fn begin(&self, io: Io<'_>) -> std::io::Result<u64> {
+        match io {
+            Io::Sync { path } if path.ends_with("disk.raw") && self.0.load(Ordering::SeqCst) => {
+                Err(std::io::Error::from_raw_os_error(5))
+            }
+            _ => Ok(0),
+        }
+    }
+
+    fn end(&self, _number: u64, _done: bool) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Invariant 2: that a pending block reads as zeroes is a note of the file system. If its journal fails it can be forgotten without a word to
+/// those who ask about data, and the block has what an earlier session wrote: so whoever reads it syncs before. What was written needs none.
+#[test]
+fn pending_block_that_was_zeroed_is_not_read_before_that_is_durable() {
+    let tape = Arc::new(NoSync::default());
+    let mut bench = Bench::new(4 * MIB, None, true, EngineKind::IoUring);
+    bench.options.tape = Some(tape.clone());
+    bench.options.flush = FlushPolicy::Never;
+    let session = || {
+        let disk = bench.open();
+        disk.begin_session(None).unwrap();
+        let mut queue = disk.queue(16).unwrap();
+        let range = disk.geometry().sectors_at(16, 2 * 4096).unwrap();
+        run(&mut queue, Request::WriteZeroes { range, may_unmap: true, durable: false }).unwrap();
+        // As one that is written and given up before that has reached the medium.
+        for sector in [32, 40] {
+            write(&disk, &mut queue, sector, &[0x55; 4096]);
+        }
+        let range = disk.geometry().sectors_at(40, 4096).unwrap();
+        run(&mut queue, Request::Discard { range }).unwrap();
+        (disk, queue)
+    };
+    let (disk, mut queue) = session();
+    tape.0.store(true, Ordering::SeqCst);
+    assert_eq!(read(&disk, &mut queue, 32, 4096), [0x55; 4096]);
+    drop((disk, queue));
+    for sector in [16, 40] {
+        tape.0.store(false, Ordering::SeqCst);
+        let (disk, mut queue) = session();
+        tape.0.store(true, Ordering::SeqCst);
+        let (range, buf) = (disk.geometry().sectors_at(sector, 4096).unwrap(), GuestBuf::zeroed(4096));
+        run(&mut queue, Request::Read { range, buf }).unwrap_err();
+    }
+    tape.0.store(false, Ordering::SeqCst);
+    let (disk, mut queue) = session();
+    assert_eq!(read(&disk, &mut queue, 16, 4096), [0; 4096]);
+    // Once it is durable nobody asks again.
+    tape.0.store(true, Ordering::SeqCst);
+    assert_eq!(read(&disk, &mut queue, 16, 4096), [0; 4096]);
 }
 
 /// Invariants 1, 2 and 6: a server that is gone without a word leaves a log that says exactly what to restore.

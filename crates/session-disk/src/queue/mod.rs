@@ -13,7 +13,7 @@
 //! 5. *Mixed requests* are split; the answer waits for all parts, and what failed stays pending.
 //! 6. *Read*: per run, pending blocks from the base, others from the disk. P only shrinks while a session runs. Blocks that left P
 //!    by steps 2 and 3 and [are not known to be durable](crate::unsynced) go by way of a bounce buffer, and the guest gets them if the
-//!    kernel has not failed to write back any of the disk.
+//!    kernel has not failed to write back any of the disk; those that were made to read as zeroes, once a sync has succeeded.
 //!
 //! In steady state (nothing pending, the block owned) a request costs two looks at bitmaps and one
 //! operation: no lock, no allocation.
@@ -46,7 +46,7 @@ use crate::shared::{BASE, DISK, FlushPolicy, QueueCounters, Shared};
 const BOUNCE: u64 = 1 << 63;
 
 /// What may not be durable is read so much at a time, and no further request is begun while more than so much is being read.
-const BOUNCE_LEN_MAX: u64 = 256 << 10;
+const BOUNCE_BLOCKS_MAX: u64 = (256 << 10) / BLOCK_SIZE;
 const BOUNCED_BYTES_MAX: usize = 4 << 20;
 
 /// When more operations are on their way, no further request is begun: one request over blocks that are
@@ -383,8 +383,10 @@ impl DiskQueue {
             let op = Op::Read { file: DISK, offset: range.offset(), buf: Buffer::Guest(buf) };
             return self.push_part(slot, op);
         }
-        for from in (0..range.len()).step_by(BOUNCE_LEN_MAX as usize) {
-            let len = (range.len() - from).min(BOUNCE_LEN_MAX) as usize;
+        let touched = range.touched();
+        for first in (touched.first()..touched.end()).step_by(BOUNCE_BLOCKS_MAX as usize) {
+            let Some(range_part) = range.within(Extent::new(first, BOUNCE_BLOCKS_MAX)) else { continue };
+            let (from, len) = (range_part.offset() - range.offset(), range_part.len() as usize);
             let Some(buf) = buf.slice(from as usize, len) else {
                 return self.fail(slot, failed(io::ErrorKind::InvalidInput));
             };
@@ -392,7 +394,12 @@ impl DiskQueue {
                 state.parts += 1;
             }
             let bounce = AlignedBuf::new_zeroed(len);
-            self.push_bounced(Bounce::Read { slot, buf }, DISK, range.offset() + from, bounce);
+            self.push_bounced(
+                Bounce::Read { slot, range: range_part, buf },
+                DISK,
+                range_part.offset(),
+                bounce,
+            );
         }
     }
 
@@ -439,6 +446,7 @@ impl DiskQueue {
                 continue;
             }
             if let Some(part) = shared.geometry.bytes_of(run) {
+                self.zeroes_unsynced(slot, run);
                 self.push_part(slot, Op::Punch { file: DISK, offset: part.offset(), len: part.len() });
             }
         }
@@ -500,6 +508,11 @@ impl DiskQueue {
         state.parts -= 1;
         if state.parts > 0 {
             return;
+        }
+        // Also of what was pending: before that leaves P. A sync that began before now vouches for none of it.
+        for extent in state.zeroed.drain(..) {
+            self.shared.zeroed.insert(extent);
+            self.shared.unsynced.insert(extent);
         }
         if state.is_sync && state.error.is_some() {
             self.shared.poison();

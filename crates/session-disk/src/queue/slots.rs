@@ -19,6 +19,8 @@ pub(super) struct Slot {
     pub(super) claimed: Vec<Extent>,
     /// Of these, the ones that become the session's when all parts are done.
     pub(super) taking: Vec<Extent>,
+    /// What is made to read as zeroes, or given up, where the medium may have what an earlier session wrote.
+    pub(super) zeroed: Vec<Extent>,
     /// A write that waits for claims.
     pub(super) parked: Option<Write>,
     /// Whether a sync follows the last part.

@@ -15,8 +15,8 @@ use crate::shared::{BASE, DISK, FlushPolicy, NO_LOG};
 pub(super) enum Bounce {
     /// Part of a pending block is being written.
     Fill(Fill),
-    /// A read of what may not be durable, for the request `slot`, into `buf`.
-    Read { slot: usize, buf: GuestBuf },
+    /// A read of `range`, which may not be durable, for the request `slot`, into `buf`.
+    Read { slot: usize, range: BlockRange, buf: GuestBuf },
 }
 
 /// What becomes of a bounce block that the base was read into.
@@ -102,6 +102,9 @@ impl DiskQueue {
     /// logged at the end of the pass.
     fn write_clean(&mut self, slot: usize, range: BlockRange, data: Data) {
         let touched = range.touched();
+        if matches!(data, Data::Zeroes { .. }) {
+            self.zeroes_unsynced(slot, touched);
+        }
         let op = data_op(range, data);
         if self.shared.owned.contains_all(touched) {
             return self.push_part(slot, op);
@@ -112,6 +115,16 @@ impl DiskQueue {
             state.parts += 1;
         }
         self.staged.push((slot, op));
+    }
+
+    /// The file system is to note that `touched`, of which nothing is pending, reads as zeroes. If some of it was not durable, what is on
+    /// the medium may be an earlier session's, and its own data now never gets there.
+    pub(super) fn zeroes_unsynced(&mut self, slot: usize, touched: Extent) {
+        if self.shared.unsynced.intersects(touched)
+            && let Some(state) = self.slots.get_mut(slot)
+        {
+            state.zeroed.push(touched);
+        }
     }
 
     /// The rest of step 1, for all staged writes of a pass: intents, record, live page, L; only
@@ -163,6 +176,7 @@ impl DiskQueue {
             log::warn!("{}: a write fails: {error}", self.shared.disk.path().display());
             return self.fail(slot, io::Error::other(error));
         }
+        let zeroes = matches!(data, Data::Zeroes { .. });
         let whole = self.shared.geometry.covered(part).intersection(run);
         // At most one partly covered block at either side of the wholly covered ones.
         let (head, tail) = if whole.is_empty() {
@@ -184,6 +198,9 @@ impl DiskQueue {
         }
         if let Some(state) = self.slots.get_mut(slot) {
             state.taking.push(run);
+            if zeroes {
+                state.zeroed.push(run);
+            }
         }
     }
 
@@ -231,8 +248,8 @@ impl DiskQueue {
         let bounce = bounce.ok_or_else(|| failed(io::ErrorKind::InvalidData));
         match (result.and(bounce), what) {
             (Ok(bounce), Bounce::Fill(fill)) => self.write_filled(fill, bounce),
-            (Ok(bounce), Bounce::Read { slot, buf }) => {
-                let checked = self.shared.check_written_back();
+            (Ok(bounce), Bounce::Read { slot, range, buf }) => {
+                let checked = self.shared.check_taken(range.touched());
                 if checked.is_ok() {
                     buf.copy_in(0, &bounce);
                 }
