@@ -158,19 +158,20 @@ impl Relay {
         }
     }
 
-    /// The two descriptors, and what to wait for on each.
-    pub(crate) fn interest(&self) -> [(BorrowedFd<'_>, PollFlags); 2] {
-        let events = |inward: &Lane, outward: &Lane| {
-            let full = inward.writer.is_pending()
-                || std::ptr::eq(inward, &self.requests) && self.postponed.is_some();
-            let read = if full { PollFlags::empty() } else { PollFlags::IN };
-            let write = if outward.writer.is_pending() { PollFlags::OUT } else { PollFlags::empty() };
-            read | write
+    /// The descriptors on which there is something to wait for, and what. Where there is not, a hang-up would be told
+    /// again and again: the library's matters when replies can be written again, or the next request can't be.
+    pub(crate) fn interest(&self) -> impl Iterator<Item = (BorrowedFd<'_>, PollFlags)> {
+        let read = |full: bool| if full { PollFlags::empty() } else { PollFlags::IN };
+        let write = |outward: &Lane| {
+            if outward.writer.is_pending() { PollFlags::OUT } else { PollFlags::empty() }
         };
-        [
-            (self.frontend.as_fd(), events(&self.requests, &self.replies)),
-            (self.library.as_fd(), events(&self.replies, &self.requests)),
-        ]
+        let full = self.requests.writer.is_pending() || self.postponed.is_some();
+        // A frontend that is not read may still go.
+        let frontend = read(full) | write(&self.replies) | PollFlags::RDHUP;
+        let library = read(self.replies.writer.is_pending()) | write(&self.requests);
+        [(self.frontend.as_fd(), frontend), (self.library.as_fd(), library)]
+            .into_iter()
+            .filter(|(_, events)| !events.is_empty())
     }
 
     /// Forwards what can be forwarded now. `Some`: the connection is over.
@@ -215,7 +216,8 @@ impl Relay {
 
     fn forward_request(&mut self, gate: &mut dyn Gate) -> Result<bool, Ending> {
         if !self.requests.writer.flush(&self.library).map_err(|_| Ending::Library)? {
-            return Ok(false);
+            // The library may be held up by what ends with the connection.
+            return if has_hung_up(&self.frontend) { Err(Ending::Frontend) } else { Ok(false) };
         }
         let again = self.postponed.is_none().then(|| self.replay.pop_front()).flatten();
         self.stale += usize::from(again.as_ref().is_some_and(|message| self.is_answered(message)));
@@ -501,9 +503,7 @@ mod tests {
     fn relay_of_a_frontend_that_never_reads_does_not_grow_or_block() {
         let (mut relay, _frontend, mut library) = relay();
         library.set_nonblocking(true).unwrap();
-        let mut reply = bytes(FrontendReq::GET_CONFIG, &[]);
-        reply[8..12].copy_from_slice(&4096u32.to_ne_bytes());
-        reply.resize(12 + 4096, 7);
+        let reply = long(FrontendReq::GET_CONFIG);
         let mut written = 0;
         // Ends when both sockets are full and the relay holds its one message.
         while library.write(&reply).is_ok_and(|n| n == reply.len()) && written < 10_000 {
@@ -511,7 +511,70 @@ mod tests {
             assert_eq!(relay.forward(&mut open_gate()), None);
         }
         assert!(written < 10_000);
-        let [(_, frontend), (_, library)] = relay.interest();
-        assert!(frontend.contains(PollFlags::OUT) && !library.contains(PollFlags::IN));
+        let asked: Vec<_> = relay.interest().map(|(_, events)| events).collect();
+        assert_eq!(asked, [PollFlags::IN | PollFlags::OUT | PollFlags::RDHUP]);
+    }
+
+    /// A message of the longest kind.
+    fn long(request: FrontendReq) -> Vec<u8> {
+        let mut message = bytes(request, &[]);
+        message[8..12].copy_from_slice(&4096u32.to_ne_bytes());
+        message.resize(12 + 4096, 7);
+        message
+    }
+
+    /// Writes `message` to `from` until nothing moves any more: the sockets are full, and the relay holds its one message.
+    fn fill(relay: &mut Relay, mut from: &UnixStream, message: &[u8]) {
+        from.set_nonblocking(true).unwrap();
+        while from.write(message).is_ok_and(|n| n == message.len()) {
+            assert_eq!(relay.forward(&mut open_gate()), None);
+        }
+    }
+
+    /// Whether a wait for the relay's descriptors ends at once.
+    fn is_woken(relay: &Relay) -> bool {
+        let mut fds: Vec<_> =
+            relay.interest().map(|(fd, events)| PollFd::from_borrowed_fd(fd, events)).collect();
+        rustix::event::poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).unwrap() > 0
+    }
+
+    /// Invariant 8: its hang-up would be told to no end.
+    #[test]
+    fn relay_whose_library_is_gone_and_whose_frontend_never_reads_sleeps_until_it_does() {
+        for reads in [true, false] {
+            let (mut relay, mut frontend, library) = relay();
+            fill(&mut relay, &library, &long(FrontendReq::GET_CONFIG));
+            drop(library);
+            assert_eq!(relay.forward(&mut open_gate()), None);
+            assert!(!is_woken(&relay));
+            if reads {
+                let mut part = [0; 4096];
+                frontend.set_nonblocking(true).unwrap();
+                let ending = loop {
+                    assert!(frontend.read(&mut part).is_ok_and(|n| n > 0));
+                    if is_woken(&relay)
+                        && let Some(ending) = relay.forward(&mut open_gate())
+                    {
+                        break ending;
+                    }
+                };
+                assert_eq!(ending, Ending::Library);
+            } else {
+                drop(frontend);
+                assert!(is_woken(&relay));
+                assert_eq!(relay.forward(&mut open_gate()), Some(Ending::Frontend));
+            }
+        }
+    }
+
+    /// Invariant 8: a library that is held up is not waited for by who is gone.
+    #[test]
+    fn relay_whose_frontend_is_gone_and_whose_library_does_not_read_ends() {
+        let (mut relay, frontend, _library) = relay();
+        fill(&mut relay, &frontend, &long(FrontendReq::SET_CONFIG));
+        assert!(!is_woken(&relay));
+        drop(frontend);
+        assert!(is_woken(&relay));
+        assert_eq!(relay.forward(&mut open_gate()), Some(Ending::Frontend));
     }
 }
