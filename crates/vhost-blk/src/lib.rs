@@ -24,6 +24,7 @@ mod interrupts;
 mod limit;
 mod peer;
 mod poll;
+mod regions;
 mod relay;
 mod request;
 mod server;

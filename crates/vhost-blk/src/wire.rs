@@ -91,6 +91,12 @@ impl Message {
     pub(crate) fn payload_word(&self, index: usize) -> u32 {
         word(&self.bytes, HEADER_LEN / 4 + index)
     }
+
+    /// The 64-bit number of the payload that begins with its `index`-th 32-bit one, 0 if it is not that long.
+    pub(crate) fn payload_long(&self, index: usize) -> u64 {
+        let bytes = self.bytes.get(HEADER_LEN + 4 * index..).and_then(|bytes| bytes.first_chunk());
+        bytes.map_or(0, |bytes| u64::from_ne_bytes(*bytes))
+    }
 }
 
 fn word(bytes: &[u8], index: usize) -> u32 {
