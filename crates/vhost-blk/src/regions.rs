@@ -12,9 +12,46 @@ const HEADER_WORDS: usize = 2;
 /// A file's last page is there as a whole. (Where pages are larger, more of it is.)
 const PAGE: u64 = 4096;
 
+/// Most regions at a time: the library says so to who asks (GET_MAX_MEM_SLOTS), and takes more.
+pub(crate) const REGIONS_MAX: u32 = 509;
+
+/// The regions that there are.
+#[derive(Debug, Default)]
+pub(crate) struct Regions {
+    /// At least as many as the library has mapped: it ends the connection when it can't do what it is told.
+    count: u32,
+}
+
+impl Regions {
+    /// SET_MEM_TABLE.
+    pub(crate) fn set(&mut self, message: &Message) -> Result<(), String> {
+        are_in_their_files(message)?;
+        self.count = message.payload_word(0);
+        Ok(())
+    }
+
+    /// ADD_MEM_REG.
+    pub(crate) fn add(&mut self, message: &Message) -> Result<(), String> {
+        are_in_their_files(message)?;
+        if self.count >= REGIONS_MAX {
+            let address = message.payload_long(HEADER_WORDS);
+            return Err(format!(
+                "memory region at {address:#x}: there are {REGIONS_MAX} already, the most there may be"
+            ));
+        }
+        self.count += 1;
+        Ok(())
+    }
+
+    /// REM_MEM_REG.
+    pub(crate) fn remove(&mut self) {
+        self.count = self.count.saturating_sub(1);
+    }
+}
+
 /// Beyond the end of its file a region's memory is none: to touch it would kill us. (A file that is cut later is another
 /// matter.)
-pub(crate) fn are_in_their_files(message: &Message) -> Result<(), String> {
+fn are_in_their_files(message: &Message) -> Result<(), String> {
     // The library refuses what has not as many regions as descriptors.
     for (index, file) in message.fds.iter().enumerate() {
         let number = |which| message.payload_long(HEADER_WORDS + index * REGION_WORDS + which);

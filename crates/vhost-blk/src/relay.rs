@@ -22,7 +22,7 @@ use vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures};
 use crate::config;
 use crate::handover::HandOver;
 use crate::inflight::{InflightTable, Shape};
-use crate::regions;
+use crate::regions::Regions;
 use crate::setup::Setup;
 use crate::wire::{Message, Reader, Received, Writer};
 
@@ -96,6 +96,7 @@ pub(crate) struct Relay {
     table: Option<Arc<InflightTable>>,
     /// Rings were started with that table elsewhere: it belongs to rings that run.
     brought: bool,
+    regions: Regions,
     /// What the frontend has set up, if somebody wants to know.
     setup: Option<Setup>,
     /// What it had set up with a server before, to be said again before it says more.
@@ -122,6 +123,7 @@ impl Relay {
             made: None,
             table: None,
             brought: false,
+            regions: Regions::default(),
         }
     }
 
@@ -326,8 +328,11 @@ impl Relay {
                 }
                 Ok(())
             }
-            Ok(FrontendReq::SET_MEM_TABLE | FrontendReq::ADD_MEM_REG) => {
-                regions::are_in_their_files(message).map_err(Ending::Refused)
+            Ok(FrontendReq::SET_MEM_TABLE) => self.regions.set(message).map_err(Ending::Refused),
+            Ok(FrontendReq::ADD_MEM_REG) => self.regions.add(message).map_err(Ending::Refused),
+            Ok(FrontendReq::REM_MEM_REG) => {
+                self.regions.remove();
+                Ok(())
             }
             Ok(FrontendReq::SET_VRING_CALL) => events_only(message),
             Ok(FrontendReq::SET_VRING_KICK) => {

@@ -185,6 +185,22 @@ impl Driver {
         self.frontend.set_mem_table(&[region]).map(|_| ())
     }
 
+    /// Adds or removes a region of one page, the `index`-th beyond the guest's memory.
+    pub(crate) fn change_regions(&mut self, index: u64, add: bool) -> vhost::Result<()> {
+        let address = MEMORY_LEN as u64 + index * 4096;
+        let region = VhostUserMemoryRegionInfo {
+            guest_phys_addr: address,
+            memory_size: 4096,
+            userspace_addr: address,
+            mmap_offset: 0,
+            mmap_handle: self.memfd.as_raw_fd(),
+        };
+        match add {
+            true => self.frontend.add_mem_region(&region).map(|_| ()),
+            false => self.frontend.remove_mem_region(&region),
+        }
+    }
+
     /// Gives the device other memory with the same contents; returns the old one.
     pub(crate) fn replace_memory(&mut self) -> Memory {
         self.replace_memory_by(new_memfd())

@@ -4,6 +4,7 @@ use rustix::fs::{FallocateFlags, MemfdFlags};
 
 use super::*;
 use crate::connection::TEARDOWN_MAX;
+use crate::regions::REGIONS_MAX;
 
 #[test]
 fn server_of_a_frontend_reads_what_was_written_through_any_queue() {
@@ -296,6 +297,22 @@ fn kick_that_replaces_a_running_rings_is_listened_to() {
     driver.replace_kick(0);
     assert_eq!(driver.write(0, 0, &[2; 512]), 0);
     assert_eq!(driver.read(0, 0, 512), Ok(vec![2; 512]));
+}
+
+/// Invariant 8: each is a mapping, and all are gone through for each access.
+#[test]
+fn frontend_that_adds_more_memory_regions_than_it_may_is_refused() {
+    let server = Running::new(|_| {});
+    let mut driver = Driver::start(&server.path, 1);
+    let max = driver.frontend.get_max_mem_slots().unwrap();
+    assert_eq!(max, u64::from(REGIONS_MAX));
+    // One is the guest's memory.
+    (1..max).for_each(|index| driver.change_regions(index, true).unwrap());
+    driver.change_regions(1, false).unwrap();
+    driver.change_regions(max, true).unwrap();
+    assert_eq!(driver.write(0, 0, &[1; 512]), 0);
+    assert!(driver.change_regions(1, true).is_err());
+    server.wait_for("refused: memory region at 0x401000: there are 509 already");
 }
 
 /// Huge pages of the guest's memory are huge in the server's mapping too. Looked at only where the host
