@@ -32,6 +32,8 @@ pub const CLIENTS_MAX: usize = 8;
 const REPLY_TIME_MAX: Duration = Duration::from_secs(1);
 /// How long accepting rests when the process has run out of descriptors.
 const ACCEPT_REST: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
+/// How long until it is said again why no client can be accepted.
+const SAY_AGAIN: Duration = Duration::from_secs(60);
 
 /// What the commands do. Called on the threads of clients, several at once; each call must come to an
 /// end by itself.
@@ -171,6 +173,7 @@ fn value(result: Result<impl Serialize, Refusal>) -> Result<Value, Refusal> {
 /// Accepts clients until the server stops.
 fn accept(shared: &Arc<Shared>, listener: &PlacedListener) {
     let listener = listener.listener();
+    let mut said = None;
     while !shared.stop.load(Ordering::Acquire) {
         match listener.accept() {
             Ok((stream, _)) => admit(shared, stream),
@@ -182,7 +185,11 @@ fn accept(shared: &Arc<Shared>, listener: &PlacedListener) {
             Err(error)
                 if matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted) => {}
             Err(error) => {
-                log::warn!("the control socket cannot accept a client: {error}");
+                let (code, now) = (error.raw_os_error(), Instant::now());
+                if said.is_none_or(|(before, until)| before != code || now >= until) {
+                    said = Some((code, now + SAY_AGAIN));
+                    log::warn!("the control socket cannot accept a client: {error}");
+                }
                 let _ = poll(&mut [PollFd::new(&shared.wake, PollFlags::IN)], Some(&ACCEPT_REST));
             }
         }
