@@ -27,6 +27,7 @@ use crate::{
     disk::{AnyError, Disk},
     handover::HandOver,
     relay::Relay,
+    vring,
     wire::Message,
 };
 
@@ -67,9 +68,19 @@ impl Connection {
     /// Serves `frontend` with a device on `disk`.
     pub(crate) fn open(disk: &dyn Disk, config: DeviceConfig, arrival: Arrival) -> Result<Self, AnyError> {
         let backend = Arc::new(Backend::new(disk, config)?);
-        let mut daemon = Daemon::new("vhost-user".to_owned(), backend.clone(), backend.shared_memory())
-            .map_err(|error| error.to_string())?;
+        let (daemon, rings) =
+            vring::made_by(|| Daemon::new("vhost-user".to_owned(), backend.clone(), backend.shared_memory()));
+        let mut daemon = daemon.map_err(|error| error.to_string())?;
         let queues = Queues { backend, threads: daemon.get_epoll_handlers() };
+        for (ring, thread) in rings.iter().zip(&queues.threads) {
+            let thread = Arc::downgrade(thread);
+            ring.ignore_kicks_by(move |kick| {
+                if let Some(thread) = thread.upgrade() {
+                    // It may not be listened to. The number only has to be none of the library's.
+                    let _ = thread.unregister_listener(kick, EventSet::IN, u64::MAX);
+                }
+            });
+        }
         let library = connect_privately(&mut daemon)?;
         let mut relay = Relay::new(arrival.frontend, library);
         relay.replay(arrival.setup);

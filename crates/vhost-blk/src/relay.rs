@@ -337,6 +337,7 @@ impl Relay {
             Ok(FrontendReq::SET_VRING_CALL) => events_only(message),
             Ok(FrontendReq::SET_VRING_KICK) => {
                 events_only(message)?;
+                no_semaphores(message)?;
                 if message.payload_word(0) & NO_FD != 0 {
                     return Ok(());
                 }
@@ -375,6 +376,21 @@ fn events_only(message: &Message) -> Result<(), Ending> {
     } else {
         Err(Ending::Refused("a ring's kick or call descriptor is not an eventfd".to_owned()))
     }
+}
+
+/// Of a kick that is a semaphore a read takes one of what may be 2^64: to no end. An older
+/// kernel does not tell, then it is believed.
+fn no_semaphores(message: &Message) -> Result<(), Ending> {
+    let is_semaphore = |fd: &std::os::fd::OwnedFd| {
+        fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd())).is_ok_and(|info| {
+            let value = info.lines().find_map(|line| line.strip_prefix("eventfd-semaphore:"));
+            value.is_some_and(|value| value.trim() != "0")
+        })
+    };
+    if message.fds.iter().any(is_semaphore) {
+        return Err(Ending::Refused("a ring's kick descriptor is a semaphore".to_owned()));
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -1,15 +1,17 @@
 //! A virtqueue's state between the control plane and its worker.
 //!
-//! The library's [`VringMutex`], with three weaknesses mended: a worker that locks it over and
+//! The library's [`VringMutex`], with four weaknesses mended: a worker that locks it over and
 //! over can't starve control messages; reading a kick never blocks and never fails (an error would
-//! end the worker's thread); a kick that replaces one of a running ring is listened to.
+//! end the worker's thread); a kick that replaces one of a running ring is listened to, and the one
+//! that was replaced no longer.
 
 use std::{
+    cell::RefCell,
     fs::File,
     io::{self, IoSliceMut},
-    os::fd::{AsFd, AsRawFd, BorrowedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering},
     },
 };
@@ -53,6 +55,21 @@ struct Flags {
     call_has_room: AtomicI32,
     /// The call descriptor once more, for who can't have the ring's lock.
     call: Mutex<Option<File>>,
+    /// Has the worker's thread no longer listen to a kick.
+    ignore_kick: OnceLock<Box<dyn Fn(RawFd) + Send + Sync>>,
+}
+
+thread_local! {
+    /// Rings that are made on this thread, if somebody wants to know.
+    static MADE: RefCell<Option<Vec<Vring>>> = const { RefCell::new(None) };
+}
+
+/// Has the library make rings, and returns them too, in the order of their numbers: it shows none to us before there is
+/// something to do on it.
+pub(crate) fn made_by<T>(make: impl FnOnce() -> T) -> (T, Vec<Vring>) {
+    MADE.set(Some(Vec::new()));
+    let result = make();
+    (result, MADE.take().unwrap_or_default())
 }
 
 impl Flags {
@@ -130,6 +147,12 @@ impl Vring {
         }
     }
 
+    /// `ignore` has the worker's thread no longer listen to a descriptor, which may be none that it listens to.
+    pub(crate) fn ignore_kicks_by(&self, ignore: impl Fn(RawFd) + Send + Sync + 'static) {
+        // Nobody else says so.
+        let _ = self.flags.ignore_kick.set(Box::new(ignore));
+    }
+
     /// The control plane's access.
     fn control<T>(&self, change: impl FnOnce(&VringMutex<SharedMemory>) -> T) -> T {
         self.flags.waiting.fetch_add(1, Ordering::Relaxed);
@@ -156,7 +179,9 @@ impl<'a> VringStateMutGuard<'a, SharedMemory> for Vring {
 
 impl VringT<SharedMemory> for Vring {
     fn new(mem: SharedMemory, max_queue_size: u16) -> Result<Self, QueueError> {
-        Ok(Self { state: VringMutex::new(mem, max_queue_size)?, flags: Arc::default() })
+        let ring = Self { state: VringMutex::new(mem, max_queue_size)?, flags: Arc::default() };
+        MADE.with_borrow_mut(|made| made.iter_mut().for_each(|made| made.push(ring.clone())));
+        Ok(ring)
     }
 
     fn get_ref(&self) -> Guard<'_> {
@@ -238,10 +263,17 @@ impl VringT<SharedMemory> for Vring {
             if let Ok(flags) = flags.map(|flags| flags | OFlags::NONBLOCK) {
                 let _ = rustix::fs::fcntl_setfl(file, flags);
             }
+        }
+        {
+            let mut state = self.get_ref();
+            // Closed, it would still be listened to, as long as the frontend has it open: its kicks would wake the
+            // worker's thread to no end, for nobody could take them.
+            if let (Some(old), Some(ignore)) = (state.get_kick(), self.flags.ignore_kick.get()) {
+                ignore(old.as_raw_fd());
+            }
             // The library registers the kick of a ring only when it starts. A kick that was
             // pending on the old one is not lost: a start looks at the ring in any case.
-            let mut state = self.get_ref();
-            if state.get_queue().ready() && state.get_kick().is_some() {
+            if file.is_some() && state.get_queue().ready() {
                 drain(&state);
                 state.get_queue_mut().set_ready(false);
             }

@@ -119,6 +119,23 @@ fn relay_given_a_kick_or_call_that_is_no_eventfd_refuses() {
     }
 }
 
+/// Invariant 8: its queue's thread would count it down for ever.
+#[test]
+fn relay_given_a_kick_that_is_a_semaphore_refuses() {
+    let semaphore = eventfd(7, EventfdFlags::SEMAPHORE).unwrap();
+    let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", semaphore.as_raw_fd())).unwrap();
+    if !info.contains("eventfd-semaphore") {
+        eprintln!("not looked at, the kernel does not tell: {info}");
+        return;
+    }
+    let (mut relay, frontend, _library) = relay();
+    send(&frontend, FrontendReq::SET_VRING_CALL, &[0, 0], &[semaphore.as_fd()]);
+    assert_eq!(relay.forward(&mut open_gate()), None);
+    send(&frontend, FrontendReq::SET_VRING_KICK, &[0, 0], &[semaphore.as_fd()]);
+    let why = "a ring's kick descriptor is a semaphore".to_owned();
+    assert_eq!(relay.forward(&mut open_gate()), Some(Ending::Refused(why)));
+}
+
 #[test]
 fn relay_tells_which_side_has_ended() {
     let (mut one, frontend, _library) = relay();

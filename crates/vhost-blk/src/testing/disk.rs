@@ -26,6 +26,7 @@ pub(crate) struct MemoryDisk {
     left: AtomicUsize,
     flushes: AtomicU64,
     durable_writes: AtomicU64,
+    looks: AtomicU64,
 }
 
 #[derive(Default)]
@@ -110,6 +111,11 @@ impl MemoryDisk {
 
     pub(crate) fn durable_writes(&self) -> u64 {
         self.durable_writes.load(Ordering::SeqCst)
+    }
+
+    /// How often workers have looked at what is in flight.
+    pub(crate) fn looks(&self) -> u64 {
+        self.looks.load(Ordering::SeqCst)
     }
 
     /// Holds writes back that begin at `offset`, until all I/O is let go.
@@ -293,6 +299,7 @@ impl DiskIo for MemoryIo {
     }
 
     fn in_flight(&self) -> usize {
+        self.disk.looks.fetch_add(1, Ordering::SeqCst);
         self.queued.len() + self.submitted.len()
     }
 

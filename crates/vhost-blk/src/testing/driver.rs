@@ -17,7 +17,7 @@ use vhost::{
     VhostBackend, VhostUserMemoryRegionInfo, VringConfigData,
     vhost_user::{
         Frontend, VhostUserFrontend,
-        message::{VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures},
+        message::{FrontendReq, VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures},
     },
 };
 use virtio_bindings::{
@@ -55,6 +55,8 @@ struct Queue {
 /// A frontend whose driver has `queues` queues.
 pub(crate) struct Driver {
     pub(crate) frontend: Frontend,
+    /// Its connection, for what it can't say.
+    stream: UnixStream,
     pub(crate) memory: Memory,
     memfd: File,
     queues: Vec<Queue>,
@@ -88,6 +90,7 @@ impl Driver {
             call: EventFd::new(EFD_NONBLOCK).unwrap(),
         };
         Self {
+            stream: stream.try_clone().unwrap(),
             frontend: Frontend::from_stream(stream, queues as u64),
             memory,
             memfd,
@@ -257,10 +260,18 @@ impl Driver {
         self.frontend.set_vring_enable(queue, true)
     }
 
-    /// A kick descriptor that replaces the queue's.
-    pub(crate) fn replace_kick(&mut self, queue: usize) {
-        self.queues[queue].kick = EventFd::new(0).unwrap();
+    /// A kick descriptor that replaces the queue's; returns the old one.
+    pub(crate) fn replace_kick(&mut self, queue: usize) -> EventFd {
+        let old = std::mem::replace(&mut self.queues[queue].kick, EventFd::new(0).unwrap());
         self.frontend.set_vring_kick(queue, &self.queues[queue].kick).unwrap();
+        old
+    }
+
+    /// Says that the queue has no kick descriptor any more.
+    pub(crate) fn take_kick(&mut self, queue: usize) {
+        let words = [FrontendReq::SET_VRING_KICK as u32, 1, 8, 0x100 | queue as u32, 0];
+        let bytes = words.map(u32::to_ne_bytes).concat();
+        std::io::Write::write_all(&mut self.stream, &bytes).unwrap();
     }
 
     /// Makes a chain of `parts` available, without a kick.

@@ -26,6 +26,7 @@ fn answer_before_the_kick_is_replaced_is_told_of_afterwards() {
         scene.serve(uncounted);
     }
     scene.vring.set_kick(Some(event()));
+    scene.vring.set_queue_ready(true);
     let call = event();
     scene.vring.set_call(Some(call.try_clone().unwrap()));
     let told = || rustix::io::read(&call, &mut [0u8; 8]).is_ok();

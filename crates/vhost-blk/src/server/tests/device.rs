@@ -299,6 +299,45 @@ fn kick_that_replaces_a_running_rings_is_listened_to() {
     assert_eq!(driver.read(0, 0, 512), Ok(vec![2; 512]));
 }
 
+/// Whether workers look and look again.
+fn is_busy(server: &Running, driver: &Driver) -> bool {
+    let looks = server.disk.looks();
+    driver.wait_call(0, Duration::from_millis(100));
+    server.disk.looks() - looks > 20
+}
+
+/// Invariant 8: the frontend has it still, and may kick with it.
+#[test]
+fn kick_that_was_replaced_is_not_listened_to() {
+    let server = Running::new(|config| config.device.polling = Polling::Fixed(Duration::ZERO));
+    let mut driver = Driver::start(&server.path, 1);
+    assert_eq!(driver.write(0, 0, &[1; 512]), 0);
+    let old = driver.replace_kick(0);
+    old.write(1).unwrap();
+    assert_eq!(driver.write(0, 0, &[2; 512]), 0);
+    assert!(!is_busy(&server, &driver));
+}
+
+/// Invariant 8, and the ring goes on when it is given one again.
+#[test]
+fn kick_that_was_taken_away_is_not_listened_to_before_and_after_the_ring_is_stopped() {
+    let server = Running::new(|config| config.device.polling = Polling::Fixed(Duration::ZERO));
+    let mut driver = Driver::start(&server.path, 1);
+    assert_eq!(driver.write(0, 0, &[1; 512]), 0);
+    driver.take_kick(0);
+    let old = driver.replace_kick(0);
+    assert_eq!(driver.write(0, 0, &[2; 512]), 0);
+    old.write(1).unwrap();
+    assert!(!is_busy(&server, &driver));
+    driver.take_kick(0);
+    driver.kick(0);
+    assert_eq!(driver.frontend.get_vring_base(0).unwrap(), 2);
+    assert!(!is_busy(&server, &driver));
+    // Not with what is pending: a start looks at the ring in any case.
+    driver.start_queue(0).unwrap();
+    assert_eq!(driver.read(0, 0, 512), Ok(vec![2; 512]));
+}
+
 /// Invariant 8: each is a mapping, and all are gone through for each access.
 #[test]
 fn frontend_that_adds_more_memory_regions_than_it_may_is_refused() {
