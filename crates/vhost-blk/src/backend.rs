@@ -3,7 +3,7 @@
 use std::{
     ffi::CString,
     io,
-    os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd},
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -84,6 +84,8 @@ pub(crate) struct Backend {
     /// Per worker, the event that ends its thread. The library keeps the number registered without
     /// owning the descriptor; we do, for longer than the library's threads live.
     exits: Vec<OwnedFd>,
+    /// Told of each change of the guest's memory.
+    memory_event: OwnedFd,
     /// Each worker's ring, once it was started, and the worker's thread has its name and its place.
     rings: Vec<OnceLock<Vring>>,
 }
@@ -108,7 +110,13 @@ impl Backend {
             warnings: RateLimit::new(),
             inflight: Mutex::new(None),
         };
-        Ok(Self { device, workers, exits, rings })
+        let memory_event = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        Ok(Self { device, workers, exits, memory_event, rings })
+    }
+
+    /// Written to whenever the guest's memory has changed; nobody takes what it counts.
+    pub(crate) fn memory_event(&self) -> BorrowedFd<'_> {
+        self.memory_event.as_fd()
     }
 
     /// The memory that the library is to fill.
@@ -122,10 +130,10 @@ impl Backend {
     }
 
     /// Makes what queue `index` needs to be served, if it is there and not open. Returns the descriptors
-    /// that are to wake its worker when I/O is complete, if they are new; they stay open as long as `self`.
-    pub(crate) fn open_queue(&self, disk: &dyn Disk, index: usize) -> Result<Vec<RawFd>, AnyError> {
+    /// that are to wake its worker when I/O is complete, if it was not; they stay open as long as `self`.
+    pub(crate) fn open_queue(&self, disk: &dyn Disk, index: usize) -> Result<Option<Vec<RawFd>>, AnyError> {
         let Some(place) = self.workers.get(index).filter(|place| place.get().is_none()) else {
-            return Ok(Vec::new());
+            return Ok(None);
         };
         let config = &self.device.config;
         let io = disk.queue(u32::from(config.queue_size))?;
@@ -133,7 +141,7 @@ impl Backend {
         let fds = worker.io().wait_fds().iter().map(AsRawFd::as_raw_fd).collect();
         // Nobody else opens queues.
         let _ = place.set(Mutex::new(worker));
-        Ok(fds)
+        Ok(Some(fds))
     }
 
     /// The workers of open queues.
@@ -282,7 +290,9 @@ impl VhostUserBackend for Backend {
 
     fn update_memory(&self, memory: SharedMemory) -> io::Result<()> {
         hugepages::advise(&memory.memory());
-        // It is the one that workers look at in each pass; requests on their way keep the old one.
+        // It is the one that workers look at in each pass; requests on their way keep the old one. A worker may sleep because
+        // what it needs was not there.
+        let _ = rustix::io::write(&self.memory_event, &1u64.to_ne_bytes());
         Ok(())
     }
 

@@ -5,7 +5,7 @@ use std::{
     collections::VecDeque,
     io,
     os::{
-        fd::{AsFd, OwnedFd},
+        fd::{AsFd, AsRawFd, OwnedFd},
         unix::net::{UnixListener, UnixStream},
     },
     sync::{
@@ -54,10 +54,14 @@ pub(crate) struct Queues {
 impl Queues {
     /// Makes queue `index` ready to be served, if it is one and is not.
     pub(crate) fn open(&self, disk: &dyn Disk, index: usize) -> Result<(), AnyError> {
-        let fds = self.backend.open_queue(disk, index)?;
+        let Some(fds) = self.backend.open_queue(disk, index)? else { return Ok(()) };
         let Some(thread) = self.threads.get(index) else { return Ok(()) };
         // Numbers up to the count of queues are the library's.
-        for (number, fd) in (self.threads.len() as u64 + 1..).zip(fds) {
+        let first = self.threads.len() as u64 + 1;
+        // Each change wakes all threads, once.
+        let memory = self.backend.memory_event().as_raw_fd();
+        thread.register_listener(memory, EventSet::IN | EventSet::EDGE_TRIGGERED, first)?;
+        for (number, fd) in (first + 1..).zip(fds) {
             thread.register_listener(fd, EventSet::IN, number)?;
         }
         Ok(())

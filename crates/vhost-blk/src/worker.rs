@@ -93,7 +93,8 @@ enum Pass {
     /// Something was taken or answered.
     Worked,
     Idle,
-    /// The ring is not started, not enabled, or makes no sense: nothing may be taken from it.
+    /// The ring is not started, not enabled, or makes no sense, or its answers can't be published: nothing may be taken from
+    /// it.
     Stopped,
 }
 
@@ -193,6 +194,14 @@ impl Worker {
 
     fn pass(&mut self, device: &Device, vring: &Vring) -> Pass {
         self.watch = None;
+        if !self.answers.is_empty() {
+            self.io.reap(&mut self.finished);
+            self.collect();
+            self.publish(device, vring);
+            if !self.answers.is_empty() {
+                return Pass::Stopped;
+            }
+        }
         let before = device.memory();
         let (memory, taken) = {
             let mut state = vring.lock();
@@ -500,6 +509,9 @@ impl Worker {
         }
     }
 
+    /// Publishes what is answered. If that can't be, because the ring's memory was taken away, it is tried again in the next
+    /// pass: a change of memory wakes the worker. As nothing is taken meanwhile, no more answers wait than the queue has room
+    /// for.
     fn publish(&mut self, device: &Device, vring: &Vring) {
         if self.answers.is_empty() {
             return;
@@ -514,10 +526,10 @@ impl Worker {
             inflight.published(&self.answers, next);
         }
         drop(state);
-        self.answers.clear();
         if let Err(error) = published {
             return device.warn(|| format!("cannot publish answers to the guest: {error}"));
         }
+        self.answers.clear();
         self.interrupts.published(before, next);
     }
 
@@ -526,14 +538,13 @@ impl Worker {
         let Some(before) = self.interrupts.take() else { return };
         let memory = device.memory();
         let state = vring.lock();
-        match wants_interrupt(state.get_queue(), &memory, before) {
-            Ok(true) => {
-                if let Err(error) = vring.signal(&state) {
-                    device.warn(|| format!("cannot interrupt the guest: {error}"));
-                }
-            }
-            Ok(false) => {}
-            Err(error) => device.warn(|| format!("cannot tell whether to interrupt the guest: {error}")),
+        let wanted = wants_interrupt(state.get_queue(), &memory, before).unwrap_or_else(|error| {
+            device.warn(|| format!("cannot tell whether to interrupt the guest: {error}"));
+            // One too many does no harm.
+            true
+        });
+        if wanted && let Err(error) = vring.signal(&state) {
+            device.warn(|| format!("cannot interrupt the guest: {error}"));
         }
     }
 

@@ -178,8 +178,13 @@ impl Driver {
     }
 
     fn map_memory(&self) -> vhost::Result<()> {
+        self.map_memory_at(0)
+    }
+
+    /// Has the device find the guest's memory at another address than the guest does, or at 0 where it is.
+    pub(crate) fn map_memory_at(&self, address: u64) -> vhost::Result<()> {
         let region = VhostUserMemoryRegionInfo {
-            guest_phys_addr: 0,
+            guest_phys_addr: address,
             memory_size: MEMORY_LEN as u64,
             userspace_addr: self.userspace(0),
             mmap_offset: 0,

@@ -5,9 +5,11 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::event::{EventfdFlags, eventfd};
-use vhost_user_backend::VringT;
+use vhost_user_backend::{VhostUserBackend, VringT};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
 use vm_memory::{Bytes, GuestAddress};
+
+use crate::request::Memory;
 
 use super::cost::{AVAIL, DATA, QUEUE_SIZE, Scene, USED, uncounted};
 
@@ -133,4 +135,71 @@ fn request_beyond_all_limits_is_done_in_parts() {
     assert_eq!(done(&mut scene, VIRTIO_BLK_T_IN, 3), (0, 3 * data.len() as u32 + 1));
     scene.memory.read_slice(&mut bytes, GuestAddress(DATA)).unwrap();
     assert!(bytes == data, "what was read is not what was written");
+}
+
+/// A ring whose used ring lies in the region at [`DATA`], which is not there, and that has answered three requests.
+fn with_answers_that_wait() -> Scene {
+    let mut scene = Scene::new();
+    scene.vring.set_queue_info(0, AVAIL, USED_AWAY).unwrap();
+    let (without, _) = scene.memory.remove_region(GuestAddress(DATA), Scene::DATA_LEN as u64).unwrap();
+    scene.backend.shared_memory().lock().unwrap().replace(without);
+    scene.offer(VIRTIO_BLK_T_OUT, 0..3);
+    scene.backend.serve_queue(0, &scene.vring);
+    scene
+}
+
+const USED_AWAY: u64 = DATA + 0x80_0000;
+
+fn used_away(scene: &Scene) -> u16 {
+    scene.memory.read_obj(GuestAddress(USED_AWAY + 2)).unwrap()
+}
+
+fn waiting(scene: &Scene) -> usize {
+    scene.backend.worker(0).unwrap().answers.len()
+}
+
+/// Frontends take memory away and add it again while rings run. Invariant 8: no more is taken meanwhile.
+#[test]
+fn answers_that_cannot_be_published_are_when_the_memory_is_there_again() {
+    let mut scene = with_answers_that_wait();
+    assert_eq!(waiting(&scene), 3);
+    scene.offer(VIRTIO_BLK_T_OUT, 0..32);
+    scene.backend.serve_queue(0, &scene.vring);
+    assert_eq!((waiting(&scene), used_away(&scene)), (3, 0));
+    scene.backend.shared_memory().lock().unwrap().replace(scene.memory.clone());
+    scene.backend.serve_queue(0, &scene.vring);
+    assert_eq!((waiting(&scene), used_away(&scene)), (0, scene.avail));
+    let head = |index: u64| scene.memory.read_obj::<u32>(GuestAddress(USED_AWAY + 4 + 8 * index)).unwrap();
+    assert_eq!([0, 1, 2, 3].map(head), [0, 3, 6, 0]);
+}
+
+/// A ring that starts again has nothing to do with them.
+#[test]
+fn answers_that_cannot_be_published_are_dropped_when_the_ring_is_stopped() {
+    let scene = with_answers_that_wait();
+    scene.backend.stop_vring(0).unwrap();
+    assert_eq!(waiting(&scene), 0);
+}
+
+/// A guest that sleeps must wake, when nobody can tell what it has asked for.
+#[test]
+fn guest_that_cannot_be_asked_is_interrupted() {
+    let mut scene = Scene::new();
+    // Until requests are known to be done at once, and taken in groups.
+    for _ in 0..3 {
+        scene.offer(VIRTIO_BLK_T_OUT, 0..32);
+        scene.serve(uncounted);
+    }
+    let call = event();
+    scene.vring.set_call(Some(call.try_clone().unwrap()));
+    let told = || rustix::io::read(&call, &mut [0u8; 8]).is_ok();
+    assert!(told());
+    scene.offer(VIRTIO_BLK_T_OUT, 0..32);
+    let mut worker = scene.backend.worker(0).unwrap();
+    worker.interrupts.put_off();
+    worker.pass(&scene.backend.device, &scene.vring);
+    assert!(worker.interrupts.has_untold() && !told());
+    scene.backend.shared_memory().lock().unwrap().replace(Memory::new());
+    worker.tell(&scene.backend.device, &scene.vring);
+    assert!(told());
 }
