@@ -1,7 +1,10 @@
 //! The used ring: publishing a batch of answers with one index update, and deciding about one
 //! interrupt for several batches (virtio 1.2, 2.7.8 and 2.7.10).
 
-use std::sync::atomic::{Ordering, fence};
+use std::sync::{
+    Arc,
+    atomic::{Ordering, fence},
+};
 
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Queue, QueueT};
@@ -87,6 +90,21 @@ fn crossed(event: u16, before: u16, after: u16) -> bool {
 
 fn address(ring: u64, offset: u64) -> Result<GuestAddress, GuestMemoryError> {
     ring.checked_add(offset).map(GuestAddress).ok_or(GuestMemoryError::GuestAddressOverflow)
+}
+
+/// What polling looks at without the ring's lock.
+pub(crate) struct Watch {
+    pub(crate) memory: Arc<Memory>,
+    pub(crate) avail_ring: u64,
+    pub(crate) next_avail: u16,
+}
+
+impl Watch {
+    /// Requests that the guest has made available and that were not taken; none if that can't be read.
+    pub(crate) fn left(&self) -> u16 {
+        let available = avail_index(&self.memory, self.avail_ring);
+        available.map_or(0, |index| index.wrapping_sub(self.next_avail))
+    }
 }
 
 #[cfg(test)]

@@ -29,7 +29,7 @@ use crate::{
     poll::{PollWindow, Polling},
     request::{Action, Data, Memory, Parsed, Parser, Status, parts_of},
     slots::{Slot, Slots, Used, part_token},
-    used::{avail_index, publish, used_head, used_index, want_no_kick, wants_interrupt},
+    used::{Watch, avail_index, publish, used_head, used_index, want_no_kick, wants_interrupt},
     vring::Vring,
 };
 
@@ -70,21 +70,6 @@ pub(crate) struct Worker {
     watch: Option<Watch>,
     /// Whether the guest was asked for a kick, and not to leave it since.
     armed: bool,
-}
-
-/// What polling looks at without the ring's lock.
-struct Watch {
-    memory: Arc<Memory>,
-    avail_ring: u64,
-    next_avail: u16,
-}
-
-impl Watch {
-    /// Requests that the guest has made available and that were not taken; none if that can't be read.
-    fn left(&self) -> u16 {
-        let available = avail_index(&self.memory, self.avail_ring);
-        available.map_or(0, |index| index.wrapping_sub(self.next_avail))
-    }
 }
 
 /// What became of a pass.
