@@ -104,6 +104,21 @@ impl std::fmt::Display for At {
     }
 }
 
+/// An error with all its sources, in one line. One that only adds a word to its source says nothing new, and is said once.
+pub fn in_full(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(source) = next {
+        let more = source.to_string();
+        if !text.ends_with(&more) {
+            text.push_str(": ");
+            text.push_str(&more);
+        }
+        next = source.source();
+    }
+    text
+}
+
 #[cfg(test)]
 mod tests {
     use std::error::Error as _;

@@ -111,12 +111,19 @@ pub(crate) fn restore(args: &RestoreArgs) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Says so, if nobody knows what the last session has changed but where it meant to. `keeps`: that is not restored.
+pub(crate) fn warn_of_intents(basis: &Basis, keeps: bool) {
+    if *basis == Basis::Intents {
+        let why = "the host went down during a session, or could not write its data back";
+        let what = if keeps { "count as changed" } else { "are restored" };
+        log::warn!("{why}: all regions that it may have touched {what}");
+    }
+}
+
 /// Restores all, with a progress bar, and gives the disk up.
 pub(crate) fn drain(disk: &SessionDisk, what: &'static str, stop: &AtomicBool) -> Result<u64, Error> {
     let pending = disk.pending_blocks();
-    if *disk.basis() == Basis::Intents {
-        log::warn!("the host went down during a session: all regions that it may have touched are restored");
-    }
+    warn_of_intents(disk.basis(), disk.keeps_changes());
     let mut progress = Progress::new(what, pending * BLOCK_SIZE);
     let restored = disk.drain(stop, &mut |left| progress.set(pending.saturating_sub(left) * BLOCK_SIZE))?;
     disk.stop()?;

@@ -4,6 +4,8 @@ use std::error::Error as StdError;
 use std::fmt;
 use std::process::ExitCode;
 
+use blockio::in_full;
+
 /// A failed command.
 #[derive(Debug)]
 pub(crate) struct Failure {
@@ -41,18 +43,7 @@ impl Failure {
 
     /// An error with all its sources.
     pub(crate) fn of(error: &dyn StdError) -> Self {
-        let mut message = error.to_string();
-        let mut source = error.source();
-        while let Some(inner) = source {
-            let text = inner.to_string();
-            // An error that only adds a word to its source says nothing new.
-            if !message.ends_with(&text) {
-                message.push_str(": ");
-                message.push_str(&text);
-            }
-            source = inner.source();
-        }
-        Self::new(message)
+        Self::new(in_full(error))
     }
 
     /// Names the disk in what can be done about it, as it was named on the command line.

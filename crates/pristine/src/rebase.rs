@@ -8,10 +8,10 @@ use std::time::Instant;
 use base_image::BaseLocation;
 use blocks::BLOCK_SIZE;
 use clap::Args;
-use session_disk::{Basis, DiskOptions, Error, RebaseOptions, Rebased, SessionDisk, Way};
+use session_disk::{DiskOptions, Error, RebaseOptions, Rebased, SessionDisk, Way};
 
 use crate::args::{DiskArgs, FormatArgs, base_location};
-use crate::commands::{amount, drain, seconds};
+use crate::commands::{amount, drain, seconds, warn_of_intents};
 use crate::copies::ReflinkArgs;
 use crate::failure::Failure;
 use crate::progress::Progress;
@@ -63,9 +63,7 @@ pub(crate) fn run(args: &RebaseArgs) -> Result<ExitCode, Failure> {
     };
     let disk = options.disk.disk.display();
     let rebased = rebase(&options, &stop)?;
-    if rebased.basis == Basis::Intents {
-        log::warn!("the host went down during a session: all regions that it may have touched are restored");
-    }
+    warn_of_intents(&rebased.basis, false);
     if !args.json {
         say_rebased(&disk.to_string(), &rebased);
     }

@@ -11,8 +11,7 @@ use std::time::Duration;
 use control::ControlServer;
 use indicatif::BinaryBytes;
 use session_disk::{
-    Basis, CopyCounts, DrainObserver, DrainTrouble, Drainer, ProcessId, SessionDisk, SessionStart,
-    SessionSummary,
+    CopyCounts, DrainObserver, DrainTrouble, Drainer, ProcessId, SessionDisk, SessionStart, SessionSummary,
 };
 use vhost_blk::{
     Cpus, DeviceConfig, EndReason, Exit, Observer, Server, ServerConfig, Socket, SocketPermissions,
@@ -20,7 +19,7 @@ use vhost_blk::{
 
 use crate::affinity;
 use crate::args::{ResetOn, ServeArgs};
-use crate::commands::{amount, seconds};
+use crate::commands::{amount, seconds, warn_of_intents};
 use crate::control_socket::Operator;
 use crate::copies::by_way;
 use crate::failure::Failure;
@@ -56,9 +55,7 @@ pub(crate) fn serve(args: &ServeArgs) -> Result<ExitCode, Failure> {
     let socket = place.take(args).inspect_err(|_| {
         let _ = disk.stop();
     })?;
-    if *disk.basis() == Basis::Intents {
-        log::warn!("the host went down during a session: all regions that it may have touched are restored");
-    }
+    warn_of_intents(disk.basis(), disk.keeps_changes());
     let stop = Arc::new(AtomicBool::new(false));
     let reporter = Arc::new(Reporter::new(Arc::clone(&disk)));
     let mut server = Server::new(

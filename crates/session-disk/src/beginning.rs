@@ -22,9 +22,10 @@ use write_log::LogWriter;
 
 use crate::live::LiveMark;
 use crate::manifest::{Manifest, StagedManifest};
-use crate::open::{describe, remove_unnamed_logs};
+use crate::open::remove_unnamed_logs;
 use crate::shared::Shared;
 use crate::{Error, Paths, witness};
+use blockio::in_full;
 
 /// What is left to be done.
 #[derive(Debug)]
@@ -139,7 +140,7 @@ impl Beginning {
             log::error!(
                 "{}: the session's write log is not durable, so its writes fail until it ends: {}",
                 paths.disk().display(),
-                describe(&error)
+                in_full(&error)
             );
             return None;
         }

@@ -22,13 +22,14 @@ use crate::beginning::Outcome;
 use crate::counts::CopyCounts;
 use crate::drain::Drain;
 use crate::manifest::{EntryKind, Left, LogEntry, Manifest};
-use crate::open::{describe, disk_witness, prune_logs, remove_unnamed_logs, with_room};
+use crate::open::{disk_witness, prune_logs, remove_unnamed_logs, with_room};
 use crate::pace::{DrainPolicy, Guests};
 use crate::process::ProcessId;
 use crate::recover::Basis;
 use crate::shared::{QueueCounters, Shared};
 use crate::ways::Sharing;
 use crate::{DiskQueue, Error, Paths, witness};
+use blockio::in_full;
 
 pub use hold::{Held, HoldReason, Released, left_open, set_hold_of_open_session};
 pub use keep::Changes;
@@ -338,7 +339,7 @@ impl SessionDisk {
                 writer.sync()?;
             }
             (Some(writer), Err(error)) => {
-                log::warn!("write log {}: {}", writer.path().display(), describe(&error));
+                log::warn!("write log {}: {}", writer.path().display(), in_full(&error));
             }
             (None, _) => {}
         }
@@ -363,7 +364,7 @@ impl SessionDisk {
             // For its number: a copy of the state from before the last session's end is older than this.
             && let Err(error) = self.store_manifest(&mut lifecycle.manifest)
         {
-            log::warn!("{}", describe(&error));
+            log::warn!("{}", in_full(&error));
         }
         self.shared.live.set_session_open(false);
         self.forget_intents(&lifecycle)?;

@@ -6,9 +6,9 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
 use crate::drain::Drain;
-use crate::open::describe;
 use crate::shared::Shared;
 use crate::{CopyCounts, Error, SessionDisk};
+use blockio::in_full;
 
 /// How long the drain waits before it begins: who was waiting for the last session's end begins his own first.
 const GRACE: Duration = Duration::from_millis(20);
@@ -148,7 +148,7 @@ fn run(disk: &SessionDisk, control: &Control, observer: &dyn DrainObserver) {
             Err(Error::Stopped) => {}
             Err(error) => {
                 let pause = back_off.map_or(BACK_OFF_MIN, |last| (last * 2).min(BACK_OFF_MAX));
-                let error = describe(&error);
+                let error = in_full(&error);
                 log::warn!(
                     "{}: restoring failed, {} blocks stay pending, next attempt in {} s: {}",
                     disk.paths().disk().display(),
@@ -159,13 +159,13 @@ fn run(disk: &SessionDisk, control: &Control, observer: &dyn DrainObserver) {
                 *control.trouble() = Some(DrainTrouble { error, next_attempt: SystemTime::now() + pause });
                 disk.shared().live.set_drain_failing(true);
                 if let Err(error) = sync_taken(disk.shared()) {
-                    log::warn!("{}", describe(&error));
+                    log::warn!("{}", in_full(&error));
                 }
                 // Sessions go on; their logs must not pile up.
                 if disk.old_logs() > OLD_LOGS_MAX
                     && let Err(error) = disk.checkpoint()
                 {
-                    log::warn!("{}: {}", disk.paths().disk().display(), describe(&error));
+                    log::warn!("{}: {}", disk.paths().disk().display(), in_full(&error));
                 }
                 back_off = Some(pause);
             }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use base_image::{BaseIdentity, BaseImage, BaseLocation, Seal, Trust};
-use blockio::{File, FileKind, ImageAccess, OpenOptions};
+use blockio::{File, FileKind, ImageAccess, OpenOptions, in_full};
 use blocks::Geometry;
 use write_log::{LogContents, LogError, LogId};
 
@@ -201,7 +201,7 @@ fn judge_logs(
     read: &dyn Fn(&Path) -> Result<LogContents, LogError>,
 ) -> Result<Verdict, Error> {
     let found = |entry: &LogEntry| -> FoundLog {
-        read(&paths.sessions().join(entry.id().file_name())).map_err(|error| describe(&error))
+        read(&paths.sessions().join(entry.id().file_name())).map_err(|error| in_full(&error))
     };
     let logs = manifest.logs.iter().map(|entry| (*entry, found(entry))).collect();
     let disk_now = disk_witness(disk)?;
@@ -215,18 +215,6 @@ fn judge_logs(
         intents: Intents::read_blocks(storage, &paths.intents(), geometry)?,
     };
     Ok(conclude(manifest, geometry, evidence))
-}
-
-/// An error and its sources in one line.
-pub(crate) fn describe(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(inner) = source {
-        text.push_str(": ");
-        text.push_str(&inner.to_string());
-        source = inner.source();
-    }
-    text
 }
 
 /// Logs that are there and not in the manifest, the youngest first.

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use base_image::{BaseImage, CLUSTER_SIZE, Content, Overlay};
-use blockio::{AlignedBuf, DataRanges, File, OpenOptions};
+use blockio::{AlignedBuf, DataRanges, File, OpenOptions, in_full};
 use blocks::{BLOCK_SIZE, BlockSet, Extent, Geometry};
 use write_log::LogId;
 
@@ -18,8 +18,8 @@ use crate::live::{Before, LivePage, heed_sync};
 use crate::manifest::{EntryKind, Manifest};
 use crate::new_file::NewFile;
 use crate::open::{
-    DEAD_SERVER_POLL, DEAD_SERVER_WAIT_MAX, UNKNOWN_HOLDER_WAIT_MAX, check_size, describe, file_number,
-    identity_of, judge, open_base,
+    DEAD_SERVER_POLL, DEAD_SERVER_WAIT_MAX, UNKNOWN_HOLDER_WAIT_MAX, check_size, file_number, identity_of,
+    judge, open_base,
 };
 use crate::process::ProcessId;
 use crate::recover::Basis;
@@ -171,7 +171,7 @@ impl<'a> Disk<'a> {
         }
         // Where a write-back failed there is what an earlier session wrote.
         heed_sync(self.file.sync_data(), self.live.as_ref())
-            .map_err(|error| unsure(self.options, &describe(&error)))?;
+            .map_err(|error| unsure(self.options, &in_full(&error)))?;
         let live = Before::of(self.live.as_ref());
         let before = live.session_over();
         let verdict = judge(&storage, &paths, &self.manifest, self.geometry, &self.file, before)?;
@@ -275,7 +275,7 @@ pub(crate) fn last_session_of(
 ) -> Result<Result<LastSession, Unsure>, Error> {
     let dir = paths.sessions();
     let there = logs_of(&dir)?;
-    let read = |id: LogId| storage.read_log(&dir.join(id.file_name())).map_err(|error| describe(&error));
+    let read = |id: LogId| storage.read_log(&dir.join(id.file_name())).map_err(|error| in_full(&error));
     Ok(last_session::find(&Traces { manifest, geometry, live, there: &there, read: &read }))
 }
 

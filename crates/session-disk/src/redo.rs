@@ -12,13 +12,13 @@ use std::fs;
 use std::io;
 use std::sync::Arc;
 
-use blockio::{File, Redo};
+use blockio::{File, Redo, in_full};
 use blocks::{Extent, Geometry, SECTOR_SIZE};
 use uuid::Uuid;
 
 use crate::live::{Before, LivePage};
 use crate::manifest::Manifest;
-use crate::open::{describe, judge};
+use crate::open::judge;
 use crate::process::ProcessId;
 use crate::storage::Storage;
 use crate::{Error, Paths};
@@ -39,7 +39,7 @@ pub(crate) fn open(paths: &Paths, disk: Uuid) -> Result<Option<Arc<Redo>>, Error
     match Redo::open(&path) {
         Ok(redo) => Ok(Some(Arc::new(redo))),
         Err(error) if says_nothing() => {
-            log::warn!("writes to tmpfs and ext4 are slower: {}", describe(&error));
+            log::warn!("writes to tmpfs and ext4 are slower: {}", in_full(&error));
             Ok(None)
         }
         Err(error) => Err(error.into()),

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use base_image::{BaseIdentity, BaseImage, Urgency};
 use blockio::fault::{FaultEngine, FaultPlan};
-use blockio::{Engine, EngineKind, File, FileIndex, Redo};
+use blockio::{Engine, EngineKind, File, FileIndex, Redo, in_full};
 use blocks::{BlockSet, Extent, Geometry};
 use write_log::LogWriter;
 
@@ -16,7 +16,6 @@ use crate::claims::Claims;
 use crate::counts::Counters;
 use crate::intents::Intents;
 use crate::live::{LiveMark, LivePage};
-use crate::open::describe;
 use crate::pace::DrainPolicy;
 use crate::storage::Storage;
 use crate::unsynced::Unsynced;
@@ -179,7 +178,7 @@ impl Shared {
             engine = match self.base.medium_engine(engine, MEDIUM, Urgency::Background) {
                 Ok(engine) => engine,
                 Err(error) => {
-                    log::info!("{}: blocks are not shared: {}", self.disk.path().display(), describe(&error));
+                    log::info!("{}: blocks are not shared: {}", self.disk.path().display(), in_full(&error));
                     *self.ways() = Ways::copy_only();
                     self.file_engine(depth, Urgency::Background)?
                 }

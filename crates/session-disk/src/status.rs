@@ -4,13 +4,13 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use base_image::{BaseFormat, BaseLocation, Root};
-use blockio::{File, OpenOptions};
+use blockio::{File, OpenOptions, in_full};
 use blocks::BLOCK_SIZE;
 use serde::Serialize;
 
 use crate::live::{Before, LivePage};
 use crate::manifest::Manifest;
-use crate::open::{check_size, describe, file_number, judge, open_base};
+use crate::open::{check_size, file_number, judge, open_base};
 use crate::process::ProcessId;
 use crate::recover::{Basis, Verdict};
 use crate::storage::Storage;
@@ -152,7 +152,7 @@ pub fn status(options: &DiskOptions) -> Result<Status, Error> {
     if !(is_served && matches!(manifest.base.path, BaseLocation::Nbd(_))) {
         status.base_trouble = match open_base(&manifest, options.base_patience.min(BASE_PATIENCE_MAX)) {
             Ok(base) => base.trouble(),
-            Err(error) => Some(describe(&error)),
+            Err(error) => Some(in_full(&error)),
         };
     }
     if let Some(live) = &live

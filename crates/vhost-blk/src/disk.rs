@@ -3,7 +3,7 @@
 
 use std::{error::Error, os::fd::BorrowedFd, sync::Arc};
 
-use blockio::GuestView;
+use blockio::{GuestView, in_full};
 use blocks::{BlockRange, Geometry};
 use session_disk::{DiskQueue, Done, ProcessId, Request, SessionDisk, SessionStart, SessionSummary};
 use uuid::Uuid;
@@ -175,11 +175,12 @@ impl SessionIo {
             let outcome = match &done.result {
                 Ok(()) => Outcome::Done,
                 Err(error) if done.is_left() => {
-                    self.errors.warn(|| format!("a guest's request is not done any more: {}", chain(error)));
+                    self.errors
+                        .warn(|| format!("a guest's request is not done any more: {}", in_full(error)));
                     Outcome::Left
                 }
                 Err(error) => {
-                    self.errors.warn(|| format!("the guest gets an I/O error: {}", chain(error)));
+                    self.errors.warn(|| format!("the guest gets an I/O error: {}", in_full(error)));
                     Outcome::Failed
                 }
             };
@@ -234,15 +235,4 @@ impl DiskIo for SessionIo {
     fn wait_fds(&self) -> Vec<BorrowedFd<'_>> {
         self.queue.wait_fds()
     }
-}
-
-/// An error and its sources in one line.
-pub(crate) fn chain(error: &(dyn Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(source) = next {
-        text = format!("{text}: {source}");
-        next = source.source();
-    }
-    text
 }

@@ -13,6 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use blockio::in_full;
 use rustix::{
     event::{PollFd, PollFlags, Timespec},
     io::Errno,
@@ -22,7 +23,7 @@ use session_disk::{ProcessId, SessionDisk};
 use crate::{
     boundary::{Admission, Boundary, EndReason, Identity, RingStart},
     connection::{Arrival, Connection, Queues},
-    disk::{Disk, chain},
+    disk::Disk,
     handover::HandOver,
     inflight::InflightTable,
     limit::RateLimit,
@@ -286,7 +287,7 @@ impl Server {
                         self.served = Some(Served { connection, peer });
                     }
                     Err(error) => {
-                        self.refuse(&format!("cannot set up the device: {}", chain(error.as_ref())));
+                        self.refuse(&format!("cannot set up the device: {}", in_full(error.as_ref())));
                         self.lost(peer)?;
                     }
                 }
@@ -368,7 +369,7 @@ impl Server {
             if self.disk.held_for().is_some() {
                 match self.disk.release() {
                     Ok(()) => self.observer.released(),
-                    Err(error) => log::warn!("the disk stays held: {}", chain(error.as_ref())),
+                    Err(error) => log::warn!("the disk stays held: {}", in_full(error.as_ref())),
                 }
             }
         }
@@ -440,7 +441,7 @@ impl Gate for SessionGate<'_> {
         // First: a session that can't be served must not begin.
         self.queues
             .open(self.disk, start.ring as usize)
-            .map_err(|error| format!("cannot set up queue {}: {}", start.ring, chain(error.as_ref())))?;
+            .map_err(|error| format!("cannot set up queue {}: {}", start.ring, in_full(error.as_ref())))?;
         let proven = start.token.is_some() && start.token == self.disk.token();
         match self.boundary.ring_starts(start.fresh, proven) {
             RingStart::Continue => {
@@ -457,7 +458,7 @@ impl Gate for SessionGate<'_> {
                 }
                 Err(error) => {
                     self.boundary.begin_failed();
-                    Err(format!("no session can begin: {}", chain(error.as_ref())))
+                    Err(format!("no session can begin: {}", in_full(error.as_ref())))
                 }
             },
         }

@@ -1,10 +1,11 @@
 //! Which generations there are in a directory: found by their manifests, joined by their deltas.
 
 use std::collections::HashMap;
-use std::error::Error;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+
+use blockio::in_full;
 
 use super::{half_made_name, io_error};
 use crate::delta::{Delta, Generation};
@@ -115,16 +116,6 @@ fn look_at(path: PathBuf, generation: Generation, format: BaseFormat) -> Listed 
         }
     };
     Listed { path, format, generation, allocated, parent, troubles }
-}
-
-/// An error and its causes.
-fn in_full(error: &dyn Error) -> String {
-    let (mut text, mut cause) = (error.to_string(), error.source());
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
 }
 
 impl Listing {

@@ -11,10 +11,11 @@ use write_log::LogWriter;
 use super::{OpenSession, SessionDisk, next_entry};
 use crate::beginning::Beginning;
 use crate::manifest::EntryKind;
-use crate::open::{describe, remove_unnamed_logs};
+use crate::open::remove_unnamed_logs;
 use crate::process::ProcessId;
 use crate::witness;
 use crate::{Error, SessionStart, SessionSummary};
+use blockio::in_full;
 
 impl SessionDisk {
     /// Opens a session: from now on requests are taken. Its log's room is reserved; that this is durable, and that
@@ -138,7 +139,7 @@ impl SessionDisk {
                 Ok(if exact { writer.seal(dirty_blocks)? } else { writer.seal_unsynced(dirty_blocks)? })
             });
             if let Err(error) = sealed {
-                log::warn!("write log {}: {}", writer.path().display(), describe(&error));
+                log::warn!("write log {}: {}", writer.path().display(), in_full(&error));
             }
         }
         // Nobody writes, and what was written is drained from here on.

@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, UNIX_EPOCH};
 
-use blockio::{EngineKind, File};
+use blockio::{EngineKind, File, in_full};
 use write_log::LogWriter;
 
 use super::{HoldReason, Lifecycle, OpenSession, SessionDisk, keep};
@@ -12,8 +12,8 @@ use crate::intents::Intents;
 use crate::live::LivePage;
 use crate::manifest::{DiskFile, Manifest};
 use crate::open::{
-    check_size, describe, disk_witness, file_number, identity_of, judge, lock_state_dir, open_base,
-    open_disk, open_for_sync, refuse_disk_of_base, remove_logs_to_come,
+    check_size, disk_witness, file_number, identity_of, judge, lock_state_dir, open_base, open_disk,
+    open_for_sync, refuse_disk_of_base, remove_logs_to_come,
 };
 use crate::process::ProcessId;
 use crate::recover::{Basis, GoesOn};
@@ -194,7 +194,7 @@ impl SessionDisk {
             log::warn!(
                 "{}: a session that was beginning when its server was killed can't go on: {}",
                 self.paths.disk().display(),
-                describe(&error)
+                in_full(&error)
             );
             live.set_session_open(false);
             live.set_owner(None);
@@ -224,7 +224,7 @@ fn best_engine(disk: &File) -> EngineKind {
     match blockio::new_engine(EngineKind::IoUring, 1, Vec::new()) {
         Ok(_) => EngineKind::IoUring,
         Err(error) => {
-            log::warn!("io_uring is not to be had ({}): I/O is synchronous and slower", describe(&error));
+            log::warn!("io_uring is not to be had ({}): I/O is synchronous and slower", in_full(&error));
             EngineKind::Sync
         }
     }

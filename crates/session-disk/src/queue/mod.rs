@@ -59,7 +59,7 @@ const WINDOWS_MAX: usize = 4;
 /// The data path of one virtqueue. Used by one thread at a time. Waits for I/O in [`DiskQueue::quiesce`], and with a session's
 /// first writes for what has to be durable before them.
 ///
-/// A pass is: any number of [`push`](Self::push), one [`submit`](Self::submit), one
+/// A pass is: any number of requests, each done [at once](Self::read_now) or [pushed](Self::push), one [`submit`](Self::submit), one
 /// [`reap`](Self::reap). When a descriptor of [`wait_fds`](Self::wait_fds) becomes readable, `reap`
 /// again. Dropping it waits for all I/O.
 #[derive(Debug)]

@@ -18,13 +18,12 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use base_image::{BaseIdentity, BaseImage, BaseLocation, CHUNK_SIZE, Delta, Root, Seal};
-use blockio::File;
+use blockio::{File, in_full};
 use blocks::{BLOCK_SIZE, BlockSet, Extent, Geometry};
 
 use super::path::{Link, cheapest};
 use crate::Error;
 use crate::manifest::BaseEntry;
-use crate::open::describe;
 use crate::open::find_seal;
 use crate::verify::{Comparer, Comparison};
 
@@ -173,7 +172,7 @@ impl Question<'_> {
             Ok(Some(seal)) if seal.root() == old => Ok(Some(Delta::between(&seal, new)?)),
             Ok(_) => Ok(None),
             Err(error) => {
-                log::warn!("the old base's manifest can't be used: {}", describe(&error));
+                log::warn!("the old base's manifest can't be used: {}", in_full(&error));
                 Ok(None)
             }
         }
@@ -239,7 +238,7 @@ fn deltas_beside<'a>(files: impl Iterator<Item = &'a Path>) -> Vec<Delta> {
         if path.extension().is_some_and(|extension| extension == "delta") {
             match Delta::read(&path) {
                 Ok(delta) => deltas.push(delta),
-                Err(error) => log::warn!("delta {} is not used: {}", path.display(), describe(&error)),
+                Err(error) => log::warn!("delta {} is not used: {}", path.display(), in_full(&error)),
             }
         }
     }
