@@ -39,7 +39,8 @@ pub enum Op {
         /// The file.
         file: FileIndex,
     },
-    /// Deallocates a range, which reads as zeros afterwards; the file keeps its size.
+    /// Deallocates a range, which reads as zeros afterwards; the file keeps its size. A device may turn out to be unable to, or
+    /// unable at the end of a range: then the same holds as for a [`Zero`](Op::Zero) that fails, which can follow.
     Punch {
         /// The file.
         file: FileIndex,
@@ -48,7 +49,8 @@ pub enum Op {
         /// Bytes.
         len: u64,
     },
-    /// Makes a range read as zeros; the file keeps its size.
+    /// Makes a range inside the file read as zeros; if need be they are written. Where this fails, any part of what the page
+    /// cache had of a device may be gone: what is read then may be older than what was written.
     Zero {
         /// The file.
         file: FileIndex,

@@ -15,7 +15,7 @@ use rustix::{
     io::Errno,
 };
 
-use crate::{AlignedBuf, Error, Redo, ResidentMap, probe, share};
+use crate::{AlignedBuf, Error, Redo, ResidentMap, probe, share, transfer::Zeroing};
 
 /// No extended attribute is longer: `XATTR_SIZE_MAX`.
 const ATTRIBUTE_SIZE_MAX: usize = 65536;
@@ -500,13 +500,14 @@ impl File {
     /// # Errors
     /// What the kernel says; unsupported if the file system or device cannot.
     pub fn zero_range(&self, offset: u64, len: u64, may_unmap: bool) -> Result<(), Error> {
-        self.fallocate(self.zero_mode(may_unmap), offset, len)
-            .map_err(|errno| self.error("write zeros to", errno).at(offset))
+        let mode = if self.zeroing(may_unmap) == Zeroing::Unmap { probe::PUNCH } else { probe::ZERO };
+        self.fallocate(mode, offset, len).map_err(|errno| self.error("write zeros to", errno).at(offset))
     }
 
-    pub(crate) fn zero_mode(&self, may_unmap: bool) -> rustix::fs::FallocateFlags {
-        let punch = may_unmap && (self.abilities.punch || !self.abilities.zero);
-        if punch { probe::PUNCH } else { probe::ZERO }
+    /// The way to zero ranges that is tried first.
+    pub(crate) fn zeroing(&self, may_unmap: bool) -> Zeroing {
+        let unmap = may_unmap && (self.abilities.punch || !self.abilities.zero);
+        if unmap { Zeroing::Unmap } else { Zeroing::Keep }
     }
 
     fn fallocate(&self, mode: rustix::fs::FallocateFlags, offset: u64, len: u64) -> Result<(), Errno> {

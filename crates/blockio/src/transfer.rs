@@ -61,8 +61,32 @@ enum Kind {
     Read,
     Write { dsync: bool },
     SyncData,
-    Allocate(FallocateFlags),
+    Punch,
+    Zero(Zeroing),
     Share { from: FileIndex },
+}
+
+/// The ways to zero a range, in the order in which they are tried. Where one fails the next is taken: a device says only
+/// when it is asked that it can't unmap or wants whole sectors, and what it had of the range in the page cache is gone by
+/// then. So a range that could not be zeroed must not be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Zeroing {
+    /// It is deallocated.
+    Unmap,
+    /// It stays allocated.
+    Keep,
+    /// Zeroes are written.
+    Write,
+}
+
+impl Zeroing {
+    fn next(self) -> Option<Zeroing> {
+        match self {
+            Zeroing::Unmap => Some(Zeroing::Keep),
+            Zeroing::Keep => Some(Zeroing::Write),
+            Zeroing::Write => None,
+        }
+    }
 }
 
 /// One operation at work. Reusable, so that it needs no memory of its own in the steady state.
@@ -118,10 +142,11 @@ impl Work {
                 (file, Kind::Write { dsync }, offset, self.take_buf(buf))
             }
             Op::SyncData { file } => (file, Kind::SyncData, 0, 0),
-            Op::Punch { file, offset, len } => (file, Kind::Allocate(PUNCH), offset, len),
+            Op::Punch { file, offset, len } => (file, Kind::Punch, offset, len),
             Op::Zero { file, offset, len, may_unmap } => {
-                let mode = files.get(usize::from(file.0)).map_or(ZERO, |file| file.zero_mode(may_unmap));
-                (file, Kind::Allocate(mode), offset, len)
+                let of = |file: &Arc<File>| file.zeroing(may_unmap);
+                let way = files.get(usize::from(file.0)).map_or(Zeroing::Keep, of);
+                (file, Kind::Zero(way), offset, len)
             }
             Op::Share { file, from, offset, len } => (file, Kind::Share { from }, offset, len),
         };
@@ -147,9 +172,12 @@ impl Work {
             return refuse("the range ends past the largest file");
         }
         self.write_max = file.write_max;
-        let Some(buf) = self.buf.as_ref().filter(|_| file.is_direct()) else { return Ok(()) };
+        if !file.is_direct() {
+            return Ok(());
+        }
         let alignment = file.alignment();
         self.align = u64::from(alignment.offset.max(1));
+        let Some(buf) = &self.buf else { return Ok(()) };
         if !is_aligned(self.offset | self.len, self.align) {
             return refuse("offset or length are not aligned for direct I/O");
         }
@@ -172,7 +200,7 @@ impl Work {
     }
 
     fn bounce_len(&self) -> usize {
-        (self.len - self.done).min(BOUNCE_MAX as u64) as usize
+        (self.len - self.done).min(self.write_max).min(BOUNCE_MAX as u64) as usize
     }
 
     /// What to ask the kernel for next.
@@ -180,10 +208,16 @@ impl Work {
         let (write, dsync) = match self.kind {
             Kind::Nothing => return Call::Nothing,
             Kind::SyncData => return Call::SyncData,
-            Kind::Allocate(mode) => return Call::Allocate { mode, offset: self.offset, len: self.len },
+            Kind::Punch | Kind::Zero(Zeroing::Unmap) => {
+                return Call::Allocate { mode: PUNCH, offset: self.offset, len: self.len };
+            }
+            Kind::Zero(Zeroing::Keep) => {
+                return Call::Allocate { mode: ZERO, offset: self.offset, len: self.len };
+            }
             Kind::Share { from } => return Call::Share { from, offset: self.offset, len: self.len },
             Kind::Read => (false, false),
             Kind::Write { dsync } => (true, dsync),
+            Kind::Zero(Zeroing::Write) => (true, false),
         };
         let memory = if self.bounces { self.bounce_memory(write) } else { self.own_memory(write) };
         Call::Transfer { write, dsync, offset: self.offset + self.done, memory }
@@ -239,8 +273,10 @@ impl Work {
             Ok(count) => count as u64,
             Err(error) => return self.stall(error),
         };
-        if matches!(self.kind, Kind::SyncData | Kind::Allocate(_) | Kind::Share { .. }) {
-            return Some(Ok(()));
+        match self.kind {
+            Kind::SyncData | Kind::Punch | Kind::Share { .. } => return Some(Ok(())),
+            Kind::Zero(Zeroing::Unmap | Zeroing::Keep) => return Some(Ok(())),
+            _ => {}
         }
         self.stalls = 0;
         let before = self.done;
@@ -265,7 +301,14 @@ impl Work {
                 self.stalls += 1;
                 None
             }
-            _ => Some(Err(error)),
+            _ => {
+                let Kind::Zero(way) = self.kind else { return Some(Err(error)) };
+                let Some(next) = way.next() else { return Some(Err(error)) };
+                (self.kind, self.stalls) = (Kind::Zero(next), 0);
+                // Memory that is made for them, and left as it is: zeroes.
+                self.bounces = next == Zeroing::Write;
+                None
+            }
         }
     }
 
@@ -273,7 +316,7 @@ impl Work {
     pub(crate) fn complete(&mut self, result: io::Result<()>, files: &[Arc<File>]) -> Completion {
         // What was deallocated is not read through a map any more: that could bring it back. What was replaced is
         // not in the page cache any more.
-        if let Kind::Allocate(_) | Kind::Share { .. } = self.kind
+        if let Kind::Punch | Kind::Zero(_) | Kind::Share { .. } = self.kind
             && let Some(map) = files.get(usize::from(self.file.0)).and_then(|file| file.resident())
         {
             map.punched(self.offset, self.len);
@@ -433,6 +476,65 @@ mod tests {
             }
             assert_eq!(done, len);
         }
+    }
+
+    /// Tells a zeroing work the outcome of its calls; those it made, and what has come of it.
+    fn zeroed(op: Op, files: &[Arc<File>], refused: &[Errno]) -> (Vec<Call>, io::Result<()>) {
+        let (mut work, mut calls) = (Work::idle(), Vec::new());
+        work.begin(1, op, files);
+        loop {
+            let call = work.call();
+            let outcome = match (refused.get(calls.len()), call) {
+                (Some(errno), _) => Err((*errno).into()),
+                (None, Call::Transfer { memory: Memory::One(piece), .. }) => {
+                    // SAFETY: the work keeps it until it is told the outcome.
+                    let bytes = unsafe { std::slice::from_raw_parts(piece.base, piece.len) };
+                    assert!(bytes.iter().all(|byte| *byte == 0));
+                    Ok(piece.len)
+                }
+                _ => Ok(0),
+            };
+            calls.push(call);
+            if let Some(result) = work.advance(outcome) {
+                let held = work.bounce_held();
+                let writes = matches!(call, Call::Transfer { .. });
+                assert!(held <= BOUNCE_MAX && writes == (held > 0), "{held} bytes");
+                return (calls, work.complete(result, files).result);
+            }
+        }
+    }
+
+    /// Invariants 2 and 4: a range that a device does not unmap is zeroed in another way, and written if need be.
+    #[test]
+    fn zeroing_that_is_refused_is_tried_in_every_other_way() {
+        let (_temp, mut files) = file_in("/tmp").unwrap();
+        Arc::get_mut(&mut files[0]).unwrap().write_max = u64::MAX;
+        let (offset, len) = (4096 - 512, 3 * BOUNCE_MAX as u64 + 512);
+        let zero = |may_unmap| Op::Zero { file: FileIndex(0), offset, len, may_unmap };
+        let is = |call: &Call, wanted| matches!(call, Call::Allocate { mode, .. } if *mode == wanted);
+        for errno in [Errno::OPNOTSUPP, Errno::INVAL, Errno::IO] {
+            let (calls, result) = zeroed(zero(true), &files, &[errno]);
+            assert!(matches!(&calls[..], [a, b] if is(a, PUNCH) && is(b, ZERO)) && result.is_ok());
+            let (calls, result) = zeroed(zero(true), &files, &[errno; 2]);
+            assert!(is(&calls[0], PUNCH) && is(&calls[1], ZERO) && result.is_ok());
+            let mut next = offset;
+            for call in &calls[2..] {
+                let Call::Transfer { write: true, offset, memory: Memory::One(piece), .. } = call else {
+                    panic!("{call:?}")
+                };
+                assert_eq!(*offset, next);
+                next += piece.len as u64;
+            }
+            assert_eq!(next, offset + len);
+            let (calls, result) = zeroed(zero(true), &files, &[errno, errno, Errno::NOSPC]);
+            assert_eq!((calls.len(), result.unwrap_err().kind()), (3, io::ErrorKind::StorageFull));
+        }
+        let (calls, result) = zeroed(zero(false), &files, &[Errno::AGAIN, Errno::INTR]);
+        assert!(calls.iter().all(|call| is(call, ZERO)) && calls.len() == 3 && result.is_ok());
+        // A hole is what is asked for, and nothing else.
+        let punch = Op::Punch { file: FileIndex(0), offset, len };
+        let (calls, result) = zeroed(punch, &files, &[Errno::OPNOTSUPP]);
+        assert_eq!((calls.len(), result.unwrap_err().kind()), (1, io::ErrorKind::Unsupported));
     }
 
     #[test]

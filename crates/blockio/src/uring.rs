@@ -156,6 +156,7 @@ impl UringEngine {
                 };
                 match work.advance(outcome) {
                     Some(result) => {
+                        *bounced -= work.bounce_held();
                         ready.push(work.complete(result, files));
                         idle.push(slot);
                     }

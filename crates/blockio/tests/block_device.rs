@@ -20,18 +20,24 @@ fn alone() -> MutexGuard<'static, ()> {
     ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A loop device on a file of 1 MiB, detached when dropped.
+/// A loop device on a file, detached when dropped.
 struct Loop {
     device: PathBuf,
     _dir: tempfile::TempDir,
 }
 
 impl Loop {
+    /// Of 1 MiB.
     fn attach() -> Option<Loop> {
+        Self::with(1 << 20, 512)
+    }
+
+    fn with(size: usize, sector: u32) -> Option<Loop> {
         let dir = disk_dir();
         let path = dir.path().join("backing");
-        create(&path, 1 << 20).write_all_at(&vec![1; 1 << 20], 0).unwrap();
-        let output = Command::new("losetup").args(["--find", "--show"]).arg(&path).output();
+        create(&path, size as u64).write_all_at(&vec![1; size], 0).unwrap();
+        let sector = format!("--sector-size={sector}");
+        let output = Command::new("losetup").args(["--find", "--show", &sector]).arg(&path).output();
         match output {
             Ok(output) if output.status.success() => {
                 let device = String::from_utf8(output.stdout).unwrap().trim().into();
@@ -83,6 +89,33 @@ fn device_is_read_written_punched_and_zeroed() {
         assert!(bytes(&done.buf.unwrap()) == model);
         engine.push(0, Op::Read { file: index, offset: 1 << 20, buf: owned(&[0; 512]) });
         assert!(run(&mut *engine)[0].result.is_err());
+    }
+}
+
+/// A device unmaps and zeroes whole sectors only. A disk may end in the middle of one, and guests have smaller ones: there
+/// zeroes are written.
+#[test]
+fn range_that_is_no_whole_sectors_of_its_device_is_zeroed() {
+    const SIZE: usize = 1 << 20;
+    let _alone = alone();
+    let Some(device) = Loop::with(SIZE, 4096) else { return };
+    for kind in [EngineKind::IoUring, EngineKind::Sync] {
+        let file = Arc::new(open(&device.device, true, false));
+        file.write_all_at(&vec![1; SIZE], 0).unwrap();
+        let mut engine = new_engine(kind, 8, vec![file.clone()]).unwrap();
+        let ranges = [512..1024, 8192 - 512..(64 << 10) + 512, SIZE - 8192..SIZE - 512];
+        let mut model = vec![1; SIZE];
+        for (token, range) in (0..).zip(ranges) {
+            let (offset, len) = (range.start as u64, range.len() as u64);
+            engine.push(2 * token, Op::Zero { file: FileIndex(0), offset, len, may_unmap: token > 0 });
+            engine.push(2 * token + 1, Op::SyncData { file: FileIndex(0) });
+            model[range].fill(0);
+        }
+        let done = run(&mut *engine);
+        assert!(done.iter().all(|done| done.result.is_ok()), "{done:?}");
+        let mut content = vec![7; SIZE];
+        file.read_exact_at(&mut content, 0).unwrap();
+        assert!(content == model);
     }
 }
 

@@ -71,7 +71,7 @@ fn perform(kind: EngineKind, dir: &std::path::Path, batches: &[Vec<Step>], direc
     made.write_all_at(&model, 0).unwrap();
     drop(made);
     let file = Arc::new(open(&path, true, direct));
-    let (punch, zero) = (file.supports_punch(), file.supports_zero());
+    let punch = file.supports_punch();
     let align = if direct { file.alignment().offset as usize } else { 1 };
     let mut engine = new_engine(kind, depth, vec![file]).unwrap();
     for batch in batches {
@@ -100,7 +100,7 @@ fn perform(kind: EngineKind, dir: &std::path::Path, batches: &[Vec<Step>], direc
                     model[range.clone()].fill(0);
                     Op::Punch { file: FILE, offset, len: len as u64 }
                 }
-                Action::Zero { may_unmap } if zero || punch && may_unmap => {
+                Action::Zero { may_unmap } => {
                     model[range.clone()].fill(0);
                     Op::Zero { file: FILE, offset, len: len as u64, may_unmap }
                 }

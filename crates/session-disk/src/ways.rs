@@ -1,4 +1,4 @@
-//! Which way the base's data takes to the disk: its blocks are shared, or its bytes copied. No I/O.
+//! Which way the base's data takes to the disk: its blocks are shared, or its bytes copied. And whether its holes become holes. No I/O.
 //!
 //! Sharing (a reflink) costs no reading, no writing and no room, however long the range is. It costs some metadata, and
 //! the disk its own blocks: where a guest writes next, the file system gives it new ones. So short runs, which are what
@@ -63,17 +63,26 @@ pub(crate) struct Ways {
     failures: u32,
     /// Whether an attempt is under way whose outcome decides.
     asked: bool,
+    /// Whether the disk has said that it makes no holes, though it was said to.
+    refuses_holes: bool,
 }
 
 impl Ways {
     /// All is copied.
     pub(crate) fn copy_only() -> Self {
-        Self { sharing: Sharing::Off, unit: BLOCK_SIZE, end: 0, failures: 0, asked: false }
+        Self {
+            sharing: Sharing::Off,
+            unit: BLOCK_SIZE,
+            end: 0,
+            failures: 0,
+            asked: false,
+            refuses_holes: false,
+        }
     }
 
     /// Sharing is tried, in multiples of `unit` bytes and up to the byte `end`.
     pub(crate) fn share(unit: u64, end: u64) -> Self {
-        Self { sharing: Sharing::Untried, unit: unit.max(BLOCK_SIZE), end, failures: 0, asked: false }
+        Self { sharing: Sharing::Untried, unit: unit.max(BLOCK_SIZE), end, ..Self::copy_only() }
     }
 
     pub(crate) fn sharing(&self) -> Sharing {
@@ -121,6 +130,23 @@ impl Ways {
             true
         }
     }
+
+    /// Whether zeroes are to be written where the base has holes.
+    pub(crate) fn refuses_holes(&self) -> bool {
+        self.refuses_holes
+    }
+
+    /// A hole was [refused](is_hole_refusal); whether that is news and holds for all others.
+    pub(crate) fn hole_refused(&mut self, error: &io::Error) -> bool {
+        let is_lasting = Errno::from_io_error(error) == Some(Errno::OPNOTSUPP);
+        is_lasting && !std::mem::replace(&mut self.refuses_holes, true)
+    }
+}
+
+/// Whether the disk says that it makes no hole there. A device that was said to make some may refuse the first one, and from
+/// then on all (`EOPNOTSUPP`); and what is no whole sectors, as the last block may be, it always refuses (`EINVAL`).
+pub(crate) fn is_hole_refusal(error: &io::Error) -> bool {
+    matches!(Errno::from_io_error(error), Some(Errno::OPNOTSUPP | Errno::INVAL))
 }
 
 /// Whether sharing will fail with this again: another file system, one that can't, files that may not.

@@ -8,8 +8,9 @@ use std::sync::atomic::AtomicBool;
 
 use blockio::EngineKind;
 use blockio::fault::{Fault, FaultPlan, OpClass};
-use common::{Bench, end, try_write};
-use session_disk::{DiskOptions, Error};
+use common::{Bench, end, read, try_write};
+use rustix::io::Errno;
+use session_disk::{DiskOptions, Error, Request};
 
 const SIZE: usize = 1 << 20;
 
@@ -109,6 +110,62 @@ fn adopt_that_fails_leaves_the_old_verdict() {
     let disk = bench.open();
     assert_eq!(*disk.basis(), session_disk::Basis::Intents);
     assert_eq!(disk.pending_blocks(), disk.geometry().blocks());
+    bench.assert_restores_exactly(&disk);
+}
+
+/// Invariant 4: a device that says it makes holes may refuse them when asked, for good (the kernel has found out that it
+/// can't) or those that are no whole sectors. The disk is restored, with zeroes; what is refused for good is not asked again.
+#[test]
+fn drain_of_a_disk_that_refuses_holes_writes_zeroes() {
+    for (errno, lasts) in [(Errno::OPNOTSUPP, true), (Errno::INVAL, false)] {
+        let plan = FaultPlan::new();
+        let mut bench = Bench::new(SIZE, None, false, EngineKind::IoUring);
+        bench.options = DiskOptions { faults: Some(plan.clone()), ..bench.options };
+        let disk = bench.open();
+        let pages = bench.base.chunks(4096).enumerate();
+        let holes: Vec<u64> =
+            pages.filter(|(_, p)| p.iter().all(|b| *b == 0)).map(|(n, _)| n as u64).collect();
+        // Apart, so that each is a run of its own.
+        let holes: Vec<u64> = holes.into_iter().step_by(3).take(4).collect();
+        plan.on_every(OpClass::Punch, Fault::Fail(errno.raw_os_error()));
+        let before = disk.copied();
+        for round in 1..3 {
+            disk.begin_session(None).unwrap();
+            let mut queue = disk.queue(8).unwrap();
+            for block in &holes {
+                try_write(&disk, &mut queue, block * 8, &[0x11; 4096]).unwrap();
+            }
+            end(&disk, queue);
+            bench.assert_restores_exactly(&disk);
+            let zeroed = (disk.copied() - before).copied_blocks;
+            assert_eq!(zeroed, round * holes.len() as u64);
+        }
+        // Those of the first runs were under way together.
+        let asked = plan.seen(OpClass::Punch);
+        assert!(if lasts { asked <= holes.len() as u64 } else { asked == 2 * holes.len() as u64 }, "{asked}");
+    }
+}
+
+/// Invariant 2: a device that refuses to unmap has dropped what the page cache had of the blocks, and what is on its medium may
+/// be an earlier session's. So what was discarded reads as zeroes.
+#[test]
+fn discard_that_the_storage_refuses_zeroes_the_blocks() {
+    let plan = FaultPlan::new();
+    let mut bench = Bench::new(SIZE, None, false, EngineKind::IoUring);
+    bench.options = DiskOptions { faults: Some(plan.clone()), ..bench.options };
+    plan.on_every(OpClass::Punch, Fault::Fail(Errno::OPNOTSUPP.raw_os_error()));
+    let disk = bench.open();
+    disk.begin_session(None).unwrap();
+    let mut queue = disk.queue(8).unwrap();
+    try_write(&disk, &mut queue, 64, &[0x11; 8192]).unwrap();
+    queue.push(1, Request::Discard { range: disk.geometry().sectors_at(64, 4096).unwrap() });
+    let mut done = Vec::new();
+    queue.quiesce(&mut done);
+    done.pop().unwrap().result.unwrap();
+    let content = read(&disk, &mut queue, 64, 8192);
+    assert!(content[..4096].iter().all(|b| *b == 0) && content[4096..].iter().all(|b| *b == 0x11));
+    end(&disk, queue);
+    plan.clear();
     bench.assert_restores_exactly(&disk);
 }
 

@@ -271,6 +271,31 @@ fn long_write_is_made_at_once_only_where_it_makes_no_folio() {
     }
 }
 
+/// Zeroes that have to be written (tmpfs can only punch) are counted as what is copied by way of memory that is made for it.
+#[test]
+fn memory_of_zeroes_that_are_written_is_bounded_and_given_back() {
+    const LEN: u64 = 3 << 20;
+    let Ok(mut temp) = tempfile::NamedTempFile::new_in("/dev/shm") else { return };
+    temp.write_all(&vec![7; LEN as usize]).unwrap();
+    let opened = File::open(temp.path(), OpenOptions { write: true, ..Default::default() }).unwrap();
+    let mut engine = UringEngine::new(64, vec![Arc::new(opened)]).unwrap();
+    for token in 0..32 {
+        engine.push(token, Op::Zero { file: FileIndex(0), offset: 0, len: LEN - token, may_unmap: false });
+    }
+    engine.submit();
+    let mut done = Vec::new();
+    while done.len() < 32 {
+        assert!(engine.bounced <= BOUNCED_MAX);
+        let before = done.len();
+        engine.wait(None).unwrap();
+        engine.reap(&mut done);
+        assert!(done.len() > before, "nothing is begun any more");
+    }
+    assert!(done.iter().all(|done| done.result.is_ok()));
+    assert_eq!(engine.bounced, 0);
+    assert!(std::fs::read(temp.path()).unwrap().iter().all(|byte| *byte == 0));
+}
+
 /// Invariant 8: many long requests into memory that direct I/O can't take hold no more memory than a few of them.
 #[test]
 fn memory_of_requests_that_are_not_aligned_is_bounded() {

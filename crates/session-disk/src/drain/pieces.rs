@@ -11,7 +11,7 @@ use blocks::{BLOCK_SIZE, BlockRange, Extent};
 use super::{Drain, RUN_BLOCKS_MAX, shared_path};
 use crate::Error;
 use crate::shared::{BASE, DISK, MEDIUM};
-use crate::ways::Way;
+use crate::ways::{Way, is_hole_refusal};
 
 /// The longest piece that is read at once, in bytes.
 const READ_BYTES_MAX: u64 = RUN_BLOCKS_MAX * BLOCK_SIZE;
@@ -47,6 +47,8 @@ enum Doing {
     Writing,
     /// The disk gets a hole, or zeroes.
     Punching,
+    /// The disk gets zeroes, for it gets no hole.
+    Zeroing,
 }
 
 impl Drain {
@@ -145,7 +147,9 @@ impl Drain {
     /// A hole where the disk can have one, zeroes elsewhere.
     fn push_zeroes(&mut self, run: usize, offset: u64, len: u64) {
         let disk = &self.shared.disk;
-        let op = if disk.supports_punch() {
+        let op = if self.shared.ways().refuses_holes() {
+            return self.push_zeroing(run, offset, len);
+        } else if disk.supports_punch() {
             Op::Punch { file: DISK, offset, len }
         } else if disk.supports_zero() {
             Op::Zero { file: DISK, offset, len, may_unmap: true }
@@ -155,6 +159,12 @@ impl Drain {
         };
         self.pace.spend(BLOCK_SIZE);
         self.push(run, Doing::Punching, op);
+    }
+
+    /// Zeroes, which the kernel or the engine may have to write.
+    fn push_zeroing(&mut self, run: usize, offset: u64, len: u64) {
+        self.pace.spend(len);
+        self.push(run, Doing::Zeroing, Op::Zero { file: DISK, offset, len, may_unmap: false });
     }
 
     fn push_write(&mut self, run: usize, offset: u64, buf: Buffer) {
@@ -189,6 +199,10 @@ impl Drain {
                 self.not_shared(&error);
                 self.push_copies(run, offset, len);
             }
+            (Doing::Punching, Err(error)) if is_hole_refusal(&error) => {
+                self.not_punched(&error);
+                self.push_zeroing(run, offset, len);
+            }
             (doing, Err(error)) => {
                 let (file, operation) = match doing {
                     Doing::Reading => (self.shared.base.path(), "read"),
@@ -196,7 +210,9 @@ impl Drain {
                         self.shared.ways().ask_again();
                         (self.shared.base.path(), "read")
                     }
-                    Doing::Sharing | Doing::Writing | Doing::Punching => (shared_path(&self.shared), "write"),
+                    Doing::Sharing | Doing::Writing | Doing::Punching | Doing::Zeroing => {
+                        (shared_path(&self.shared), "write")
+                    }
                 };
                 let error = Error::state(operation, file, error);
                 self.fail(run, error);
@@ -221,6 +237,7 @@ impl Drain {
                 self.spare.put(completion.buf);
             }
             (Doing::Punching, Ok(())) => self.shared.counters.punched(len),
+            (Doing::Zeroing, Ok(())) => self.shared.counters.copied(len),
         }
         self.part_done(run);
     }
@@ -231,6 +248,15 @@ impl Drain {
             log::info!("{}: does not share blocks with its base, they are copied: {error}", self.path());
         } else {
             log::debug!("{}: blocks were not shared, they are copied: {error}", self.path());
+        }
+    }
+
+    /// The disk gets no hole: it gets zeroes, and perhaps for all others too.
+    fn not_punched(&mut self, error: &std::io::Error) {
+        if self.shared.ways().hole_refused(error) {
+            log::info!("{}: takes no holes any more, zeroes are written: {error}", self.path());
+        } else {
+            log::debug!("{}: no hole was made, zeroes are written: {error}", self.path());
         }
     }
 

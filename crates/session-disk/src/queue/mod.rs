@@ -438,7 +438,8 @@ impl DiskQueue {
     }
 
     /// Step 4: gives up whole blocks that the session owns. Anything else would make the disk dirty
-    /// for nothing.
+    /// for nothing. Where the storage refuses they are zeroed: it has dropped what the page cache had of them by then, and
+    /// what is on the medium may be an earlier session's (invariant 2).
     fn discard(&mut self, slot: usize, range: BlockRange) {
         let shared = Arc::clone(&self.shared);
         for (owned, run) in shared.owned.mixed_runs(shared.geometry.covered(range)) {
@@ -447,7 +448,8 @@ impl DiskQueue {
             }
             if let Some(part) = shared.geometry.bytes_of(run) {
                 self.zeroes_unsynced(slot, run);
-                self.push_part(slot, Op::Punch { file: DISK, offset: part.offset(), len: part.len() });
+                let (offset, len) = (part.offset(), part.len());
+                self.push_part(slot, Op::Zero { file: DISK, offset, len, may_unmap: true });
             }
         }
     }
