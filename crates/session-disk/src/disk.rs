@@ -145,7 +145,9 @@ impl SessionDisk {
         serial
     }
 
-    /// The smallest request that the storage can do, in bytes (virtio 1.2, 5.2.4 `blk_size`).
+    /// The unit of requests, in bytes (virtio 1.2, 5.2.4 `blk_size`): what direct I/O needs, else 512. Through the page cache
+    /// any storage does that, also what has larger sectors itself; and guests read a partition table in this unit, so that it is
+    /// to be the base's and not to change with what the disk lies on.
     pub fn logical_block_size(&self) -> u32 {
         self.shared.disk.alignment().offset.max(512)
     }
