@@ -176,6 +176,52 @@ fn write_whose_record_can_not_be_appended_fails_and_changes_nothing() {
     killed_is_restored(bench, Some(2));
 }
 
+std::thread_local! {
+    /// What this thread had logged for the operator to see.
+    static LOGGED: std::cell::RefCell<Vec<String>> = const { std::cell::RefCell::new(Vec::new()) };
+}
+
+struct Logger;
+
+impl log::Log for Logger {
+    fn enabled(&self, metadata: &log::Metadata<'_>) -> bool {
+        metadata.level() <= log::Level::Info
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        if self.enabled(record.metadata()) {
+            LOGGED.with_borrow_mut(|lines| lines.push(record.args().to_string()));
+        }
+    }
+
+    fn flush(&self) {}
+}
+
+/// Invariant 8: a guest whose writes fail can't fill the host's log. Why they fail is told to whoever asked, wholly.
+#[test]
+fn write_that_is_not_logged_tells_why_and_is_not_reported_here() {
+    let _ = log::set_logger(&Logger).map(|()| log::set_max_level(log::LevelFilter::Info));
+    let errors = |bench: &mut Bench| {
+        LOGGED.with_borrow_mut(Vec::clear);
+        let failures = [bench.write(16, &[0x22; 4096]), bench.write(33, &[0x22; 512]), bench.zero(64, 8192)];
+        assert_eq!(LOGGED.with_borrow(Vec::clone), Vec::<String>::new());
+        failures.map(|failure| blockio::in_full(&failure.unwrap_err()))
+    };
+    for lazy in [false, true] {
+        let mut bench = Bench::new(lazy);
+        bench.log_fails.store(true, Ordering::SeqCst);
+        for text in errors(&mut bench) {
+            assert!(text.contains("write log") && text.contains("os error 5"), "{text}");
+        }
+        bench.log_fails.store(false, Ordering::SeqCst);
+        bench.disk.shared().intents.clear().unwrap();
+        bench.disk.shared().intents.set_broken(true);
+        for text in errors(&mut bench) {
+            assert!(text.contains("intents") && text.contains("os error 9"), "{text}");
+        }
+    }
+}
+
 /// Invariants 2 and 6: blocks that are pending, and whose record can't be appended after their data was
 /// written, stay pending: they are read from the base, and restored.
 #[test]

@@ -3,7 +3,7 @@
 use std::io;
 use std::sync::Arc;
 
-use blockio::{AlignedBuf, Buffer, FileIndex, GuestBuf, Op};
+use blockio::{AlignedBuf, Buffer, FileIndex, GuestBuf, Op, in_full};
 use blocks::{BlockRange, Extent};
 
 use super::{BOUNCE, DiskQueue, failed};
@@ -142,11 +142,9 @@ impl DiskQueue {
                 }
             }
             Err(error) => {
-                let message = error.to_string();
-                log::warn!(
-                    "{}: a write was not logged and fails: {message}",
-                    self.shared.disk.path().display()
-                );
+                // Whoever asked is told all of it, and limits what a guest can have logged.
+                let message = format!("not logged: {}", in_full(&error));
+                log::debug!("{}: a write fails: {message}", self.shared.disk.path().display());
                 for (slot, _) in staged.drain(..) {
                     self.part_done(slot, Err(io::Error::new(error.kind(), message.clone())));
                 }
@@ -173,7 +171,7 @@ impl DiskQueue {
     /// Steps 2 and 3 up to the data: a claimed run of pending blocks, of which `part` is written.
     fn write_pending(&mut self, slot: usize, run: Extent, part: BlockRange, data: Data) {
         if let Err(error) = self.shared.intents.ensure(run) {
-            log::warn!("{}: a write fails: {error}", self.shared.disk.path().display());
+            log::debug!("{}: a write fails: {}", self.shared.disk.path().display(), in_full(&error));
             return self.fail(slot, io::Error::other(error));
         }
         let zeroes = matches!(data, Data::Zeroes { .. });
@@ -285,7 +283,7 @@ impl DiskQueue {
             }
         }
         Extent::normalize(&mut taken);
-        let result = self.shared.own(&taken);
+        let result = self.shared.own(&taken).map_err(|error| (error.kind(), in_full(&error)));
         if result.is_ok() {
             for extent in &taken {
                 // Also with direct I/O, for which the kernel may use the page cache when it can't do without.
@@ -295,8 +293,8 @@ impl DiskQueue {
             self.shared.live.set_pending(self.shared.pending.count());
         }
         for slot in slots {
-            if let Err(error) = &result {
-                self.fail(slot, io::Error::new(error.kind(), error.to_string()));
+            if let Err((kind, message)) = &result {
+                self.fail(slot, io::Error::new(*kind, format!("not logged: {message}")));
             }
             self.finish(slot);
         }
