@@ -79,7 +79,7 @@ fn operations_on_disk_and_base_complete_once_each_with_what_they_read() {
         let mut engine = setup.engine(kind);
         let mut data = AlignedBuf::new_zeroed(4096);
         data.fill(9);
-        engine.push(1000, Op::Write { file: DISK, offset: 8192, buf: Buffer::Owned(data), dsync: false });
+        engine.push(1000, Op::Write { file: DISK, offset: 8192, buf: Buffer::Owned(data) });
         engine.submit();
         collect(&mut *engine, 1, by_fd)[0].result.as_ref().unwrap();
         let guest = GuestBuf::zeroed(300_000);
@@ -117,7 +117,7 @@ fn write_to_a_base_fails_and_gives_its_buffer_back() {
     let hash = fs::read(setup.lab.path("packed")).unwrap();
     let mut engine = setup.engine(EngineKind::IoUring);
     let buf = Buffer::Owned(AlignedBuf::new_zeroed(4096));
-    engine.push(1, Op::Write { file: BASE, offset: 0, buf, dsync: false });
+    engine.push(1, Op::Write { file: BASE, offset: 0, buf });
     engine.push(2, Op::Punch { file: BASE, offset: 0, len: 4096 });
     engine.submit();
     let done = collect(&mut *engine, 2, true);

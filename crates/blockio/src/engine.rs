@@ -31,8 +31,6 @@ pub enum Op {
         offset: u64,
         /// What; its length is the operation's.
         buf: Buffer,
-        /// Complete only when the data is on stable storage (`RWF_DSYNC`).
-        dsync: bool,
     },
     /// `fdatasync`: what was complete before this was pushed is on stable storage afterwards.
     SyncData {

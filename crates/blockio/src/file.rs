@@ -209,8 +209,8 @@ impl File {
         self.abilities.punch
     }
 
-    /// Whether [`zero_range`](File::zero_range) works without permission to unmap, found out
-    /// without touching the file. Always false for a file that is open read-only.
+    /// Whether the file system or the device zeroes a range that must stay allocated, found out without touching the file; where not,
+    /// an [engine](crate::Op::Zero) writes zeroes. Always false for a file that is open read-only.
     pub fn supports_zero(&self) -> bool {
         self.abilities.zero
     }
@@ -287,19 +287,6 @@ impl File {
             FileKind::BlockDevice => rustix::fs::seek(&self.fd, SeekFrom::End(0)),
         }
         .map_err(|errno| self.error("find the size of", errno))
-    }
-
-    /// Bytes that the file takes up in its file system; the size for a block device.
-    ///
-    /// # Errors
-    /// What the kernel says.
-    pub fn allocated_bytes(&self) -> Result<u64, Error> {
-        match self.kind {
-            FileKind::Regular => rustix::fs::fstat(&self.fd)
-                .map(|stat| (stat.st_blocks.max(0) as u64).saturating_mul(512))
-                .map_err(|errno| self.error("find the allocated size of", errno)),
-            FileKind::BlockDevice => self.size(),
-        }
     }
 
     /// What tells whether the file is still the same and unchanged.
@@ -445,7 +432,10 @@ impl File {
     /// # Errors
     /// What the kernel says; unsupported if the file system or device cannot.
     pub fn punch_hole(&self, offset: u64, len: u64) -> Result<(), Error> {
-        self.fallocate(probe::PUNCH, offset, len)
+        if len == 0 {
+            return Ok(());
+        }
+        rustix::io::retry_on_intr(|| rustix::fs::fallocate(&self.fd, probe::PUNCH, offset, len))
             .map_err(|errno| self.error("punch a hole into", errno).at(offset))
     }
 
@@ -494,27 +484,10 @@ impl File {
         format!("/proc/self/fd/{}", self.fd.as_raw_fd())
     }
 
-    /// Makes a range read as zeros; the file keeps its size. With `may_unmap` it may be
-    /// deallocated, where that is possible.
-    ///
-    /// # Errors
-    /// What the kernel says; unsupported if the file system or device cannot.
-    pub fn zero_range(&self, offset: u64, len: u64, may_unmap: bool) -> Result<(), Error> {
-        let mode = if self.zeroing(may_unmap) == Zeroing::Unmap { probe::PUNCH } else { probe::ZERO };
-        self.fallocate(mode, offset, len).map_err(|errno| self.error("write zeros to", errno).at(offset))
-    }
-
     /// The way to zero ranges that is tried first.
     pub(crate) fn zeroing(&self, may_unmap: bool) -> Zeroing {
         let unmap = may_unmap && (self.abilities.punch || !self.abilities.zero);
         if unmap { Zeroing::Unmap } else { Zeroing::Keep }
-    }
-
-    fn fallocate(&self, mode: rustix::fs::FallocateFlags, offset: u64, len: u64) -> Result<(), Errno> {
-        if len == 0 {
-            return Ok(());
-        }
-        rustix::io::retry_on_intr(|| rustix::fs::fallocate(&self.fd, mode, offset, len))
     }
 
     /// The first range of data at or after `from`, cut at the file's size; `None` if there is

@@ -89,7 +89,7 @@ pub(crate) fn perform(files: &[Arc<File>], index: FileIndex, call: Call) -> io::
             let from = of(from).ok_or(io::ErrorKind::InvalidInput)?;
             Ok(share(from, file, offset, len).map(|()| 0)?)
         }
-        Call::Transfer { write, dsync, offset, memory } => {
+        Call::Transfer { write, offset, memory } => {
             let one;
             let (pieces, count) = match memory {
                 Memory::One(piece) => {
@@ -101,10 +101,9 @@ pub(crate) fn perform(files: &[Arc<File>], index: FileIndex, call: Call) -> io::
             let (fd, pieces) = (file.as_fd().as_raw_fd(), pieces.cast::<libc::iovec>());
             let offset = offset as libc::off_t;
             let count = if write {
-                let flags = if dsync { libc::RWF_DSYNC } else { 0 };
                 // SAFETY: the pieces are laid out as `iovec`, and the work that made this call keeps
                 // them and the memory they name until it is told the outcome.
-                unsafe { libc::pwritev2(fd, pieces, count, offset, flags) }
+                unsafe { libc::pwritev(fd, pieces, count, offset) }
             } else {
                 // SAFETY: as above; the memory is valid for writes too.
                 unsafe { libc::preadv(fd, pieces, count, offset) }

@@ -159,13 +159,13 @@ impl TapeEngine {
             // A tape is told of bytes, and here are none. Whoever shares blocks can copy them as well.
             Op::Share { .. } => Err(rustix::io::Errno::OPNOTSUPP.into()),
             Op::Punch { .. } | Op::Zero { .. } => self.tape.begin(Io::Zero { path, offset, len }),
-            Op::Write { buf: Buffer::Owned(buf), dsync, .. } => {
-                self.tape.begin(Io::Write { path, offset, bytes: buf, durable: *dsync })
+            Op::Write { buf: Buffer::Owned(buf), .. } => {
+                self.tape.begin(Io::Write { path, offset, bytes: buf, durable: false })
             }
-            Op::Write { buf: Buffer::Guest(buf), dsync, .. } => {
+            Op::Write { buf: Buffer::Guest(buf), .. } => {
                 let mut bytes = vec![0; buf.len()];
                 buf.copy_out(0, &mut bytes);
-                self.tape.begin(Io::Write { path, offset, bytes: &bytes, durable: *dsync })
+                self.tape.begin(Io::Write { path, offset, bytes: &bytes, durable: false })
             }
         }
     }
@@ -300,12 +300,7 @@ mod tests {
             for block in 0..3 {
                 let mut buf = AlignedBuf::new_zeroed(4096);
                 buf.fill(block as u8 + 1);
-                let op = Op::Write {
-                    file: FileIndex(0),
-                    offset: block * 4096,
-                    buf: Buffer::Owned(buf),
-                    dsync: false,
-                };
+                let op = Op::Write { file: FileIndex(0), offset: block * 4096, buf: Buffer::Owned(buf) };
                 engine.push(block, op);
             }
             assert!(tape.0.lock().unwrap().is_empty(), "nothing begins before it is submitted");

@@ -29,7 +29,6 @@ pub(crate) enum Call {
     Nothing,
     Transfer {
         write: bool,
-        dsync: bool,
         offset: u64,
         memory: Memory,
     },
@@ -59,7 +58,7 @@ pub(crate) enum Memory {
 enum Kind {
     Nothing,
     Read,
-    Write { dsync: bool },
+    Write,
     SyncData,
     Punch,
     Zero(Zeroing),
@@ -138,9 +137,7 @@ impl Work {
     pub(crate) fn begin(&mut self, token: u64, op: Op, files: &[Arc<File>]) {
         let (file, kind, offset, len) = match op {
             Op::Read { file, offset, buf } => (file, Kind::Read, offset, self.take_buf(buf)),
-            Op::Write { file, offset, buf, dsync } => {
-                (file, Kind::Write { dsync }, offset, self.take_buf(buf))
-            }
+            Op::Write { file, offset, buf } => (file, Kind::Write, offset, self.take_buf(buf)),
             Op::SyncData { file } => (file, Kind::SyncData, 0, 0),
             Op::Punch { file, offset, len } => (file, Kind::Punch, offset, len),
             Op::Zero { file, offset, len, may_unmap } => {
@@ -205,7 +202,7 @@ impl Work {
 
     /// What to ask the kernel for next.
     pub(crate) fn call(&mut self) -> Call {
-        let (write, dsync) = match self.kind {
+        let write = match self.kind {
             Kind::Nothing => return Call::Nothing,
             Kind::SyncData => return Call::SyncData,
             Kind::Punch | Kind::Zero(Zeroing::Unmap) => {
@@ -215,12 +212,11 @@ impl Work {
                 return Call::Allocate { mode: ZERO, offset: self.offset, len: self.len };
             }
             Kind::Share { from } => return Call::Share { from, offset: self.offset, len: self.len },
-            Kind::Read => (false, false),
-            Kind::Write { dsync } => (true, dsync),
-            Kind::Zero(Zeroing::Write) => (true, false),
+            Kind::Read => false,
+            Kind::Write | Kind::Zero(Zeroing::Write) => true,
         };
         let memory = if self.bounces { self.bounce_memory(write) } else { self.own_memory(write) };
-        Call::Transfer { write, dsync, offset: self.offset + self.done, memory }
+        Call::Transfer { write, offset: self.offset + self.done, memory }
     }
 
     fn own_memory(&mut self, write: bool) -> Memory {
@@ -389,7 +385,7 @@ mod tests {
         let file = FileIndex(0);
         let offset = 12 << 10;
         let buf = AlignedBuf::new_zeroed(24 * KIB).into();
-        let cut = writes(Op::Write { file, offset, buf, dsync: false }, &files);
+        let cut = writes(Op::Write { file, offset, buf }, &files);
         assert_eq!(cut, [(offset, vec![4 * KIB]), (16 << 10, vec![16 * KIB]), (32 << 10, vec![4 * KIB])]);
         // In pieces of memory that end elsewhere.
         let mut memory = AlignedBuf::new_zeroed(20 * KIB);
@@ -398,7 +394,7 @@ mod tests {
         let parts = parts.map(|(at, len)| IoVec { base: base.wrapping_add(at), len });
         // SAFETY: the guard owns the memory.
         let buf = unsafe { GuestBuf::new(parts, Arc::new(memory)) };
-        let cut = writes(Op::Write { file, offset: 0, buf: buf.into(), dsync: false }, &files);
+        let cut = writes(Op::Write { file, offset: 0, buf: buf.into() }, &files);
         assert_eq!(cut, [(0, vec![KIB, 12 * KIB, 3 * KIB]), (16 << 10, vec![4 * KIB])]);
         let buf = AlignedBuf::new_zeroed(64 * KIB).into();
         let mut work = Work::idle();
@@ -414,7 +410,7 @@ mod tests {
         Arc::get_mut(&mut files[0]).unwrap().write_max = 16 << 10;
         for (offset, len) in [(0, 16 << 10), (4 << 10, 16 << 10), (30 << 10, 512)] {
             let buf = AlignedBuf::new_zeroed(len).into();
-            let cut = writes(Op::Write { file: FileIndex(0), offset, buf, dsync: false }, &files);
+            let cut = writes(Op::Write { file: FileIndex(0), offset, buf }, &files);
             assert_eq!(cut, [(offset, vec![len])]);
         }
     }
@@ -448,7 +444,7 @@ mod tests {
             // SAFETY: the guard owns the memory.
             let buf = unsafe { GuestBuf::new(parts, Arc::new(memory)) };
             let mut work = Work::idle();
-            let op = Op::Write { file: FileIndex(0), offset: offset as u64, buf: buf.into(), dsync: false };
+            let op = Op::Write { file: FileIndex(0), offset: offset as u64, buf: buf.into() };
             work.begin(1, op, &files);
             let mut done = 0;
             loop {

@@ -382,24 +382,20 @@ fn entry_of(call: Call, fd: types::Fd, registered: bool) -> squeue::Entry {
         Call::Allocate { mode, offset, len } => {
             opcode::Fallocate::new(fd, len).offset(offset).mode(mode.bits() as i32).build()
         }
-        Call::Transfer { write, dsync, offset, memory } => {
-            let flags = if dsync { libc::RWF_DSYNC } else { 0 };
-            match (write, memory) {
-                (false, Memory::One(piece)) => {
-                    opcode::Read::new(fd, piece.base, piece.len as u32).offset(offset).build()
-                }
-                (true, Memory::One(piece)) => opcode::Write::new(fd, piece.base, piece.len as u32)
-                    .offset(offset)
-                    .rw_flags(flags)
-                    .build(),
-                (false, Memory::Many(pieces, count)) => {
-                    opcode::Readv::new(fd, pieces.cast(), count).offset(offset).build()
-                }
-                (true, Memory::Many(pieces, count)) => {
-                    opcode::Writev::new(fd, pieces.cast(), count).offset(offset).rw_flags(flags).build()
-                }
+        Call::Transfer { write, offset, memory } => match (write, memory) {
+            (false, Memory::One(piece)) => {
+                opcode::Read::new(fd, piece.base, piece.len as u32).offset(offset).build()
             }
-        }
+            (true, Memory::One(piece)) => {
+                opcode::Write::new(fd, piece.base, piece.len as u32).offset(offset).build()
+            }
+            (false, Memory::Many(pieces, count)) => {
+                opcode::Readv::new(fd, pieces.cast(), count).offset(offset).build()
+            }
+            (true, Memory::Many(pieces, count)) => {
+                opcode::Writev::new(fd, pieces.cast(), count).offset(offset).build()
+            }
+        },
     };
     if registered { entry.flags(squeue::Flags::FIXED_FILE) } else { entry }
 }

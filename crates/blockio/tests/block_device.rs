@@ -74,7 +74,7 @@ fn device_is_read_written_punched_and_zeroed() {
         file.write_all_at(&vec![1; 1 << 20], 0).unwrap();
         let (index, mut model) = (FileIndex(0), vec![1; 1 << 20]);
         let mut engine = new_engine(kind, 8, vec![file.clone()]).unwrap();
-        engine.push(0, Op::Write { file: index, offset: 0, buf: owned(&[5; 4096]), dsync: true });
+        engine.push(0, Op::Write { file: index, offset: 0, buf: owned(&[5; 4096]) });
         engine.push(1, Op::Zero { file: index, offset: 65536, len: 4096, may_unmap: false });
         engine.push(2, Op::SyncData { file: index });
         if file.supports_punch() {

@@ -17,7 +17,7 @@ const FILE: FileIndex = FileIndex(0);
 #[derive(Clone, Debug)]
 enum Action {
     Read,
-    Write { seed: u8, dsync: bool },
+    Write { seed: u8 },
     Punch,
     Zero { may_unmap: bool },
     Sync,
@@ -40,7 +40,7 @@ struct Step {
 fn step() -> impl Strategy<Value = Step> {
     let action = prop_oneof![
         4 => Just(Action::Read),
-        4 => (any::<u8>(), any::<bool>()).prop_map(|(seed, dsync)| Action::Write { seed, dsync }),
+        4 => any::<u8>().prop_map(|seed| Action::Write { seed }),
         1 => Just(Action::Punch),
         1 => any::<bool>().prop_map(|may_unmap| Action::Zero { may_unmap }),
         1 => Just(Action::Sync),
@@ -92,9 +92,9 @@ fn perform(kind: EngineKind, dir: &std::path::Path, batches: &[Vec<Step>], direc
             };
             let op = match step.action {
                 Action::Read => Op::Read { file: FILE, offset, buf: buffer(vec![0xaa; len]) },
-                Action::Write { seed, dsync } => {
+                Action::Write { seed } => {
                     model[range.clone()].copy_from_slice(&data(len, seed));
-                    Op::Write { file: FILE, offset, buf: buffer(data(len, seed)), dsync }
+                    Op::Write { file: FILE, offset, buf: buffer(data(len, seed)) }
                 }
                 Action::Punch if punch => {
                     model[range.clone()].fill(0);
@@ -168,7 +168,7 @@ fn buffer_of_more_pieces_than_a_call_takes_is_transferred_whole() {
             for gap in [512, 7] {
                 let from = Guest::new(&content, 0, 512, gap);
                 let to = Guest::new(&vec![0; content.len()], 0, 512, gap);
-                engine.push(1, Op::Write { file: FILE, offset: 8192, buf: from.buf().into(), dsync: true });
+                engine.push(1, Op::Write { file: FILE, offset: 8192, buf: from.buf().into() });
                 assert!(run(&mut *engine)[0].result.is_ok());
                 engine.push(2, Op::Read { file: FILE, offset: 8192, buf: to.buf().into() });
                 assert!(run(&mut *engine)[0].result.is_ok());
@@ -211,7 +211,7 @@ fn direct_io_that_is_not_aligned_is_invalid_input() {
         for (token, (offset, len)) in [(1, align), (0, align - 1), (align / 2, align)].into_iter().enumerate()
         {
             let buf = AlignedBuf::new_zeroed(len as usize).into();
-            engine.push(token as u64, Op::Write { file: FILE, offset, buf, dsync: false });
+            engine.push(token as u64, Op::Write { file: FILE, offset, buf });
         }
         for done in run(&mut *engine) {
             assert_eq!(done.result.unwrap_err().kind(), ErrorKind::InvalidInput);
@@ -251,7 +251,7 @@ fn write_to_a_full_file_system_is_storage_full() {
         let path = small.0.path().join(format!("{kind:?}"));
         create(&path, 1 << 20);
         let mut engine = new_engine(kind, 4, vec![Arc::new(open(&path, true, false))]).unwrap();
-        engine.push(1, Op::Write { file: FILE, offset: 0, buf: owned(&vec![1; 128 << 10]), dsync: false });
+        engine.push(1, Op::Write { file: FILE, offset: 0, buf: owned(&vec![1; 128 << 10]) });
         let done = run(&mut *engine).remove(0);
         assert_eq!(done.result.unwrap_err().kind(), ErrorKind::StorageFull);
         assert!(done.buf.is_some());
@@ -268,7 +268,7 @@ fn write_past_the_largest_file_is_an_error() {
         let mut engine = new_engine(kind, 4, vec![Arc::new(open(&path, true, false))]).unwrap();
         for (token, offset) in [(1 << 62) - 4096, i64::MAX as u64 - 4095, u64::MAX].into_iter().enumerate() {
             let buf = AlignedBuf::new_zeroed(4096).into();
-            engine.push(token as u64, Op::Write { file: FILE, offset, buf, dsync: false });
+            engine.push(token as u64, Op::Write { file: FILE, offset, buf });
         }
         assert!(run(&mut *engine).iter().all(|done| done.result.is_err() && done.buf.is_some()));
         assert_eq!(std::fs::metadata(&path).unwrap().len(), 0);
@@ -305,7 +305,7 @@ fn lock_after_engine_and_file_are_dropped_is_free() {
             let mut engine = new_engine(kind, 64, vec![file]).unwrap();
             for token in 0..64 {
                 let buf = AlignedBuf::new_zeroed(4096).into();
-                engine.push(token, Op::Write { file: FILE, offset: token * 4096, buf, dsync: false });
+                engine.push(token, Op::Write { file: FILE, offset: token * 4096, buf });
             }
             engine.submit();
             drop(engine);

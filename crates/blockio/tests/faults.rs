@@ -33,7 +33,7 @@ fn setup(kind: EngineKind) -> Setup {
 }
 
 fn write(block: u64) -> Op {
-    Op::Write { file: FILE, offset: block * 4096, buf: owned(&[block as u8 + 1; 4096]), dsync: false }
+    Op::Write { file: FILE, offset: block * 4096, buf: owned(&[block as u8 + 1; 4096]) }
 }
 
 fn written(setup: &Setup) -> Vec<u64> {

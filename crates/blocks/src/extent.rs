@@ -1,19 +1,6 @@
-//! A block's number, and runs of consecutive blocks.
+//! Runs of consecutive blocks.
 
 use std::fmt;
-
-use crate::BLOCK_SIZE;
-
-/// The number of a block: its byte offset on the disk divided by [`BLOCK_SIZE`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct BlockId(pub u64);
-
-impl BlockId {
-    /// The block that holds the byte at `offset`.
-    pub const fn containing(offset: u64) -> Self {
-        Self(offset / BLOCK_SIZE)
-    }
-}
 
 /// A run of consecutive blocks. May be empty; its end never wraps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

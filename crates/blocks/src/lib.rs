@@ -10,7 +10,7 @@ mod geometry;
 mod set;
 mod tally;
 
-pub use extent::{BlockId, Extent};
+pub use extent::Extent;
 pub use geometry::{BlockRange, Geometry, GeometryError, OutOfRange};
 pub use set::{BlockSet, MixedRuns, Runs};
 pub use tally::{Tallied, cell, density, tally};

@@ -2,8 +2,9 @@
 //! need no call each.)
 //!
 //! Nothing else in this crate reads, makes, changes, syncs, renames or removes a file of the state or
-//! syncs the disk, so that a test can stop the world at any of them. (Not among them: the live page,
-//! which is memory and not meant to survive the host, and the clean-up of a provision that failed.)
+//! syncs the disk, so that a test can stop the world at any of them. (Not among them: the live page
+//! and the file of [writes to be done again](crate::redo), which are memory and not meant to survive the host; which logs there
+//! are, by their names; and the clean-up of a provision that failed.)
 
 use std::ffi::CStr;
 use std::fs;

@@ -7,7 +7,7 @@
 
 use std::cell::Cell;
 
-use crate::clock::Moment;
+use crate::{clock::Moment, pace::usage_of_thread};
 
 /// After so many reads it is asked whether one has waited.
 const READS: u32 = 32;
@@ -107,13 +107,7 @@ pub(super) fn step(now: Moment) -> Pace {
 
 /// Major faults of the calling thread since it began.
 pub(crate) fn major_faults() -> i64 {
-    let mut usage = std::mem::MaybeUninit::<libc::rusage>::uninit();
-    // SAFETY: `usage` has room for the answer.
-    if unsafe { libc::getrusage(libc::RUSAGE_THREAD, usage.as_mut_ptr()) } != 0 {
-        return 0;
-    }
-    // SAFETY: filled by the call above, which succeeded.
-    unsafe { usage.assume_init() }.ru_majflt
+    usage_of_thread().map_or(0, |usage| usage.ru_majflt)
 }
 
 #[cfg(test)]

@@ -137,10 +137,7 @@ fn pushed_operation_is_not_started_by_anything_but_submit() {
     let mut done = Vec::new();
     engine.push(1, read(512));
     engine.submit();
-    engine.push(
-        2,
-        Op::Write { file: FileIndex(0), offset: 0, buf: AlignedBuf::new_zeroed(512).into(), dsync: false },
-    );
+    engine.push(2, Op::Write { file: FileIndex(0), offset: 0, buf: AlignedBuf::new_zeroed(512).into() });
     engine.wait(None).unwrap();
     engine.reap(&mut done);
     engine.wait(None).unwrap();
@@ -194,12 +191,8 @@ fn broken_ring_fails_new_operations_and_still_waits_for_the_old_ones() {
 fn operation_that_makes_no_sense_completes_as_invalid_input() {
     let (_guard, file) = regular(4096);
     let mut engine = UringEngine::new(4, vec![file]).unwrap();
-    let write = |file, offset| Op::Write {
-        file: FileIndex(file),
-        offset,
-        buf: AlignedBuf::new_zeroed(512).into(),
-        dsync: false,
-    };
+    let write =
+        |file, offset| Op::Write { file: FileIndex(file), offset, buf: AlignedBuf::new_zeroed(512).into() };
     for op in [write(1, 0), write(255, 0), write(0, u64::MAX), write(0, i64::MAX as u64 - 511)] {
         engine.push(1, op);
         engine.submit();

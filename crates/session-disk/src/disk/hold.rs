@@ -281,7 +281,8 @@ pub fn left_open(options: &DiskOptions) -> Result<Option<u64>, Error> {
         (None, Some(live)) => live.session_is_named(),
         // A power cut, or a log that can't be read: a session's end seals its log. (Not durably: one that ended
         // just before a power cut may count as open.)
-        (None, None) => write_log::read(&paths.sessions().join(last.id().file_name()))
+        (None, None) => Storage::default()
+            .read_log(&paths.sessions().join(last.id().file_name()))
             .map_or(true, |contents| contents.sealed_blocks().is_none()),
     };
     Ok(open.then_some(last.sequence))

@@ -168,7 +168,7 @@ impl Drain {
     }
 
     fn push_write(&mut self, run: usize, offset: u64, buf: Buffer) {
-        self.push(run, Doing::Writing, Op::Write { file: DISK, offset, buf, dsync: false });
+        self.push(run, Doing::Writing, Op::Write { file: DISK, offset, buf });
     }
 
     fn push(&mut self, run: usize, doing: Doing, op: Op) {

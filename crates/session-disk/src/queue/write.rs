@@ -264,8 +264,7 @@ impl DiskQueue {
     fn write_filled(&mut self, fill: Fill, mut bounce: AlignedBuf) {
         let at = (fill.part.offset() - fill.block.offset()) as usize;
         fill.data.merge_into(&mut bounce, at, fill.part.len() as usize);
-        let op =
-            Op::Write { file: DISK, offset: fill.block.offset(), buf: Buffer::Owned(bounce), dsync: false };
+        let op = Op::Write { file: DISK, offset: fill.block.offset(), buf: Buffer::Owned(bounce) };
         self.push_op(fill.slot as u64, op);
     }
 
@@ -303,9 +302,7 @@ impl DiskQueue {
 
 fn data_op(range: BlockRange, data: Data) -> Op {
     match data {
-        Data::Guest(buf) => {
-            Op::Write { file: DISK, offset: range.offset(), buf: Buffer::Guest(buf), dsync: false }
-        }
+        Data::Guest(buf) => Op::Write { file: DISK, offset: range.offset(), buf: Buffer::Guest(buf) },
         Data::Zeroes { may_unmap } => {
             Op::Zero { file: DISK, offset: range.offset(), len: range.len(), may_unmap }
         }
