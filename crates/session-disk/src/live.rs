@@ -21,6 +21,7 @@
 //! | 20, 21 | the token of the in-flight table of the open session's frontend; 0: none |
 //! | 22 | 1 when write-back has failed: what the open session has written may be lost |
 //! | 23 | 1 while the guest of the open session counts writes as durable when they are answered |
+//! | 28 | 1 while blocks that were pending read as zeroes, and that may not be durable |
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -52,6 +53,7 @@ const WORD_MARKS: [usize; 2] = [16, 24];
 const WORD_TOKEN: usize = 20;
 const WORD_POISONED: usize = 22;
 const WORD_WRITE_THROUGH: usize = 23;
+const WORD_ZEROED: usize = 28;
 
 /// A log and how much of it counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -188,6 +190,7 @@ impl LivePage {
         self.set_owner(None);
         self.set_token(None);
         self.set_write_through(false);
+        self.set_zeroed(false);
         self.word(WORD_POISONED).store(0, Ordering::Release);
         self.set_dirty(0);
         self.set_drain_failing(false);
@@ -298,6 +301,16 @@ impl LivePage {
     /// Notes whether the guest has chosen the write-through mode.
     pub(crate) fn set_write_through(&self, chosen: bool) {
         self.word(WORD_WRITE_THROUGH).store(chosen.into(), Ordering::Release);
+    }
+
+    /// Whether blocks of which some were pending read as zeroes that may not be durable.
+    pub(crate) fn is_zeroed(&self) -> bool {
+        self.load(WORD_ZEROED) == 1
+    }
+
+    /// Notes whether there are such blocks.
+    pub(crate) fn set_zeroed(&self, zeroed: bool) {
+        self.word(WORD_ZEROED).store(zeroed.into(), Ordering::SeqCst);
     }
 
     /// Notes that write-back has failed.

@@ -289,19 +289,22 @@ impl Shared {
             let result = self.storage.sync_disk(self.disk.path(), || sync(&self.disk_sync));
             result.inspect_err(|_| self.poison())
         };
-        self.unsynced.synced(|| self.zeroed.synced(heeded))
+        let synced = self.unsynced.synced(|| self.zeroed.synced(heeded));
+        if synced.is_ok() && self.zeroed.is_empty() && self.live.is_zeroed() {
+            self.live.set_zeroed(false);
+            // Meanwhile some may have come.
+            if !self.zeroed.is_empty() {
+                self.live.set_zeroed(true);
+            }
+        }
+        synced
     }
 
-    /// Fails, now and for ever, if what was taken from P may be lost. Of `extent` this was read from the disk before: if this succeeds,
-    /// it is what was put there last.
-    ///
-    /// Of data the kernel tells [whether it was written back](Self::check_written_back). That blocks read as zeroes is the file system's
-    /// own note, which may be lost without a word, should its journal have failed: only a sync tells of it.
-    pub(crate) fn check_taken(&self, extent: Extent) -> io::Result<()> {
-        if self.zeroed.intersects(extent) {
-            return self.sync_disk().map_err(io::Error::other);
-        }
-        self.check_written_back()
+    /// `extent`, which may have been pending or lie where it was, is to read as zeroes, or does: see [`unsynced`](crate::unsynced).
+    pub(crate) fn zeroed(&self, extent: Extent) {
+        self.zeroed.insert(extent);
+        self.unsynced.insert(extent);
+        self.live.set_zeroed(true);
     }
 
     /// Fails, now and for ever, if the kernel has failed to write back some of the disk. What was read from the disk before this

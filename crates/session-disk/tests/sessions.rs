@@ -155,8 +155,30 @@ fn pending_block_that_was_zeroed_is_not_read_before_that_is_durable() {
     let (disk, mut queue) = session();
     assert_eq!(read(&disk, &mut queue, 16, 4096), [0; 4096]);
     // Once it is durable nobody asks again.
+    disk.drain(&AtomicBool::new(false), &mut |_| ()).unwrap();
     tape.0.store(true, Ordering::SeqCst);
     assert_eq!(read(&disk, &mut queue, 16, 4096), [0; 4096]);
+}
+
+/// The same when its server is killed: the next one knows that there are such blocks.
+#[test]
+fn pending_block_that_was_zeroed_is_not_read_by_the_next_server_before_that_is_durable() {
+    let tape = Arc::new(NoSync::default());
+    let mut bench = Bench::new(4 * MIB, None, true, EngineKind::IoUring);
+    bench.options.tape = Some(tape.clone());
+    bench.options.resume = true;
+    let disk = bench.open();
+    disk.begin_session(None).unwrap();
+    let mut queue = disk.queue(16).unwrap();
+    let range = disk.geometry().sectors_at(16, 4096).unwrap();
+    run(&mut queue, Request::WriteZeroes { range, may_unmap: true, durable: false }).unwrap();
+    drop(queue);
+    drop(disk);
+    let disk = bench.open();
+    assert!(disk.session_is_open());
+    tape.0.store(true, Ordering::SeqCst);
+    let (mut queue, buf) = (disk.queue(16).unwrap(), GuestBuf::zeroed(4096));
+    run(&mut queue, Request::Read { range, buf }).unwrap_err();
 }
 
 /// Invariants 1, 2 and 6: a server that is gone without a word leaves a log that says exactly what to restore.

@@ -127,6 +127,10 @@ impl SessionDisk {
         // What a server before us has synced is not known.
         shared.unsynced.insert_set(&shared.owned);
         shared.unsynced.insert_set(&kept);
+        if before.same_boot && shared.live.is_zeroed() {
+            shared.zeroed.insert_set(&shared.owned);
+            shared.zeroed.insert_set(&kept);
+        }
         let lifecycle = Lifecycle { manifest, session, kept, queues: Vec::new(), finisher: None };
         let disk = Self {
             shared,

@@ -512,10 +512,7 @@ impl DiskQueue {
             return;
         }
         // Also of what was pending: before that leaves P. A sync that began before now vouches for none of it.
-        for extent in state.zeroed.drain(..) {
-            self.shared.zeroed.insert(extent);
-            self.shared.unsynced.insert(extent);
-        }
+        state.zeroed.drain(..).for_each(|extent| self.shared.zeroed(extent));
         if state.is_sync && state.error.is_some() {
             self.shared.poison();
             return self.finish(slot);

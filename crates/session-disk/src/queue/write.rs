@@ -17,6 +17,8 @@ pub(super) enum Bounce {
     Fill(Fill),
     /// A read of `range`, which may not be durable, for the request `slot`, into `buf`.
     Read { slot: usize, range: BlockRange, buf: GuestBuf },
+    /// Such a read of what reads as zeroes is done, and the disk is being synced.
+    Zeroed { slot: usize, buf: GuestBuf, bounce: AlignedBuf },
 }
 
 /// What becomes of a bounce block that the base was read into.
@@ -123,6 +125,8 @@ impl DiskQueue {
         if self.shared.unsynced.intersects(touched)
             && let Some(state) = self.slots.get_mut(slot)
         {
+            // From now on: another queue may read it while that is on its way.
+            self.shared.zeroed(touched);
             state.zeroed.push(touched);
         }
     }
@@ -227,36 +231,59 @@ impl DiskQueue {
 
     /// Has a bounce buffer read.
     pub(super) fn push_bounced(&mut self, what: Bounce, file: FileIndex, offset: u64, bounce: AlignedBuf) {
+        let token = self.keep_bounce(what, bounce.len());
+        self.push_op(token, Op::Read { file, offset, buf: Buffer::Owned(bounce) });
+    }
+
+    /// Keeps what a bounce buffer of `len` bytes is for; returns the token of the operation that it waits for.
+    fn keep_bounce(&mut self, what: Bounce, len: usize) -> u64 {
         let index = self.free_bounces.pop().unwrap_or_else(|| {
             self.bounces.push(None);
             self.bounces.len() - 1
         });
         if let Some(place) = self.bounces.get_mut(index) {
-            *place = Some((what, bounce.len()));
+            *place = Some((what, len));
         }
-        self.bounced_bytes += bounce.len();
-        self.push_op(BOUNCE | index as u64, Op::Read { file, offset, buf: Buffer::Owned(bounce) });
+        self.bounced_bytes += len;
+        BOUNCE | index as u64
     }
 
-    /// A bounce buffer was read: merge and write it, or give it to the guest.
+    /// A bounce buffer was read: merge and write it, or give it to the guest. Or what was read is durable.
     pub(super) fn bounced(&mut self, index: usize, result: io::Result<()>, bounce: Option<AlignedBuf>) {
         let Some((what, len)) = self.bounces.get_mut(index).and_then(Option::take) else { return };
         self.free_bounces.push(index);
         self.bounced_bytes -= len;
-        let bounce = bounce.ok_or_else(|| failed(io::ErrorKind::InvalidData));
-        match (result.and(bounce), what) {
-            (Ok(bounce), Bounce::Fill(fill)) => self.write_filled(fill, bounce),
-            (Ok(bounce), Bounce::Read { slot, range, buf }) => {
-                let checked = self.shared.check_taken(range.touched());
-                if checked.is_ok() {
-                    buf.copy_in(0, &bounce);
+        let read = || bounce.ok_or_else(|| failed(io::ErrorKind::InvalidData));
+        match what {
+            Bounce::Fill(fill) => match result.and_then(|()| read()) {
+                Ok(bounce) => self.write_filled(fill, bounce),
+                Err(error) => self.part_done(fill.slot, Err(error)),
+            },
+            Bounce::Read { slot, range, buf } => match result.and_then(|()| read()) {
+                // Of data the kernel tells whether it was written back. That a block reads as zeroes is the file system's own note, of which only
+                // a sync tells.
+                Ok(bounce) if self.shared.zeroed.intersects(range.touched()) => {
+                    let token = self.keep_bounce(Bounce::Zeroed { slot, buf, bounce }, len);
+                    self.push_op(token, Op::SyncData { file: DISK });
                 }
-                self.part_done(slot, checked);
-            }
-            (Err(error), Bounce::Fill(Fill { slot, .. }) | Bounce::Read { slot, .. }) => {
-                self.part_done(slot, Err(error));
+                read => self.give(slot, &buf, read),
+            },
+            Bounce::Zeroed { slot, buf, bounce } => {
+                if result.is_err() {
+                    self.shared.poison();
+                }
+                self.give(slot, &buf, result.map(|()| bounce));
             }
         }
+    }
+
+    /// Gives a guest what was read of blocks that may not be durable, if the kernel has not failed to write back any.
+    fn give(&mut self, slot: usize, buf: &GuestBuf, read: io::Result<AlignedBuf>) {
+        let checked = read.and_then(|bounce| self.shared.check_written_back().map(|()| bounce));
+        let given = checked.map(|bounce| {
+            buf.copy_in(0, &bounce);
+        });
+        self.part_done(slot, given);
     }
 
     /// Writes the whole block: the base's content with the guest's over it. The part was counted
@@ -282,11 +309,12 @@ impl DiskQueue {
             }
         }
         Extent::normalize(&mut taken);
+        // Before anybody takes a block for the session's: who gives it up has to know. Also with direct I/O, for which the
+        // kernel may use the page cache when it can't do without.
+        taken.iter().for_each(|extent| self.shared.unsynced.insert(*extent));
         let result = self.shared.own(&taken).map_err(|error| (error.kind(), in_full(&error)));
         if result.is_ok() {
             for extent in &taken {
-                // Also with direct I/O, for which the kernel may use the page cache when it can't do without.
-                self.shared.unsynced.insert(*extent);
                 self.shared.pending.remove(*extent);
             }
             self.shared.live.set_pending(self.shared.pending.count());
