@@ -43,6 +43,19 @@ pub enum Request {
     Flush,
 }
 
+impl Request {
+    /// Where on the disk, if it is about a part of it.
+    pub(crate) fn range(&self) -> Option<BlockRange> {
+        match self {
+            Self::Read { range, .. }
+            | Self::Write { range, .. }
+            | Self::Discard { range }
+            | Self::WriteZeroes { range, .. } => Some(*range),
+            Self::Flush => None,
+        }
+    }
+}
+
 /// A finished request.
 #[derive(Debug)]
 pub struct Done {

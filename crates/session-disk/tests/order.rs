@@ -101,3 +101,30 @@ fn pending_block_is_logged_after_its_data_is_written() {
         assert_eq!(disk.pending_blocks(), pending - 1);
     }
 }
+
+/// Who ends a connection waits for all that has been begun: a guest can't make that any number of bytes.
+#[test]
+fn queue_has_room_for_so_many_bytes_at_a_time() {
+    let (_bench, disk, mut queue, plan) = session(false);
+    plan.on_every(OpClass::Read, Fault::HoldBefore);
+    let range = disk.geometry().sectors_at(0, SIZE as u64).unwrap();
+    let buf = GuestBuf::zeroed(SIZE);
+    let mut pushed = 0;
+    let mut push = |queue: &mut DiskQueue| {
+        queue.push_later(pushed, Request::Read { range, buf: buf.clone() });
+        queue.submit();
+        pushed += 1;
+        pushed
+    };
+    while queue.has_room() {
+        push(&mut queue);
+    }
+    assert_eq!(push(&mut queue), 258);
+    assert_eq!(plan.held(), 257);
+    plan.clear();
+    plan.release_all();
+    let mut done = Vec::new();
+    queue.quiesce(&mut done);
+    assert_eq!(done.iter().filter(|done| done.result.is_ok()).count(), 258);
+    assert!(queue.has_room());
+}

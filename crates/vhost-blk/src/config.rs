@@ -29,13 +29,15 @@ pub(crate) const RANGE_SECTORS_MAX: u32 = (16 << 20) / 512;
 
 /// Largest data segment that is asked of drivers, 256 KiB; longer ones are served all the same.
 const SIZE_MAX: u32 = 256 << 10;
-/// Bytes of a read or write that are accepted: as many as a chain may have (2.7.5), in whole sectors. Drivers need not heed the
-/// limits that they are told: UEFI firmware does not, and asks for a boot loader or kernel image with one request.
-pub(crate) const DATA_MAX: u64 = (1 << 32) - 512;
-/// More than so many bytes, a multiple of the block, go to the disk in parts, so that what it takes to do them
-/// does not grow with what is asked. What drivers make of the limits is one part.
+/// Bytes of a read or write that are accepted. Drivers need not heed the limits that they are told: UEFI firmware does not, and asks
+/// for a boot loader or kernel image with one request, of as many bytes at most.
+pub(crate) const DATA_MAX: u64 = 1 << 30;
+/// A request of more bytes, a multiple of the block, goes to the disk in parts, and is not done at once. What drivers make
+/// of the limits is one part.
 pub(crate) const PART_MAX: u64 = 32 << 20;
 const _: () = assert!(SIZE_MAX as u64 * SEG_MAX as u64 <= PART_MAX);
+/// A batch takes no more requests when they have so many bytes: other things are looked at between batches.
+pub(crate) const BATCH_BYTES_MAX: u64 = 2 * PART_MAX;
 /// Data segments per request that are asked of drivers. A chain must not be longer than the queue,
 /// whose size the frontend chooses (128 by default, in QEMU), so this is not made of our own limit.
 const SEG_MAX: u16 = 126;

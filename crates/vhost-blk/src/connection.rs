@@ -151,7 +151,7 @@ impl<'a> Patience<'a> {
             self.said_after *= 2;
             log::warn!(
                 "a VM is gone, and its I/O is not finished after {} s: the storage of the disk, of its state or of its base \
-                 does not answer; nobody else is served before",
+                 does not answer, or the VM's memory; nobody else is served before",
                 waited.as_secs()
             );
         }

@@ -85,6 +85,8 @@ pub(crate) trait DiskIo: Send {
     fn log_announced(&mut self);
     /// Takes a request that cannot be done at once; nothing is submitted before `submit`.
     fn push(&mut self, token: u64, request: Request);
+    /// Whether it has less to do than it should have at a time. If not, it will be told when something is done.
+    fn has_room(&self) -> bool;
     fn submit(&mut self);
     /// Appends finished requests; never blocks.
     fn reap(&mut self, done: &mut Vec<Finished>);
@@ -212,6 +214,10 @@ impl DiskIo for SessionIo {
 
     fn push(&mut self, token: u64, request: Request) {
         self.queue.push_later(token, request);
+    }
+
+    fn has_room(&self) -> bool {
+        self.queue.has_room()
     }
 
     fn submit(&mut self) {

@@ -17,7 +17,7 @@ use vm_memory::{Address, GuestAddress, GuestMemoryMmap};
 
 use crate::{
     chain::Table,
-    config::{DATA_MAX, PART_MAX, QUEUE_SIZE_MAX, RANGE_SECTORS_MAX, RANGE_SEGMENTS_MAX},
+    config::{BATCH_BYTES_MAX, DATA_MAX, PART_MAX, QUEUE_SIZE_MAX, RANGE_SECTORS_MAX, RANGE_SEGMENTS_MAX},
     disk::DiskTraits,
     guest::GuestRegions,
     slots::Used,
@@ -79,6 +79,14 @@ pub(crate) enum Action {
 }
 
 impl Action {
+    /// Whether it has so much data that others would wait for it too long.
+    pub(crate) const fn is_long(&self) -> bool {
+        match self {
+            Self::Read { data, .. } | Self::Write { data, .. } => data.len as u64 > PART_MAX,
+            _ => false,
+        }
+    }
+
     const fn failed(status: Status) -> Self {
         Self::Answer { status, written: 0 }
     }
@@ -116,6 +124,8 @@ pub(crate) struct Parser {
     writable: Vec<Piece>,
     /// Host memory of the data of all requests of the batch.
     parts: Vec<IoVec>,
+    /// Bytes of them.
+    bytes: u64,
     /// The memory that `parts` lie in, held while there is a batch.
     memory: GuestRegions,
 }
@@ -130,12 +140,13 @@ impl Parser {
     /// Begins a batch of chains whose buffers are in `memory`, and forgets the one before.
     pub(crate) fn begin(&mut self, memory: &Arc<Memory>) {
         self.parts.clear();
+        self.bytes = 0;
         self.memory.hold(memory);
     }
 
-    /// Whether the batch has as many pieces as one should have.
+    /// Whether the batch has as many pieces or bytes as one should have.
     pub(crate) fn is_full(&self) -> bool {
-        self.parts.len() >= PARTS_MAX
+        self.parts.len() >= PARTS_MAX || self.bytes >= BATCH_BYTES_MAX
     }
 
     /// Forgets the batch, and lets go of its memory.
@@ -304,6 +315,7 @@ impl Parser {
                 return Err(Status::IoError);
             }
         }
+        self.bytes += len;
         Ok((range, Data { first, end: self.parts.len(), len: len as u32 }))
     }
 

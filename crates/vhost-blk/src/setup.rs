@@ -5,10 +5,8 @@ use std::collections::{BTreeMap, VecDeque};
 
 use vhost::vhost_user::message::FrontendReq;
 
-use crate::{config::QUEUES_MAX, wire::Message};
+use crate::{config::QUEUES_MAX, regions::REGIONS_MAX, wire::Message};
 
-/// Memory regions that are remembered; the library takes no more.
-const REGIONS_MAX: usize = 512;
 /// Payload bits of SET_VRING_KICK, SET_VRING_CALL and SET_VRING_ERR that are the number of the ring.
 const RING_MASK: u32 = 0xff;
 
@@ -85,7 +83,7 @@ impl Setup {
         };
         let regions = self.messages.keys().filter(|(kind, _)| *kind == Kind::MemoryRegion).count();
         let possible = match kind {
-            Kind::MemoryRegion => regions < REGIONS_MAX,
+            Kind::MemoryRegion => regions < REGIONS_MAX as usize,
             kind if kind >= Kind::RingSize => index < u64::from(QUEUES_MAX),
             _ => true,
         };
@@ -166,10 +164,10 @@ mod tests {
         setup.note(&message(FrontendReq::REM_MEM_REG, &[0, 0, 0x1000, 0]));
         assert!(setup.into_messages().is_none());
         let mut setup = Setup::default();
-        for address in 0..2 * REGIONS_MAX as u32 {
+        for address in 0..2 * REGIONS_MAX {
             setup.note(&message(FrontendReq::ADD_MEM_REG, &[0, 0, address, 0]));
         }
-        assert_eq!(setup.messages.len(), REGIONS_MAX);
+        assert_eq!(setup.messages.len(), REGIONS_MAX as usize);
         assert!(setup.into_messages().is_none());
     }
 }

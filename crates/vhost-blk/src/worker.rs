@@ -290,7 +290,7 @@ impl Worker {
         }
         let groups = if self.first_touches { GROUPS_LOGGED } else { 1 };
         let limit = if self.all_at_once { self.interrupts.group() * groups } else { usize::MAX };
-        let room = self.slots.room().min(limit).min(count);
+        let room = if self.io.has_room() { self.slots.room().min(limit).min(count) } else { 0 };
         if count > usize::from(queue.size()) {
             // More than there can be (2.7.13.3): what they are, nobody knows.
             device.warn(|| format!("the guest's available ring can't be used: it has {count} requests"));
@@ -343,6 +343,7 @@ impl Worker {
                     }
                     Some((*status, *written))
                 }
+                (action, _) if action.is_long() => None,
                 (Action::Read { range, data }, Some(_)) => {
                     let view = self.parser.view(*data);
                     view.is_some_and(|view| self.io.read_now(*range, view)).then_some((Status::Ok, data.len))
@@ -533,6 +534,10 @@ impl Worker {
         }
     }
 
+    fn can_take(&self) -> bool {
+        !self.slots.is_full() && self.io.has_room()
+    }
+
     /// Looks for work for as long as it pays, without the ring's lock. True: there is some.
     fn spin(&mut self, device: &Device, vring: &Vring) -> bool {
         let mut goes_on = self.poll.begins(Instant::now(), self.none_at_once && self.io.in_flight() > 0);
@@ -541,7 +546,7 @@ impl Worker {
         }
         while goes_on && vring.is_active() && !device.is_stopping() {
             for _ in 0..LOOKS_PER_TIME {
-                if self.watch.as_ref().is_some_and(|watch| !self.slots.is_full() && watch.left() > 0) {
+                if self.watch.as_ref().is_some_and(|watch| self.can_take() && watch.left() > 0) {
                     self.poll.found();
                     return true;
                 }
@@ -571,7 +576,7 @@ impl Worker {
     /// Asks the guest for a kick. True: there was something already.
     fn arm(&mut self, device: &Device, vring: &Vring) -> bool {
         self.watch = None;
-        if self.slots.is_full() {
+        if !self.can_take() {
             // Nothing can be taken before something is answered, and that will wake us.
             return false;
         }

@@ -53,6 +53,9 @@ const BOUNCED_BYTES_MAX: usize = 4 << 20;
 /// pending here and there becomes many operations, and memory must not grow with what guests ask.
 const OPERATIONS_MAX: usize = 4096;
 
+/// When requests about more bytes have been begun, no further one is: who ends a connection waits for them.
+const BYTES_MAX: u64 = 256 << 20;
+
 /// Windows that wait to be read ahead: more than there are sequences would be late.
 const WINDOWS_MAX: usize = 4;
 
@@ -73,6 +76,8 @@ pub struct DiskQueue {
     free_bounces: Vec<usize>,
     /// Bytes of all of them.
     bounced_bytes: usize,
+    /// Bytes of the requests that have been begun and are not finished.
+    begun_bytes: u64,
     /// Blocks to log before what was announced is written.
     announced: Vec<Extent>,
     /// Blocks to log before anything of `staged` is submitted.
@@ -118,6 +123,7 @@ impl DiskQueue {
             bounces: Vec::new(),
             free_bounces: Vec::new(),
             bounced_bytes: 0,
+            begun_bytes: 0,
             announced: Vec::new(),
             first_touches: Vec::new(),
             staged: Vec::new(),
@@ -244,11 +250,22 @@ impl DiskQueue {
 
     /// Whether no further request is begun.
     fn is_full(&self) -> bool {
-        self.engine.in_flight() > OPERATIONS_MAX || self.bounced_bytes > BOUNCED_BYTES_MAX
+        self.engine.in_flight() > OPERATIONS_MAX
+            || self.bounced_bytes > BOUNCED_BYTES_MAX
+            || self.begun_bytes > BYTES_MAX
+    }
+
+    /// Whether further requests would be begun. If not, those that are pushed wait, and more had better not be.
+    pub fn has_room(&self) -> bool {
+        self.deferred.is_empty() && !self.is_full()
     }
 
     /// Makes operations of a request.
     fn start(&mut self, slot: usize, request: Request) {
+        if let (Some(state), Some(range)) = (self.slots.get_mut(slot), request.range()) {
+            state.bytes = range.len();
+            self.begun_bytes += range.len();
+        }
         match request {
             Request::Read { range, buf } => self.read(slot, range, buf),
             Request::Write { range, buf, durable } => {
@@ -530,6 +547,7 @@ impl DiskQueue {
     /// Answers the request in `slot` and gives back what it held.
     fn finish(&mut self, slot: usize) {
         let Some(state) = self.slots.get_mut(slot) else { return };
+        self.begun_bytes -= state.bytes;
         self.shared.claims.release(&state.claimed);
         state.claimed.clear();
         state.taking.clear();

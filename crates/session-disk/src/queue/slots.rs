@@ -11,6 +11,8 @@ use crate::request::Write;
 pub(super) struct Slot {
     /// The caller's token.
     pub(super) token: u64,
+    /// Bytes that it is about.
+    pub(super) bytes: u64,
     /// Operations that are not finished; the request is finished when none is left.
     pub(super) parts: u32,
     /// The first failure.
@@ -46,6 +48,7 @@ impl Slots {
         });
         if let Some(slot) = self.slots.get_mut(index) {
             slot.token = token;
+            slot.bytes = 0;
             slot.parts = 1;
             slot.error = None;
             slot.sync_after = false;

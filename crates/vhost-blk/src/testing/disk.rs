@@ -36,6 +36,8 @@ struct State {
     owner: Option<ProcessId>,
     token: Option<Uuid>,
     write_through: bool,
+    /// So many requests are taken at a time; 0: any number.
+    room: usize,
     sessions: u64,
     refuse_sessions: bool,
     refuse_queues: bool,
@@ -111,6 +113,11 @@ impl MemoryDisk {
 
     pub(crate) fn durable_writes(&self) -> u64 {
         self.durable_writes.load(Ordering::SeqCst)
+    }
+
+    /// Takes no more requests at a time than these.
+    pub(crate) fn take_at_most(&self, room: usize) {
+        self.state().room = room;
     }
 
     /// How often workers have looked at what is in flight.
@@ -270,6 +277,11 @@ impl DiskIo for MemoryIo {
     fn push(&mut self, token: u64, request: Request) {
         self.disk.in_flight.fetch_add(1, Ordering::SeqCst);
         self.queued.push((token, request));
+    }
+
+    fn has_room(&self) -> bool {
+        let room = self.disk.state().room;
+        room == 0 || self.queued.len() + self.submitted.len() < room
     }
 
     fn submit(&mut self) {

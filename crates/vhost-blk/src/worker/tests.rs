@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use rustix::event::{EventfdFlags, eventfd};
 use vhost_user_backend::{VhostUserBackend, VringT};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
+use virtio_queue::QueueT;
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::request::Memory;
@@ -202,4 +203,20 @@ fn guest_that_cannot_be_asked_is_interrupted() {
     scene.backend.shared_memory().lock().unwrap().replace(Memory::new());
     worker.tell(&scene.backend.device, &scene.vring);
     assert!(told());
+}
+
+/// What a guest can have the server hold or do at a time does not grow with the length of its requests.
+#[test]
+fn batch_ends_with_so_many_bytes() {
+    let mut scene = Scene::new();
+    for _ in 0..8 {
+        scene.offer_long(VIRTIO_BLK_T_IN, 0, 3);
+    }
+    scene.backend.worker(0).unwrap().pass(&scene.backend.device, &scene.vring);
+    // 45 MiB each.
+    assert_eq!(scene.vring.lock().get_queue().next_avail(), 2);
+    while scene.memory.read_obj::<u16>(GuestAddress(USED + 2)).unwrap() != scene.avail {
+        uncounted(&scene.backend, &scene.vring);
+    }
+    assert_eq!(scene.status(), 0);
 }

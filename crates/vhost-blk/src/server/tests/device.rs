@@ -128,6 +128,32 @@ fn guest_that_offers_a_chain_again_and_again_can_not_make_it_grow() {
     assert_eq!(server.disk.in_flight(), 0);
 }
 
+/// What the disk has no room for stays in the ring, and is taken when it has.
+#[test]
+fn requests_are_taken_as_the_disk_has_room_for_them() {
+    let server = Running::new(|_| {});
+    let mut driver = Driver::start(&server.path, 1);
+    server.disk.take_at_most(1);
+    server.disk.hold(true);
+    driver.header(DATA_AT, VIRTIO_BLK_T_IN, 0);
+    for _ in 0..3 {
+        driver.offer(0, &[(DATA_AT, 16, false), (DATA_AT + 4096, 513, true)]);
+        driver.kick(0);
+        wait_until("a request in flight", || server.disk.in_flight() == 1);
+        // The worker has seen the kick and sleeps.
+        wait_until("the worker sleeps", || {
+            let before = server.disk.looks();
+            std::thread::sleep(Duration::from_millis(20));
+            before == server.disk.looks()
+        });
+        assert_eq!(server.disk.in_flight(), 1);
+    }
+    server.disk.hold(false);
+    for _ in 0..3 {
+        assert_eq!(driver.wait_used(0), 513);
+    }
+}
+
 #[test]
 fn read_only_device_refuses_writes_and_serves_reads() {
     let server = Running::new(|config| config.device.read_only = true);
