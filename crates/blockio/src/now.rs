@@ -8,11 +8,10 @@ use std::{
     sync::Arc,
 };
 
-use crate::{
-    File, FileIndex, GuestView, Quick,
-    pace::Pace,
-    transfer::{PIECES_MAX, TRANSFER_MAX},
-};
+use crate::{File, FileIndex, GuestView, Quick, pace::Pace, transfer::PIECES_MAX};
+
+/// What is longer is not done at once, in bytes: others wait meanwhile.
+const LEN_MAX: usize = 32 << 20;
 
 /// How an engine makes calls that cannot be told not to wait.
 pub(crate) enum Waits<'a> {
@@ -35,7 +34,7 @@ pub(crate) fn perform_now(files: &[Arc<File>], waits: Waits<'_>, quick: Quick<'_
         Quick::Read { file, buf, .. } | Quick::Write { file, buf, .. } => (file, buf),
     };
     let Some(file) = files.get(usize::from(index.0)) else { return false };
-    if file.is_direct() || buf.parts().len() > PIECES_MAX || buf.len() > TRANSFER_MAX {
+    if file.is_direct() || buf.parts().len() > PIECES_MAX || buf.len() > LEN_MAX {
         return false;
     }
     match (quick, waits) {

@@ -32,8 +32,7 @@ const SIZE_MAX: u32 = 256 << 10;
 /// Bytes of a read or write that are accepted. Drivers need not heed the limits that they are told: UEFI firmware does not, and asks
 /// for a boot loader or kernel image with one request, of as many bytes at most.
 pub(crate) const DATA_MAX: u64 = 1 << 30;
-/// A request of more bytes, a multiple of the block, goes to the disk in parts, and is not done at once. What drivers make
-/// of the limits is one part.
+/// A request of more bytes, a multiple of the block, goes to the disk in parts. What drivers make of the limits is one part.
 pub(crate) const PART_MAX: u64 = 32 << 20;
 const _: () = assert!(SIZE_MAX as u64 * SEG_MAX as u64 <= PART_MAX);
 /// A batch takes no more requests when they have so many bytes: other things are looked at between batches.

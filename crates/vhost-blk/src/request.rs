@@ -79,14 +79,6 @@ pub(crate) enum Action {
 }
 
 impl Action {
-    /// Whether it has so much data that others would wait for it too long.
-    pub(crate) const fn is_long(&self) -> bool {
-        match self {
-            Self::Read { data, .. } | Self::Write { data, .. } => data.len as u64 > PART_MAX,
-            _ => false,
-        }
-    }
-
     const fn failed(status: Status) -> Self {
         Self::Answer { status, written: 0 }
     }

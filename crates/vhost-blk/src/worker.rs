@@ -290,7 +290,7 @@ impl Worker {
         }
         let groups = if self.first_touches { GROUPS_LOGGED } else { 1 };
         let limit = if self.all_at_once { self.interrupts.group() * groups } else { usize::MAX };
-        let room = if self.io.has_room() { self.slots.room().min(limit).min(count) } else { 0 };
+        let room = if self.can_take() { self.slots.room().min(limit).min(count) } else { 0 };
         if count > usize::from(queue.size()) {
             // More than there can be (2.7.13.3): what they are, nobody knows.
             device.warn(|| format!("the guest's available ring can't be used: it has {count} requests"));
@@ -343,7 +343,6 @@ impl Worker {
                     }
                     Some((*status, *written))
                 }
-                (action, _) if action.is_long() => None,
                 (Action::Read { range, data }, Some(_)) => {
                     let view = self.parser.view(*data);
                     view.is_some_and(|view| self.io.read_now(*range, view)).then_some((Status::Ok, data.len))
@@ -534,8 +533,9 @@ impl Worker {
         }
     }
 
+    /// Whether there is room for requests: here, and where what is not done at once goes.
     fn can_take(&self) -> bool {
-        !self.slots.is_full() && self.io.has_room()
+        self.slots.is_empty() || !self.slots.is_full() && self.io.has_room()
     }
 
     /// Looks for work for as long as it pays, without the ring's lock. True: there is some.
