@@ -260,7 +260,9 @@ impl UringEngine {
                     idle.push(slot);
                 }
                 None => {
-                    queue.push_front(slot);
+                    // Behind those who hold some memory, if it needs some: zeroes are to be written now.
+                    let place = if work.missing_bounce() > 0 { *released } else { 0 };
+                    queue.insert(place.min(queue.len()), slot);
                     *released += 1;
                 }
             }
