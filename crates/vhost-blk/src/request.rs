@@ -116,7 +116,7 @@ pub(crate) struct Parser {
     writable: Vec<Piece>,
     /// Host memory of the data of all requests of the batch.
     parts: Vec<IoVec>,
-    /// Bytes of them.
+    /// Bytes that all requests of the batch are about.
     bytes: u64,
     /// The memory that `parts` lie in, held while there is a batch.
     memory: GuestRegions,
@@ -341,7 +341,7 @@ impl Parser {
 
     /// The segments of a discard or write-zeroes request, with their unmap flag; those of no
     /// sectors are left out.
-    fn segments(&self, disk: &DiskTraits, flags_known: u32) -> Result<Vec<(BlockRange, bool)>, Status> {
+    fn segments(&mut self, disk: &DiskTraits, flags_known: u32) -> Result<Vec<(BlockRange, bool)>, Status> {
         let len: usize = self.readable.iter().map(|piece| piece.len).sum();
         if len == 0 || !len.is_multiple_of(SEGMENT_LEN) || len > SEGMENTS_LEN_MAX {
             return Err(Status::IoError);
@@ -365,6 +365,7 @@ impl Parser {
             }
             if count > 0 {
                 let range = disk.geometry.sectors_at(sector, u64::from(count) * SECTOR_SIZE);
+                self.bytes += u64::from(count) * SECTOR_SIZE;
                 ranges.push((range.map_err(|_| Status::IoError)?, flags != 0));
             }
         }
