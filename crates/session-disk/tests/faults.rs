@@ -8,9 +8,9 @@ use std::sync::atomic::AtomicBool;
 
 use blockio::EngineKind;
 use blockio::fault::{Fault, FaultPlan, OpClass};
-use common::{Bench, end, read, try_write};
+use common::{Bench, end, try_write};
 use rustix::io::Errno;
-use session_disk::{DiskOptions, Error, Request};
+use session_disk::{DiskOptions, Error};
 
 const SIZE: usize = 1 << 20;
 
@@ -144,29 +144,6 @@ fn drain_of_a_disk_that_refuses_holes_writes_zeroes() {
         let asked = plan.seen(OpClass::Punch);
         assert!(if lasts { asked <= holes.len() as u64 } else { asked == 2 * holes.len() as u64 }, "{asked}");
     }
-}
-
-/// Invariant 2: a device that refuses to unmap has dropped what the page cache had of the blocks, and what is on its medium may
-/// be an earlier session's. So what was discarded reads as zeroes.
-#[test]
-fn discard_that_the_storage_refuses_zeroes_the_blocks() {
-    let plan = FaultPlan::new();
-    let mut bench = Bench::new(SIZE, None, false, EngineKind::IoUring);
-    bench.options = DiskOptions { faults: Some(plan.clone()), ..bench.options };
-    plan.on_every(OpClass::Punch, Fault::Fail(Errno::OPNOTSUPP.raw_os_error()));
-    let disk = bench.open();
-    disk.begin_session(None).unwrap();
-    let mut queue = disk.queue(8).unwrap();
-    try_write(&disk, &mut queue, 64, &[0x11; 8192]).unwrap();
-    queue.push(1, Request::Discard { range: disk.geometry().sectors_at(64, 4096).unwrap() });
-    let mut done = Vec::new();
-    queue.quiesce(&mut done);
-    done.pop().unwrap().result.unwrap();
-    let content = read(&disk, &mut queue, 64, 8192);
-    assert!(content[..4096].iter().all(|b| *b == 0) && content[4096..].iter().all(|b| *b == 0x11));
-    end(&disk, queue);
-    plan.clear();
-    bench.assert_restores_exactly(&disk);
 }
 
 /// One run that can't be copied holds up no other, and is restored once it can be.

@@ -154,7 +154,7 @@ fn pending_block_that_was_zeroed_is_not_read_before_that_is_durable() {
     tape.0.store(false, Ordering::SeqCst);
     let (disk, mut queue) = session();
     assert_eq!(read(&disk, &mut queue, 16, 4096), [0; 4096]);
-    // Once it is durable nobody asks again.
+    // Once it is known to be durable nobody asks again.
     disk.drain(&AtomicBool::new(false), &mut |_| ()).unwrap();
     tape.0.store(true, Ordering::SeqCst);
     assert_eq!(read(&disk, &mut queue, 16, 4096), [0; 4096]);

@@ -21,6 +21,7 @@
 mod ahead;
 mod slots;
 mod write;
+mod zeroed;
 
 use std::collections::VecDeque;
 use std::io;
@@ -36,6 +37,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use self::ahead::{Ahead, Window};
 use self::slots::Slots;
 use self::write::Bounce;
+use self::zeroed::ZeroedReads;
 use crate::Error;
 use crate::claims::Waker;
 use crate::helper::Helper;
@@ -44,6 +46,8 @@ use crate::shared::{BASE, DISK, FlushPolicy, QueueCounters, Shared};
 
 /// Set in the token of an operation that reads into a bounce buffer; the rest is its number.
 const BOUNCE: u64 = 1 << 63;
+/// The token of the sync that reads of zeroes wait for.
+const SYNC: u64 = 1 << 62;
 
 /// What may not be durable is read so much at a time, and no further request is begun while more than so much is being read.
 const BOUNCE_BLOCKS_MAX: u64 = (256 << 10) / BLOCK_SIZE;
@@ -86,6 +90,8 @@ pub struct DiskQueue {
     /// Slots whose writes wait for claims, oldest first.
     parked: VecDeque<usize>,
     waker: Arc<Waker>,
+    /// Reads of zeroes that wait for a sync.
+    zeroed_reads: ZeroedReads,
     /// Requests that wait until fewer operations are on their way.
     deferred: VecDeque<(usize, Request)>,
     /// Slots whose data is on the disk and whose pending blocks wait for their record.
@@ -129,6 +135,7 @@ impl DiskQueue {
             staged: Vec::new(),
             parked: VecDeque::new(),
             waker,
+            zeroed_reads: ZeroedReads::default(),
             deferred: VecDeque::new(),
             to_take: Vec::new(),
             completions: Vec::new(),
@@ -320,7 +327,9 @@ impl DiskQueue {
                 self.retry_parked();
             }
             self.take_blocks();
-            if !self.unsubmitted && self.staged.is_empty() {
+            // What was finished last may have made room for what waits.
+            let can_start = !self.deferred.is_empty() && !self.is_full();
+            if !self.unsubmitted && self.staged.is_empty() && !can_start {
                 break;
             }
             self.submit();
@@ -464,9 +473,9 @@ impl DiskQueue {
                 continue;
             }
             if let Some(part) = shared.geometry.bytes_of(run) {
-                self.zeroes_unsynced(slot, run);
+                let may_unmap = self.zeroes_unsynced(slot, run);
                 let (offset, len) = (part.offset(), part.len());
-                self.push_part(slot, Op::Zero { file: DISK, offset, len, may_unmap: true });
+                self.push_part(slot, Op::Zero { file: DISK, offset, len, may_unmap });
             }
         }
     }
@@ -505,7 +514,9 @@ impl DiskQueue {
         let mut completions = std::mem::take(&mut self.completions);
         self.engine.reap(&mut completions);
         for completion in completions.drain(..) {
-            if completion.token & BOUNCE == 0 {
+            if completion.token == SYNC {
+                self.give_zeroed(&completion.result);
+            } else if completion.token & BOUNCE == 0 {
                 self.part_done(completion.token as usize, completion.result);
             } else {
                 let bounce = match completion.buf {

@@ -301,3 +301,29 @@ fn killed_is_restored(bench: Bench, pending: Option<u64>) {
     assert!(Bench::content(&options.disk) == base);
     drop(dir);
 }
+
+/// What waits until fewer bytes are begun is begun when the last that was ends by leaving P: nobody would tell of it later.
+#[test]
+fn request_that_waits_for_room_is_begun_when_blocks_leave_p() {
+    let mut bench = Bench::new(true);
+    let queue = &mut bench.queue;
+    // As if others were about that.
+    queue.begun_bytes = BYTES_MAX;
+    for block in [8, 16] {
+        let range = bench.disk.geometry().sectors_at(block * 8, 4096).unwrap();
+        queue.push_later(block, Request::WriteZeroes { range, may_unmap: true, durable: false });
+    }
+    assert!(!queue.has_room());
+    queue.submit();
+    let mut done = Vec::new();
+    queue.reap(&mut done);
+    while done.len() < 2 {
+        let mut fds: Vec<_> =
+            queue.wait_fds().into_iter().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
+        let limit = rustix::time::Timespec { tv_sec: 20, tv_nsec: 0 };
+        assert_ne!(poll(&mut fds, Some(&limit)).unwrap(), 0, "nobody tells of what waits");
+        queue.reap(&mut done);
+    }
+    assert!(done.iter().all(|done| done.result.is_ok()));
+    assert_eq!(std::mem::take(&mut queue.begun_bytes), BYTES_MAX);
+}

@@ -3,7 +3,7 @@
 use std::io;
 use std::sync::Arc;
 
-use blockio::{AlignedBuf, Buffer, FileIndex, GuestBuf, Op, in_full};
+use blockio::{AlignedBuf, Buffer, FileIndex, FileKind, GuestBuf, Op, in_full};
 use blocks::{BlockRange, Extent};
 
 use super::{BOUNCE, DiskQueue, failed};
@@ -17,8 +17,6 @@ pub(super) enum Bounce {
     Fill(Fill),
     /// A read of `range`, which may not be durable, for the request `slot`, into `buf`.
     Read { slot: usize, range: BlockRange, buf: GuestBuf },
-    /// Such a read of what reads as zeroes is done, and the disk is being synced.
-    Zeroed { slot: usize, buf: GuestBuf, bounce: AlignedBuf },
 }
 
 /// What becomes of a bounce block that the base was read into.
@@ -104,9 +102,12 @@ impl DiskQueue {
     /// logged at the end of the pass.
     fn write_clean(&mut self, slot: usize, range: BlockRange, data: Data) {
         let touched = range.touched();
-        if matches!(data, Data::Zeroes { .. }) {
-            self.zeroes_unsynced(slot, touched);
-        }
+        let data = match data {
+            Data::Zeroes { may_unmap } => {
+                Data::Zeroes { may_unmap: self.zeroes_unsynced(slot, touched) && may_unmap }
+            }
+            data => data,
+        };
         let op = data_op(range, data);
         if self.shared.owned.contains_all(touched) {
             return self.push_part(slot, op);
@@ -119,16 +120,19 @@ impl DiskQueue {
         self.staged.push((slot, op));
     }
 
-    /// The file system is to note that `touched`, of which nothing is pending, reads as zeroes. If some of it was not durable, what is on
-    /// the medium may be an earlier session's, and its own data now never gets there.
-    pub(super) fn zeroes_unsynced(&mut self, slot: usize, touched: Extent) {
-        if self.shared.unsynced.intersects(touched)
-            && let Some(state) = self.slots.get_mut(slot)
-        {
-            // From now on: another queue may read it while that is on its way.
-            self.shared.zeroed(touched);
+    /// `touched`, of which nothing is pending, is to read as zeroes. If some of it was not durable, what is on the medium may be an
+    /// earlier session's, and its own data now never gets there. Returns whether it may be unmapped: a device that turns out
+    /// to refuse that has dropped what the page cache had, and until it is zeroed in another way all is read from the medium.
+    pub(super) fn zeroes_unsynced(&mut self, slot: usize, touched: Extent) -> bool {
+        if !self.shared.unsynced.intersects(touched) {
+            return true;
+        }
+        // From now on: another queue may read it while that is on its way.
+        self.shared.zeroed(touched);
+        if let Some(state) = self.slots.get_mut(slot) {
             state.zeroed.push(touched);
         }
+        self.shared.disk.kind() != FileKind::BlockDevice
     }
 
     /// The rest of step 1, for all staged writes of a pass: intents, record, live page, L; only
@@ -231,24 +235,18 @@ impl DiskQueue {
 
     /// Has a bounce buffer read.
     pub(super) fn push_bounced(&mut self, what: Bounce, file: FileIndex, offset: u64, bounce: AlignedBuf) {
-        let token = self.keep_bounce(what, bounce.len());
-        self.push_op(token, Op::Read { file, offset, buf: Buffer::Owned(bounce) });
-    }
-
-    /// Keeps what a bounce buffer of `len` bytes is for; returns the token of the operation that it waits for.
-    fn keep_bounce(&mut self, what: Bounce, len: usize) -> u64 {
         let index = self.free_bounces.pop().unwrap_or_else(|| {
             self.bounces.push(None);
             self.bounces.len() - 1
         });
         if let Some(place) = self.bounces.get_mut(index) {
-            *place = Some((what, len));
+            *place = Some((what, bounce.len()));
         }
-        self.bounced_bytes += len;
-        BOUNCE | index as u64
+        self.bounced_bytes += bounce.len();
+        self.push_op(BOUNCE | index as u64, Op::Read { file, offset, buf: Buffer::Owned(bounce) });
     }
 
-    /// A bounce buffer was read: merge and write it, or give it to the guest. Or what was read is durable.
+    /// A bounce buffer was read: merge and write it, or give it to the guest.
     pub(super) fn bounced(&mut self, index: usize, result: io::Result<()>, bounce: Option<AlignedBuf>) {
         let Some((what, len)) = self.bounces.get_mut(index).and_then(Option::take) else { return };
         self.free_bounces.push(index);
@@ -260,25 +258,16 @@ impl DiskQueue {
                 Err(error) => self.part_done(fill.slot, Err(error)),
             },
             Bounce::Read { slot, range, buf } => match result.and_then(|()| read()) {
-                // Of data the kernel tells whether it was written back. That a block reads as zeroes is the file system's own note, of which only
-                // a sync tells.
                 Ok(bounce) if self.shared.zeroed.intersects(range.touched()) => {
-                    let token = self.keep_bounce(Bounce::Zeroed { slot, buf, bounce }, len);
-                    self.push_op(token, Op::SyncData { file: DISK });
+                    self.give_when_synced(slot, buf, bounce);
                 }
                 read => self.give(slot, &buf, read),
             },
-            Bounce::Zeroed { slot, buf, bounce } => {
-                if result.is_err() {
-                    self.shared.poison();
-                }
-                self.give(slot, &buf, result.map(|()| bounce));
-            }
         }
     }
 
     /// Gives a guest what was read of blocks that may not be durable, if the kernel has not failed to write back any.
-    fn give(&mut self, slot: usize, buf: &GuestBuf, read: io::Result<AlignedBuf>) {
+    pub(super) fn give(&mut self, slot: usize, buf: &GuestBuf, read: io::Result<AlignedBuf>) {
         let checked = read.and_then(|bounce| self.shared.check_written_back().map(|()| bounce));
         let given = checked.map(|bounce| {
             buf.copy_in(0, &bounce);
