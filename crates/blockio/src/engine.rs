@@ -8,6 +8,19 @@ use crate::{Buffer, Error, File, GuestView, sync::SyncEngine, uring::UringEngine
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct FileIndex(pub u8);
 
+/// A way to zero a range. Where one fails the next is taken: a device says only when it is asked that it can't unmap or wants whole
+/// sectors. What the page cache had of the range is gone by then, and until it is zeroed what the medium has is read. Whoever must
+/// not have that read, writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Zeroing {
+    /// It is deallocated.
+    Unmap,
+    /// It stays allocated.
+    Keep,
+    /// Zeroes are written.
+    Write,
+}
+
 /// One operation. Offsets and lengths are in bytes.
 ///
 /// On a direct file, `offset` and length of reads and writes must be multiples of
@@ -56,8 +69,8 @@ pub enum Op {
         offset: u64,
         /// Bytes.
         len: u64,
-        /// Whether the range may be deallocated.
-        may_unmap: bool,
+        /// Which way is tried first.
+        how: Zeroing,
     },
     /// Has a range share the blocks of the same range of another file: see [`File::share_from`]. Done inside of
     /// [`submit`](Engine::submit), which may wait for it.

@@ -15,7 +15,7 @@ use rustix::{
     io::Errno,
 };
 
-use crate::{AlignedBuf, Error, Redo, ResidentMap, probe, share, transfer::Zeroing};
+use crate::{AlignedBuf, Error, Redo, ResidentMap, Zeroing, probe, share};
 
 /// No extended attribute is longer: `XATTR_SIZE_MAX`.
 const ATTRIBUTE_SIZE_MAX: usize = 65536;
@@ -484,10 +484,10 @@ impl File {
         format!("/proc/self/fd/{}", self.fd.as_raw_fd())
     }
 
-    /// The way to zero ranges that is tried first.
-    pub(crate) fn zeroing(&self, may_unmap: bool) -> Zeroing {
-        let unmap = may_unmap && (self.abilities.punch || !self.abilities.zero);
-        if unmap { Zeroing::Unmap } else { Zeroing::Keep }
+    /// The way to zero ranges that is tried first where `how` is asked for.
+    pub(crate) fn zeroing(&self, how: Zeroing) -> Zeroing {
+        let unmaps = self.abilities.punch || !self.abilities.zero;
+        if how == Zeroing::Unmap && !unmaps { Zeroing::Keep } else { how }
     }
 
     /// The first range of data at or after `from`, cut at the file's size; `None` if there is

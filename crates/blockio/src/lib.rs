@@ -33,7 +33,7 @@ mod worth;
 
 pub use buffer::{AlignedBuf, BUF_ALIGNMENT, Buffer, GuestBuf, GuestView, IoVec};
 pub use deadline::Deadline;
-pub use engine::{Completion, Engine, EngineKind, FileIndex, Op, Quick, new_engine};
+pub use engine::{Completion, Engine, EngineKind, FileIndex, Op, Quick, Zeroing, new_engine};
 pub use error::{Error, ErrorKind, in_full};
 pub use file::{Alignment, File, FileKind, Identity, OpenOptions};
 pub use lock::ImageAccess;

@@ -9,7 +9,7 @@ use std::{io, sync::Arc};
 use rustix::{fs::FallocateFlags, io::Errno};
 
 use crate::{
-    AlignedBuf, Alignment, Buffer, Completion, File, FileIndex, IoVec, Op,
+    AlignedBuf, Alignment, Buffer, Completion, File, FileIndex, IoVec, Op, Zeroing,
     probe::{BOUNCE_MAX, PUNCH, ZERO},
 };
 
@@ -54,7 +54,7 @@ pub(crate) enum Memory {
     Many(*const IoVec, u32),
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     Nothing,
     Read,
@@ -65,20 +65,8 @@ enum Kind {
     Share { from: FileIndex },
 }
 
-/// The ways to zero a range, in the order in which they are tried. Where one fails the next is taken: a device says only
-/// when it is asked that it can't unmap or wants whole sectors, and what it had of the range in the page cache is gone by
-/// then. So a range that could not be zeroed must not be read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Zeroing {
-    /// It is deallocated.
-    Unmap,
-    /// It stays allocated.
-    Keep,
-    /// Zeroes are written.
-    Write,
-}
-
 impl Zeroing {
+    /// The way that is tried when this one has failed.
     fn next(self) -> Option<Zeroing> {
         match self {
             Zeroing::Unmap => Some(Zeroing::Keep),
@@ -140,16 +128,16 @@ impl Work {
             Op::Write { file, offset, buf } => (file, Kind::Write, offset, self.take_buf(buf)),
             Op::SyncData { file } => (file, Kind::SyncData, 0, 0),
             Op::Punch { file, offset, len } => (file, Kind::Punch, offset, len),
-            Op::Zero { file, offset, len, may_unmap } => {
-                let of = |file: &Arc<File>| file.zeroing(may_unmap);
-                let way = files.get(usize::from(file.0)).map_or(Zeroing::Keep, of);
+            Op::Zero { file, offset, len, how } => {
+                let way = files.get(usize::from(file.0)).map_or(how, |file| file.zeroing(how));
                 (file, Kind::Zero(way), offset, len)
             }
             Op::Share { file, from, offset, len } => (file, Kind::Share { from }, offset, len),
         };
         (self.token, self.file, self.offset, self.len) = (token, file, offset, len);
         (self.done, self.asked, self.stalls, self.align) = (0, 0, 0, 1);
-        self.bounces = false;
+        // Memory that is made for them, and left as it is: zeroes.
+        self.bounces = kind == Kind::Zero(Zeroing::Write);
         self.kind = if len == 0 && !matches!(kind, Kind::SyncData) { Kind::Nothing } else { kind };
         if let Err(error) = self.check(files.get(usize::from(file.0))) {
             self.kind = Kind::Nothing;
@@ -301,7 +289,6 @@ impl Work {
                 let Kind::Zero(way) = self.kind else { return Some(Err(error)) };
                 let Some(next) = way.next() else { return Some(Err(error)) };
                 (self.kind, self.stalls) = (Kind::Zero(next), 0);
-                // Memory that is made for them, and left as it is: zeroes.
                 self.bounces = next == Zeroing::Write;
                 None
             }
@@ -506,12 +493,12 @@ mod tests {
         let (_temp, mut files) = file_in("/tmp").unwrap();
         Arc::get_mut(&mut files[0]).unwrap().write_max = u64::MAX;
         let (offset, len) = (4096 - 512, 3 * BOUNCE_MAX as u64 + 512);
-        let zero = |may_unmap| Op::Zero { file: FileIndex(0), offset, len, may_unmap };
+        let zero = |how| Op::Zero { file: FileIndex(0), offset, len, how };
         let is = |call: &Call, wanted| matches!(call, Call::Allocate { mode, .. } if *mode == wanted);
         for errno in [Errno::OPNOTSUPP, Errno::INVAL, Errno::IO] {
-            let (calls, result) = zeroed(zero(true), &files, &[errno]);
+            let (calls, result) = zeroed(zero(Zeroing::Unmap), &files, &[errno]);
             assert!(matches!(&calls[..], [a, b] if is(a, PUNCH) && is(b, ZERO)) && result.is_ok());
-            let (calls, result) = zeroed(zero(true), &files, &[errno; 2]);
+            let (calls, result) = zeroed(zero(Zeroing::Unmap), &files, &[errno; 2]);
             assert!(is(&calls[0], PUNCH) && is(&calls[1], ZERO) && result.is_ok());
             let mut next = offset;
             for call in &calls[2..] {
@@ -522,11 +509,15 @@ mod tests {
                 next += piece.len as u64;
             }
             assert_eq!(next, offset + len);
-            let (calls, result) = zeroed(zero(true), &files, &[errno, errno, Errno::NOSPC]);
+            let (calls, result) = zeroed(zero(Zeroing::Unmap), &files, &[errno, errno, Errno::NOSPC]);
             assert_eq!((calls.len(), result.unwrap_err().kind()), (3, io::ErrorKind::StorageFull));
         }
-        let (calls, result) = zeroed(zero(false), &files, &[Errno::AGAIN, Errno::INTR]);
+        let (calls, result) = zeroed(zero(Zeroing::Keep), &files, &[Errno::AGAIN, Errno::INTR]);
         assert!(calls.iter().all(|call| is(call, ZERO)) && calls.len() == 3 && result.is_ok());
+        let (calls, result) = zeroed(zero(Zeroing::Write), &files, &[]);
+        assert!(
+            calls.iter().all(|call| matches!(call, Call::Transfer { write: true, .. })) && result.is_ok()
+        );
         // A hole is what is asked for, and nothing else.
         let punch = Op::Punch { file: FileIndex(0), offset, len };
         let (calls, result) = zeroed(punch, &files, &[Errno::OPNOTSUPP]);

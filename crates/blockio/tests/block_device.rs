@@ -9,7 +9,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use blockio::{AlignedBuf, EngineKind, File, FileIndex, FileKind, Op, OpenOptions, new_engine};
+use blockio::{AlignedBuf, EngineKind, File, FileIndex, FileKind, Op, OpenOptions, Zeroing, new_engine};
 use common::*;
 
 /// Held by every test here: a child of another test would hold our descriptors, and with them
@@ -75,7 +75,7 @@ fn device_is_read_written_punched_and_zeroed() {
         let (index, mut model) = (FileIndex(0), vec![1; 1 << 20]);
         let mut engine = new_engine(kind, 8, vec![file.clone()]).unwrap();
         engine.push(0, Op::Write { file: index, offset: 0, buf: owned(&[5; 4096]) });
-        engine.push(1, Op::Zero { file: index, offset: 65536, len: 4096, may_unmap: false });
+        engine.push(1, Op::Zero { file: index, offset: 65536, len: 4096, how: Zeroing::Keep });
         engine.push(2, Op::SyncData { file: index });
         if file.supports_punch() {
             engine.push(3, Op::Punch { file: index, offset: 131_072, len: 65536 });
@@ -107,7 +107,15 @@ fn range_that_is_no_whole_sectors_of_its_device_is_zeroed() {
         let mut model = vec![1; SIZE];
         for (token, range) in (0..).zip(ranges) {
             let (offset, len) = (range.start as u64, range.len() as u64);
-            engine.push(2 * token, Op::Zero { file: FileIndex(0), offset, len, may_unmap: token > 0 });
+            engine.push(
+                2 * token,
+                Op::Zero {
+                    file: FileIndex(0),
+                    offset,
+                    len,
+                    how: if token > 0 { Zeroing::Unmap } else { Zeroing::Keep },
+                },
+            );
             engine.push(2 * token + 1, Op::SyncData { file: FileIndex(0) });
             model[range].fill(0);
         }

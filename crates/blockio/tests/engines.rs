@@ -5,7 +5,7 @@ mod common;
 
 use std::{io::ErrorKind, sync::Arc, time::Duration};
 
-use blockio::{AlignedBuf, Buffer, EngineKind, FileIndex, Op, new_engine};
+use blockio::{AlignedBuf, Buffer, EngineKind, FileIndex, Op, Zeroing, new_engine};
 use common::*;
 use proptest::prelude::*;
 
@@ -102,7 +102,12 @@ fn perform(kind: EngineKind, dir: &std::path::Path, batches: &[Vec<Step>], direc
                 }
                 Action::Zero { may_unmap } => {
                     model[range.clone()].fill(0);
-                    Op::Zero { file: FILE, offset, len: len as u64, may_unmap }
+                    Op::Zero {
+                        file: FILE,
+                        offset,
+                        len: len as u64,
+                        how: if may_unmap { Zeroing::Unmap } else { Zeroing::Keep },
+                    }
                 }
                 _ => Op::SyncData { file: FILE },
             };

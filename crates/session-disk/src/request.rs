@@ -2,7 +2,7 @@
 
 use std::io;
 
-use blockio::GuestBuf;
+use blockio::{GuestBuf, Zeroing};
 use blocks::BlockRange;
 
 /// A request. Its range was validated when it was made.
@@ -78,7 +78,7 @@ impl Done {
 #[derive(Debug)]
 pub(crate) enum Data {
     Guest(GuestBuf),
-    Zeroes { may_unmap: bool },
+    Zeroes(Zeroing),
 }
 
 /// A write or write-zeroes.
@@ -93,7 +93,7 @@ impl Data {
     /// The part for `part`, which lies inside `whole`.
     pub(crate) fn part(&self, whole: BlockRange, part: BlockRange) -> Option<Data> {
         match self {
-            Data::Zeroes { may_unmap } => Some(Data::Zeroes { may_unmap: *may_unmap }),
+            Data::Zeroes(how) => Some(Data::Zeroes(*how)),
             Data::Guest(buf) => {
                 let skip = part.offset().checked_sub(whole.offset())?;
                 buf.slice(usize::try_from(skip).ok()?, usize::try_from(part.len()).ok()?).map(Data::Guest)
@@ -108,7 +108,7 @@ impl Data {
             Data::Guest(buf) => {
                 buf.copy_out(0, target);
             }
-            Data::Zeroes { .. } => target.fill(0),
+            Data::Zeroes(_) => target.fill(0),
         }
     }
 }

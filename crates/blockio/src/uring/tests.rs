@@ -5,7 +5,7 @@ use std::{io::Write, sync::atomic::AtomicBool, sync::atomic::Ordering};
 use rustix::event::{PollFd, PollFlags};
 
 use super::*;
-use crate::{AlignedBuf, Buffer, FileIndex, GuestBuf, IoVec, OpenOptions};
+use crate::{AlignedBuf, Buffer, FileIndex, GuestBuf, IoVec, OpenOptions, Zeroing};
 
 fn pipe() -> (Arc<File>, std::fs::File) {
     let (read, write) = rustix::pipe::pipe().unwrap();
@@ -273,7 +273,7 @@ fn memory_of_zeroes_that_are_written_is_bounded_and_given_back() {
     let opened = File::open(temp.path(), OpenOptions { write: true, ..Default::default() }).unwrap();
     let mut engine = UringEngine::new(64, vec![Arc::new(opened)]).unwrap();
     for token in 0..32 {
-        engine.push(token, Op::Zero { file: FileIndex(0), offset: 0, len: LEN - token, may_unmap: false });
+        engine.push(token, Op::Zero { file: FileIndex(0), offset: 0, len: LEN - token, how: Zeroing::Keep });
     }
     engine.submit();
     let mut done = Vec::new();

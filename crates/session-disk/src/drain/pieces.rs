@@ -5,7 +5,7 @@
 //! nobody changes them between the two is the contract of a base, and seen when the batch is synced, as ever.
 
 use base_image::Content;
-use blockio::{AlignedBuf, Buffer, Completion, Op};
+use blockio::{AlignedBuf, Buffer, Completion, Op, Zeroing};
 use blocks::{BLOCK_SIZE, BlockRange, Extent};
 
 use super::{Drain, RUN_BLOCKS_MAX, shared_path};
@@ -152,7 +152,7 @@ impl Drain {
         } else if disk.supports_punch() {
             Op::Punch { file: DISK, offset, len }
         } else if disk.supports_zero() {
-            Op::Zero { file: DISK, offset, len, may_unmap: true }
+            Op::Zero { file: DISK, offset, len, how: Zeroing::Unmap }
         } else {
             self.pace.spend(len);
             return self.push_write(run, offset, Buffer::Owned(AlignedBuf::new_zeroed(len as usize)));
@@ -164,7 +164,7 @@ impl Drain {
     /// Zeroes, which the kernel or the engine may have to write.
     fn push_zeroing(&mut self, run: usize, offset: u64, len: u64) {
         self.pace.spend(len);
-        self.push(run, Doing::Zeroing, Op::Zero { file: DISK, offset, len, may_unmap: false });
+        self.push(run, Doing::Zeroing, Op::Zero { file: DISK, offset, len, how: Zeroing::Keep });
     }
 
     fn push_write(&mut self, run: usize, offset: u64, buf: Buffer) {

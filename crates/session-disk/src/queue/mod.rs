@@ -30,7 +30,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use base_image::Urgency;
-use blockio::{AlignedBuf, Buffer, Completion, Engine, File, GuestBuf, GuestView, Op, Quick};
+use blockio::{AlignedBuf, Buffer, Completion, Engine, File, GuestBuf, GuestView, Op, Quick, Zeroing};
 use blocks::{BLOCK_SIZE, BlockRange, Extent};
 use rustix::event::{PollFd, PollFlags, poll};
 
@@ -284,7 +284,8 @@ impl DiskQueue {
                 }
             }
             Request::WriteZeroes { range, may_unmap, durable } => {
-                self.start_write(slot, Write { range, data: Data::Zeroes { may_unmap }, durable });
+                let how = if may_unmap { Zeroing::Unmap } else { Zeroing::Keep };
+                self.start_write(slot, Write { range, data: Data::Zeroes(how), durable });
             }
             Request::Discard { range } => self.discard(slot, range),
             Request::Flush => match self.shared.flush {
@@ -473,9 +474,8 @@ impl DiskQueue {
                 continue;
             }
             if let Some(part) = shared.geometry.bytes_of(run) {
-                let may_unmap = self.zeroes_unsynced(slot, run);
-                let (offset, len) = (part.offset(), part.len());
-                self.push_part(slot, Op::Zero { file: DISK, offset, len, may_unmap });
+                let how = self.zeroes_unsynced(slot, run).unwrap_or(Zeroing::Unmap);
+                self.push_part(slot, Op::Zero { file: DISK, offset: part.offset(), len: part.len(), how });
             }
         }
     }

@@ -3,7 +3,7 @@
 use std::io;
 use std::sync::Arc;
 
-use blockio::{AlignedBuf, Buffer, FileIndex, FileKind, GuestBuf, Op, in_full};
+use blockio::{AlignedBuf, Buffer, FileIndex, FileKind, GuestBuf, Op, Zeroing, in_full};
 use blocks::{BlockRange, Extent};
 
 use super::{BOUNCE, DiskQueue, failed};
@@ -103,9 +103,7 @@ impl DiskQueue {
     fn write_clean(&mut self, slot: usize, range: BlockRange, data: Data) {
         let touched = range.touched();
         let data = match data {
-            Data::Zeroes { may_unmap } => {
-                Data::Zeroes { may_unmap: self.zeroes_unsynced(slot, touched) && may_unmap }
-            }
+            Data::Zeroes(how) => Data::Zeroes(self.zeroes_unsynced(slot, touched).unwrap_or(how)),
             data => data,
         };
         let op = data_op(range, data);
@@ -121,18 +119,18 @@ impl DiskQueue {
     }
 
     /// `touched`, of which nothing is pending, is to read as zeroes. If some of it was not durable, what is on the medium may be an
-    /// earlier session's, and its own data now never gets there. Returns whether it may be unmapped: a device that turns out
-    /// to refuse that has dropped what the page cache had, and until it is zeroed in another way all is read from the medium.
-    pub(super) fn zeroes_unsynced(&mut self, slot: usize, touched: Extent) -> bool {
+    /// earlier session's, and its own data now never gets there. Then this says how, if there is only one way: a device
+    /// that fails to zero it has dropped what the page cache had, so that zeroes are written over that.
+    pub(super) fn zeroes_unsynced(&mut self, slot: usize, touched: Extent) -> Option<Zeroing> {
         if !self.shared.unsynced.intersects(touched) {
-            return true;
+            return None;
         }
         // From now on: another queue may read it while that is on its way.
         self.shared.zeroed(touched);
         if let Some(state) = self.slots.get_mut(slot) {
             state.zeroed.push(touched);
         }
-        self.shared.disk.kind() != FileKind::BlockDevice
+        (self.shared.disk.kind() == FileKind::BlockDevice).then_some(Zeroing::Write)
     }
 
     /// The rest of step 1, for all staged writes of a pass: intents, record, live page, L; only
@@ -182,7 +180,7 @@ impl DiskQueue {
             log::debug!("{}: a write fails: {}", self.shared.disk.path().display(), in_full(&error));
             return self.fail(slot, io::Error::other(error));
         }
-        let zeroes = matches!(data, Data::Zeroes { .. });
+        let zeroes = matches!(data, Data::Zeroes(_));
         let whole = self.shared.geometry.covered(part).intersection(run);
         // At most one partly covered block at either side of the wholly covered ones.
         let (head, tail) = if whole.is_empty() {
@@ -320,8 +318,6 @@ impl DiskQueue {
 fn data_op(range: BlockRange, data: Data) -> Op {
     match data {
         Data::Guest(buf) => Op::Write { file: DISK, offset: range.offset(), buf: Buffer::Guest(buf) },
-        Data::Zeroes { may_unmap } => {
-            Op::Zero { file: DISK, offset: range.offset(), len: range.len(), may_unmap }
-        }
+        Data::Zeroes(how) => Op::Zero { file: DISK, offset: range.offset(), len: range.len(), how },
     }
 }

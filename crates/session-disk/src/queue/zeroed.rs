@@ -41,8 +41,8 @@ impl DiskQueue {
     /// The sync is over.
     pub(super) fn give_zeroed(&mut self, result: &io::Result<()>) {
         if result.is_err() {
-            // If the kernel could not write back, everybody has to know. It may be the journal alone.
-            let _ = self.shared.check_written_back();
+            // As after any sync: the kernel forgets it.
+            self.shared.poison();
         }
         for Read { slot, buf, bounce } in std::mem::take(&mut self.zeroed_reads.syncing) {
             self.bounced_bytes -= bounce.len();

@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-use blockio::fault::{Fault, OpInfo};
+use blockio::fault::{Fault, OpClass, OpInfo};
 use serde::{Deserialize, Serialize};
 
 use super::crash::random::Random;
@@ -180,7 +180,11 @@ impl Trouble {
 
     pub(crate) fn rule(self) -> impl FnMut(&OpInfo) -> Option<Fault> + Send + 'static {
         let mut count = 0u64;
-        move |_| {
+        move |op| {
+            // One that fails condemns the disk, and there would be no more to see.
+            if op.class == OpClass::SyncData {
+                return None;
+            }
             let chosen = count >= self.first && (count - self.first).is_multiple_of(self.every);
             count += 1;
             chosen.then_some(match self.what {
