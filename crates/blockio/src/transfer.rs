@@ -17,7 +17,7 @@ use crate::{
 pub(crate) const PIECES_MAX: usize = 1024;
 
 /// The most bytes that one call transfers (the kernel's `MAX_RW_COUNT`; a multiple of a page).
-pub(crate) const TRANSFER_MAX: usize = 0x7fff_f000;
+const TRANSFER_MAX: usize = 0x7fff_f000;
 
 /// How many times in a row a call may say "try again" before that is an error.
 const STALLS_MAX: u32 = 1000;

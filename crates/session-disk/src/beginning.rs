@@ -18,6 +18,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use blockio::in_full;
 use write_log::LogWriter;
 
 use crate::live::LiveMark;
@@ -25,7 +26,6 @@ use crate::manifest::{Manifest, StagedManifest};
 use crate::open::remove_unnamed_logs;
 use crate::shared::Shared;
 use crate::{Error, Paths, witness};
-use blockio::in_full;
 
 /// What is left to be done.
 #[derive(Debug)]

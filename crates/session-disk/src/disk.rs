@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use blockio::in_full;
 use blocks::{BlockSet, Geometry};
 use uuid::Uuid;
 use write_log::{LogError, LogHeader, LogId, LogWriter};
@@ -29,7 +30,6 @@ use crate::recover::Basis;
 use crate::shared::{QueueCounters, Shared};
 use crate::ways::Sharing;
 use crate::{DiskQueue, Error, Paths, witness};
-use blockio::in_full;
 
 pub use hold::{Held, HoldReason, Released, left_open, set_hold_of_open_session};
 pub use keep::Changes;

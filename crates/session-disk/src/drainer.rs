@@ -5,10 +5,11 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
+use blockio::in_full;
+
 use crate::drain::Drain;
 use crate::shared::Shared;
 use crate::{CopyCounts, Error, SessionDisk};
-use blockio::in_full;
 
 /// How long the drain waits before it begins: who was waiting for the last session's end begins his own first.
 const GRACE: Duration = Duration::from_millis(20);

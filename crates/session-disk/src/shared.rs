@@ -301,7 +301,7 @@ impl Shared {
     }
 
     /// `extent`, which may have been pending or lie where it was, is to read as zeroes, or does: see [`unsynced`](crate::unsynced).
-    pub(crate) fn zeroed(&self, extent: Extent) {
+    pub(crate) fn note_zeroed(&self, extent: Extent) {
         self.zeroed.insert(extent);
         self.unsynced.insert(extent);
         self.live.set_zeroed(true);

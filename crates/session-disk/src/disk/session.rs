@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::SystemTime;
 
+use blockio::in_full;
 use uuid::Uuid;
 use write_log::LogWriter;
 
@@ -15,7 +16,6 @@ use crate::open::remove_unnamed_logs;
 use crate::process::ProcessId;
 use crate::witness;
 use crate::{Error, SessionStart, SessionSummary};
-use blockio::in_full;
 
 impl SessionDisk {
     /// Opens a session: from now on requests are taken. Its log's room is reserved; that this is durable, and that

@@ -540,7 +540,7 @@ impl DiskQueue {
             return;
         }
         // Also of what was pending: before that leaves P. A sync that began before now vouches for none of it.
-        state.zeroed.drain(..).for_each(|extent| self.shared.zeroed(extent));
+        state.zeroed.drain(..).for_each(|extent| self.shared.note_zeroed(extent));
         if state.is_sync && state.error.is_some() {
             self.shared.poison();
             return self.finish(slot);

@@ -126,7 +126,7 @@ impl DiskQueue {
             return None;
         }
         // From now on: another queue may read it while that is on its way.
-        self.shared.zeroed(touched);
+        self.shared.note_zeroed(touched);
         if let Some(state) = self.slots.get_mut(slot) {
             state.zeroed.push(touched);
         }
