@@ -28,6 +28,7 @@ mod location;
 mod nbd;
 mod pool;
 mod qcow2;
+mod replace;
 mod seal;
 mod store;
 

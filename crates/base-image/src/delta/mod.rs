@@ -6,7 +6,6 @@
 
 mod format;
 
-use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
@@ -14,6 +13,7 @@ use blockio::{File, OpenOptions};
 use blocks::{BLOCK_SIZE, Extent};
 
 use crate::error::BaseError;
+use crate::replace::Replacement;
 use crate::seal::{CHUNK_SIZE, GROUP_CHUNKS, Root, Seal};
 
 /// No delta has more extents, which is 64 MiB of them; where there would be more, the nearest are joined.
@@ -125,21 +125,11 @@ impl Delta {
     /// # Errors
     /// If it can't be written; then nothing is left of it.
     pub fn write(&self, path: &Path) -> Result<(), BaseError> {
-        let mut new = path.to_owned().into_os_string();
-        new.push(".new");
-        let new = PathBuf::from(new);
-        let write = || -> io::Result<()> {
-            let mut file = fs::File::create(&new)?;
-            file.write_all(&format::to_bytes(self))?;
-            file.sync_all()?;
-            fs::rename(&new, path)
-        };
-        write().map_err(|source| io_error("write", path, source)).inspect_err(|_| {
-            let _ = fs::remove_file(&new);
-        })?;
-        let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let sync = || fs::File::open(dir)?.sync_all();
-        sync().map_err(|source| io_error("sync directory", dir, source))
+        let new = Replacement::begin(path)?;
+        let mut file = new.file();
+        let written = file.write_all(&format::to_bytes(self)).and_then(|()| file.sync_all());
+        written.map_err(|source| io_error("write", path, source))?;
+        new.publish()
     }
 
     /// The older one.
@@ -197,6 +187,8 @@ fn join_nearest(extents: &mut Vec<Extent>, max: usize) {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use proptest::prelude::*;
 
     use super::*;

@@ -1,6 +1,5 @@
 //! Making a seal: every chunk is read and hashed, by all processors.
 
-use std::fs;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -13,6 +12,7 @@ use super::format::{CHUNK_SIZE, GROUP_CHUNKS, HASH_LEN, HEADER_LEN, Hash, Header
 use super::{Root, manifest_path, refused};
 use crate::error::BaseError;
 use crate::image::{BaseImage, Content};
+use crate::replace::Replacement;
 
 /// How often progress is told.
 const TELL_EVERY: Duration = Duration::from_millis(100);
@@ -33,7 +33,7 @@ pub fn seal(base: &BaseImage, stop: &AtomicBool, progress: &mut dyn FnMut(u64)) 
 /// new one is durable. `progress` is told how many bytes are done. A base that has a seal is read past it.
 ///
 /// # Errors
-/// If the base can't be read, or changes meanwhile; if the manifest can't be written; if `stop` is set
+/// If the base can't be read, or changes meanwhile; if the manifest can't be written, or another process is at it; if `stop` is set
 /// ([`BaseError::Stopped`]).
 pub fn seal_to(
     base: &BaseImage,
@@ -42,20 +42,11 @@ pub fn seal_to(
     progress: &mut dyn FnMut(u64),
 ) -> Result<Root, BaseError> {
     let before = base.identity()?;
-    let mut new = path.to_owned().into_os_string();
-    new.push(".new");
-    let new = std::path::PathBuf::from(new);
-    let result = write(base, &new, stop, progress).and_then(|root| {
-        base.check(&before)?;
-        fs::rename(&new, path).map_err(|source| io_error("replace", path, source))?;
-        let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let sync = || fs::File::open(dir)?.sync_all();
-        sync().map_err(|source| io_error("sync directory", dir, source))?;
-        Ok(root)
-    });
-    result.inspect_err(|_| {
-        let _ = fs::remove_file(&new);
-    })
+    let new = Replacement::begin(path)?;
+    let root = write(base, &new, stop, progress)?;
+    base.check(&before)?;
+    new.publish()?;
+    Ok(root)
 }
 
 fn io_error(operation: &'static str, path: &Path, source: io::Error) -> BaseError {
@@ -64,11 +55,11 @@ fn io_error(operation: &'static str, path: &Path, source: io::Error) -> BaseErro
 
 fn write(
     base: &BaseImage,
-    path: &Path,
+    new: &Replacement,
     stop: &AtomicBool,
     progress: &mut dyn FnMut(u64),
 ) -> Result<Root, BaseError> {
-    let file = fs::File::create(path).map_err(|source| io_error("make", path, source))?;
+    let (file, path) = (new.file(), new.name());
     let size = base.size();
     let count = Header::chunks(size).div_ceil(GROUP_CHUNKS);
     let mut groups: Vec<Hash> = vec![[0; HASH_LEN]; count as usize];
@@ -77,7 +68,7 @@ fn write(
     thread::scope(|scope| {
         let (tell, told) = channel();
         for _ in 0..threads {
-            let (tell, file, next, done, gave_up) = (tell.clone(), &file, &next, &done, &gave_up);
+            let (tell, next, done, gave_up) = (tell.clone(), &next, &done, &gave_up);
             scope.spawn(move || {
                 let mut buf = vec![0; CHUNK_SIZE as usize];
                 loop {

@@ -72,7 +72,12 @@ impl<'a> NextSeal<'a> {
         let failed = |operation: &'static str| {
             move |source: io::Error| BaseError::Manifest { operation, path: path.to_owned(), source }
         };
-        let file = fs::File::create(path).map_err(failed("make"))?;
+        // One that was left goes, and no link that somebody has put there is followed.
+        match fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed("remove")(error)),
+            _ => {}
+        }
+        let file = fs::File::options().write(true).create_new(true).open(path).map_err(failed("make"))?;
         let chunks = Header::chunks(self.size);
         let zeroes = hash(&vec![0; CHUNK_SIZE as usize]);
         let mut groups = Vec::new();
