@@ -26,6 +26,7 @@ use crate::manifest::{EntryKind, Left, LogEntry, Manifest};
 use crate::open::{disk_witness, prune_logs, remove_unnamed_logs, with_room};
 use crate::pace::{DrainPolicy, Guests};
 use crate::process::ProcessId;
+use crate::progress::Progress;
 use crate::recover::Basis;
 use crate::shared::{QueueCounters, Shared};
 use crate::ways::Sharing;
@@ -282,11 +283,23 @@ impl SessionDisk {
     ///
     /// # Errors
     /// If base or disk can't be read or written, `stop` is set, or the disk is being drained already; what
-    /// was not restored stays pending.
+    /// was not restored stays pending, and what was restored does not become pending again with the next start.
     pub fn drain(&self, stop: &AtomicBool, progress: &mut dyn FnMut(u64)) -> Result<u64, Error> {
-        let mut drain = Drain::new(Arc::clone(&self.shared))?;
-        let mut restored = 0;
+        let mut done = Progress::new();
         self.refuse_if_held()?;
+        self.drain_batches(stop, progress, &mut done).inspect_err(|_| done.keep(self))?;
+        self.checkpoint()?;
+        self.forget_intents(&self.lifecycle())?;
+        Ok(done.restored())
+    }
+
+    fn drain_batches(
+        &self,
+        stop: &AtomicBool,
+        progress: &mut dyn FnMut(u64),
+        done: &mut Progress,
+    ) -> Result<(), Error> {
+        let mut drain = Drain::new(Arc::clone(&self.shared))?;
         while !self.shared.pending.is_empty() {
             self.refuse_if_held()?;
             let mut left = self.shared.pending.count();
@@ -294,7 +307,10 @@ impl SessionDisk {
                 left = left.saturating_sub(copied);
                 progress(left);
             })?;
-            restored += batch.restored;
+            done.add(batch.restored);
+            if done.is_worth_a_checkpoint() {
+                done.checkpoint(self)?;
+            }
             if let Some(time) = batch.wait {
                 // A session is open. Whoever wants to stop is not to wait for its guest.
                 std::thread::sleep(time.min(STOP_LATENCY_MAX));
@@ -303,9 +319,7 @@ impl SessionDisk {
                 drain.wait_for_a_release()?;
             }
         }
-        self.checkpoint()?;
-        self.forget_intents(&self.lifecycle())?;
-        Ok(restored)
+        Ok(())
     }
 
     /// Stops: the queues are quiesced, nothing more is taken. With [`DiskOptions::resume`](crate::DiskOptions::resume) an open
@@ -375,14 +389,17 @@ impl SessionDisk {
             // What the session wrote was not synced: the page says that the host has not gone down since.
             return Ok(None);
         }
-        // All that it said is in sealed logs now. Somebody may have removed it already.
-        let live_page = self.paths.live_page(lifecycle.manifest.disk);
-        match fs::remove_file(&live_page) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(Error::state("remove", &live_page, error))
+        // All that it said is in sealed logs now, and the other one is empty. Somebody may have removed them already.
+        let disk = lifecycle.manifest.disk;
+        for path in [self.paths.live_page(disk), self.paths.redo(disk)] {
+            match fs::remove_file(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(Error::state("remove", &path, error));
+                }
+                _ => {}
             }
-            _ => Ok(None),
         }
+        Ok(None)
     }
 
     /// Makes the logs durable that speak for the disk and are no longer written.

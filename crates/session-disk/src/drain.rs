@@ -46,6 +46,9 @@ const IN_FLIGHT_RUNS_MAX: usize = 64;
 const WRITE_BACK_BLOCKS: u64 = 2048;
 /// How long at once it sleeps where it has to look whether it is to stop.
 const SLEEP_MAX: Duration = Duration::from_millis(20);
+/// How long a batch lasts at most, but for what is in flight then: what is not synced yet is copied again by the next drain if
+/// this one is stopped, and a slow server's gigabyte takes long.
+const BATCH_TIME_MAX: Duration = Duration::from_secs(10);
 /// Bytes of memory that are kept for the next runs.
 const SPARE_BYTES_MAX: usize = 2 << 20;
 
@@ -177,7 +180,7 @@ impl Drain {
     }
 
     /// Copies pending blocks, from where the last batch has come to, syncs, and takes them out of P. Returns when
-    /// there are no more up to the end of the disk, the batch is full, guests are to be left alone, or `stop` is set (then
+    /// there are no more up to the end of the disk, the batch is full or has lasted long, guests are to be left alone, or `stop` is set (then
     /// nothing is synced or cleared). `guests` says what they do. `copied` is told how many blocks were copied, again and
     /// again.
     ///
@@ -200,10 +203,13 @@ impl Drain {
         let (mut started, mut exhausted) = (0, false);
         let (mut written_back, mut to_write_back) = (first, 0);
         let (mut claimed, mut completions) = (Vec::new(), Vec::new());
-        let mut stint_began = self.began.elapsed();
+        let batch_began = self.began.elapsed();
+        let mut stint_began = batch_began;
         loop {
-            let (speed, pause) = self.pace.turn(guests(), self.began.elapsed());
-            let may_claim = pause.is_none() && (!speed.by_stints || self.in_flight_runs == 0);
+            let now = self.began.elapsed();
+            let (speed, pause) = self.pace.turn(guests(), now);
+            let is_late = now.saturating_sub(batch_began) > BATCH_TIME_MAX && started > 0;
+            let may_claim = !is_late && pause.is_none() && (!speed.by_stints || self.in_flight_runs == 0);
             while may_claim
                 && !exhausted
                 && self.failed_runs < FAILED_RUNS_MAX
@@ -223,7 +229,8 @@ impl Drain {
                 batch.blocked = end == DrainClaim::Blocked && first == 0;
             }
             if self.in_flight_runs == 0 {
-                let is_over = exhausted || started >= speed.batch_blocks || stop.load(Ordering::Acquire);
+                let is_full = is_late || started >= speed.batch_blocks;
+                let is_over = exhausted || is_full || stop.load(Ordering::Acquire);
                 match pause {
                     Some(Pause::Rate(time)) if !is_over => {
                         std::thread::sleep(time.min(SLEEP_MAX));

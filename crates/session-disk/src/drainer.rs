@@ -8,6 +8,7 @@ use std::time::{Duration, Instant, SystemTime};
 use blockio::in_full;
 
 use crate::drain::Drain;
+use crate::progress::Progress;
 use crate::shared::Shared;
 use crate::{CopyCounts, Error, SessionDisk};
 
@@ -17,9 +18,6 @@ const GRACE: Duration = Duration::from_millis(20);
 /// First and longest pause after a failed attempt.
 const BACK_OFF_MIN: Duration = Duration::from_secs(1);
 const BACK_OFF_MAX: Duration = Duration::from_secs(60);
-/// After so many restored blocks (4 GiB) the rest is made a new log, so that a kill does not send
-/// the drain back to its beginning.
-const CHECKPOINT_BLOCKS: u64 = 1 << 20;
 
 /// What guests have taken costs them more to read until it is durable. Where no batch makes it so, it is made so this often.
 const UNSYNCED_MAX: Duration = Duration::from_secs(5);
@@ -176,7 +174,7 @@ fn run(disk: &SessionDisk, control: &Control, observer: &dyn DrainObserver) {
 
 fn drain_all(disk: &SessionDisk, control: &Control, observer: &dyn DrainObserver) -> Result<(), Error> {
     let started = Instant::now();
-    let (mut restored, mut since_checkpoint, copied_before) = (0, 0, disk.copied());
+    let copied_before = disk.copied();
     let shared = disk.shared();
     if shared.claims.drain_rests() {
         return shared.sync_disk();
@@ -188,45 +186,62 @@ fn drain_all(disk: &SessionDisk, control: &Control, observer: &dyn DrainObserver
         let old_logs_max = if disk.kept_blocks() == 0 { 0 } else { OLD_LOGS_MAX };
         return if disk.old_logs() > old_logs_max { disk.checkpoint() } else { Ok(()) };
     }
+    let mut done = Progress::new();
     if !shared.pending.is_empty() {
         control.pause(GRACE);
-        // Made anew each time: between sessions an idle disk keeps no ring and no buffers for it.
-        let mut drain = Drain::new(Arc::clone(shared))?;
-        let mut synced = Instant::now();
-        while !shared.pending.is_empty() {
-            if shared.claims.drain_rests() {
-                // What is kept is to survive a power cut.
-                return shared.sync_disk();
-            }
-            let batch = drain.batch(&control.stop, &|| disk.guests(), &mut |_| ())?;
-            restored += batch.restored;
-            since_checkpoint += batch.restored;
-            if batch.restored > 0 {
-                synced = Instant::now();
-            } else if synced.elapsed() > UNSYNCED_MAX {
-                sync_taken(shared)?;
-                synced = Instant::now();
-            }
-            // A drain that is to be slow, or to wait, may see many sessions.
-            if since_checkpoint >= CHECKPOINT_BLOCKS || disk.old_logs() > OLD_LOGS_MAX {
-                since_checkpoint = 0;
-                disk.checkpoint()?;
-            }
-            if let Some(time) = batch.wait {
-                // A session's end may come before.
-                control.wait(Some(time));
-            } else if batch.blocked && batch.restored == 0 {
-                drain.wait_for_a_release()?;
-            }
+        let drained = drain_batches(disk, control, &mut done).inspect_err(|_| done.keep(disk))?;
+        if drained == Drained::Rests {
+            // What is kept is to survive a power cut.
+            return shared.sync_disk();
         }
     }
     // Guests may have taken what was left. Nothing more can be taken, and then it is read like everything else.
     sync_taken(shared)?;
     if disk.has_old_logs() {
         disk.checkpoint()?;
-        observer.restored(restored, disk.copied() - copied_before, started.elapsed());
+        observer.restored(done.restored(), disk.copied() - copied_before, started.elapsed());
     }
     Ok(())
+}
+
+/// Why there is nothing more to restore now.
+#[derive(PartialEq, Eq)]
+enum Drained {
+    /// Nothing is pending.
+    All,
+    /// The disk is held.
+    Rests,
+}
+
+fn drain_batches(disk: &SessionDisk, control: &Control, done: &mut Progress) -> Result<Drained, Error> {
+    let shared = disk.shared();
+    // Made anew each time: between sessions an idle disk keeps no ring and no buffers for it.
+    let mut drain = Drain::new(Arc::clone(shared))?;
+    let mut synced = Instant::now();
+    while !shared.pending.is_empty() {
+        if shared.claims.drain_rests() {
+            return Ok(Drained::Rests);
+        }
+        let batch = drain.batch(&control.stop, &|| disk.guests(), &mut |_| ())?;
+        done.add(batch.restored);
+        if batch.restored > 0 {
+            synced = Instant::now();
+        } else if synced.elapsed() > UNSYNCED_MAX {
+            sync_taken(shared)?;
+            synced = Instant::now();
+        }
+        // A drain that is to be slow, or to wait, may see many sessions.
+        if done.is_worth_a_checkpoint() || disk.old_logs() > OLD_LOGS_MAX {
+            done.checkpoint(disk)?;
+        }
+        if let Some(time) = batch.wait {
+            // A session's end may come before.
+            control.wait(Some(time));
+        } else if batch.blocked && batch.restored == 0 {
+            drain.wait_for_a_release()?;
+        }
+    }
+    Ok(Drained::All)
 }
 
 /// Makes durable what guests took, if anything may not be, and can be.

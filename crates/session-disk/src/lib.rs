@@ -40,6 +40,7 @@ mod overlay;
 mod pace;
 mod paths;
 mod process;
+mod progress;
 mod promote;
 mod provision;
 mod queue;

@@ -6,7 +6,7 @@ mod common;
 
 use std::num::NonZeroU64;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use blockio::EngineKind;
@@ -14,8 +14,8 @@ use blockio::fault::{Fault, FaultPlan, OpClass};
 use common::{Bench, end, read, wait_until, write, write_sparse};
 use rustix::io::Errno;
 use session_disk::{
-    CopyCounts, DiskOptions, DrainObserver, DrainPolicy, DrainWhen, Drainer, ProvisionOptions, SessionDisk,
-    Sharing, provision,
+    CopyCounts, DiskOptions, DrainObserver, DrainPolicy, DrainWhen, Drainer, Error, ProvisionOptions,
+    SessionDisk, Sharing, provision,
 };
 
 const MIB: usize = 1 << 20;
@@ -148,4 +148,34 @@ fn drain_with_a_rate_takes_its_time_and_guests_do_not() {
     drop(drainer);
     bench.assert_equal_to_base();
     drain(&disk);
+}
+
+/// What was restored before a drain was stopped is not restored again: of either drain, without and with a server.
+#[test]
+fn stopped_drain_goes_on_where_it_was() {
+    let slow = DrainPolicy { when: DrainWhen::Eager, rate: NonZeroU64::new(MIB as u64) };
+    let mut bench = Bench::new(16 * MIB, None, true, EngineKind::IoUring);
+    bench.options.drain = slow;
+    let disk = bench.open();
+    let all = disk.pending_blocks();
+    let stop = AtomicBool::new(false);
+    // A batch of such a drain is 512 blocks; the second one is not finished.
+    let stopped = disk.drain(&stop, &mut |left| stop.store(left < all - 550, Ordering::Relaxed));
+    assert!(matches!(stopped, Err(Error::Stopped)), "{stopped:?}");
+    let left = disk.pending_blocks();
+    assert!(left < all);
+    drop(disk);
+    let disk = bench.open();
+    assert_eq!(disk.pending_blocks(), left);
+    let drainer = Drainer::start(Arc::clone(&disk), Arc::new(Quiet)).unwrap();
+    wait_until(|| disk.pending_blocks() + 256 < left);
+    drop(drainer);
+    let left = disk.pending_blocks();
+    assert!(left > 0);
+    disk.stop().unwrap();
+    drop(disk);
+    bench.options.drain = DrainPolicy::default();
+    let disk = bench.open();
+    assert_eq!(disk.pending_blocks(), left);
+    bench.assert_restores_exactly(&disk);
 }
