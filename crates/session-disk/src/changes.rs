@@ -3,13 +3,13 @@
 use std::fs;
 use std::sync::atomic::AtomicBool;
 
-use base_image::BaseImage;
+use base_image::{BaseIdentity, BaseImage};
 use blockio::{File, ImageAccess, OpenOptions};
 use blocks::{BLOCK_SIZE, BlockSet, Extent, Geometry};
 
 use crate::live::{Before, LivePage, heed_sync};
 use crate::manifest::Manifest;
-use crate::open::{check_size, file_number, judge, lock_state_dir, open_base};
+use crate::open::{check_size, file_number, identity_of, judge, lock_state_dir, open_base};
 use crate::overlay::{last_session_of, lock};
 use crate::recover::{Basis, Verdict};
 use crate::storage::Storage;
@@ -23,6 +23,8 @@ pub(crate) struct ChangedDisk {
     pub(crate) geometry: Geometry,
     /// As it was when the disk was provisioned; compared with its seal if it had one then.
     pub(crate) base: BaseImage,
+    /// What it was known by then.
+    pub(crate) base_identity: BaseIdentity,
     /// Blocks that the sessions took.
     taken: BlockSet,
     /// Nobody else may take the disk up meanwhile.
@@ -67,13 +69,14 @@ impl ChangedDisk {
         let live = look(manifest.disk);
         refuse_open_session(options, live.as_ref())?;
         let base = open_base(&manifest, options.base_patience)?;
+        let base_identity = identity_of(&base, &manifest)?;
         redo::finish_for_reader(&storage, &paths, &manifest, geometry, &file, live.as_ref())?;
         // Where a write-back failed there is what an earlier session wrote.
         heed_sync(file.sync_data(), live.as_ref())?;
         let live = Before::of(live.as_ref());
         let verdict = judge(&storage, &paths, &manifest, geometry, &file, live.session_over())?;
         let taken = taken(options, &paths, &storage, &manifest, geometry, live, verdict)?;
-        Ok(Self { file, geometry, base, taken, _state_lock: state_lock })
+        Ok(Self { file, geometry, base, base_identity, taken, _state_lock: state_lock })
     }
 
     /// How many bytes [`differences`](Self::differences) compares.

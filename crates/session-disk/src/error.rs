@@ -65,6 +65,14 @@ pub enum Error {
         /// The newest known version.
         known: u32,
     },
+    /// Written by another version of this program, whole, but with something in it that this one does not know.
+    #[error("the manifest {path} was written by another version of pristine: {what}")]
+    OtherManifest {
+        /// The manifest.
+        path: PathBuf,
+        /// What is not known of it.
+        what: String,
+    },
     /// The disk does not have the size that it was provisioned with.
     #[error("{path} has {found} bytes, expected {expected}")]
     DiskSize {
@@ -149,7 +157,7 @@ impl Error {
                  `pristine restore --discard-kept --disk {}`",
                 disk.display()
             )),
-            Self::NewerManifest { .. } => Some("use the version of pristine that wrote it".into()),
+            Self::NewerManifest { .. } | Self::OtherManifest { .. } => Some("use the version of pristine that wrote it".into()),
             Self::Base(BaseError::Changed { path, .. }) => Some(format!(
                 "if it is right as it is now, `pristine rebase --base {} {disk}` moves the disk to it",
                 path.display()
@@ -164,7 +172,9 @@ impl Error {
                  moves the disk to it",
                 base.display()
             )),
-            Self::InUse { .. } => Some("stop the other program first".into()),
+            Self::InUse { .. } => Some(
+                "stop the other program first; if it is the disk's server, name its --runtime-dir".into(),
+            ),
             Self::Log(write_log::LogError::NoSpace { .. }) => Some(
                 "make room on the file system of the state directory, or choose another with --state-dir"
                     .into(),

@@ -198,7 +198,9 @@ impl Manifest {
                 known: MANIFEST_VERSION,
             });
         }
-        serde_json::from_str(body).map_err(|error| damaged(error.to_string()))
+        // All of it is there: a field that is not known may be a hold.
+        serde_json::from_str(body)
+            .map_err(|error| Error::OtherManifest { path: path.to_owned(), what: error.to_string() })
     }
 
     /// Whether this is already the shortest durable form of a verdict: no log, or one durable set.

@@ -1,7 +1,8 @@
 //! Where the state of a disk lives.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
@@ -9,7 +10,7 @@ use uuid::Uuid;
 use crate::Error;
 use crate::storage::Storage;
 
-/// Environment variable that systemd sets for a service with `RuntimeDirectory=`.
+/// Environment variable that systemd sets for a service with `RuntimeDirectory=`: one directory, or several with colons between.
 const RUNTIME_DIRECTORY: &str = "RUNTIME_DIRECTORY";
 
 /// The files of one disk.
@@ -41,6 +42,11 @@ impl Paths {
     /// The state directory.
     pub fn state_dir(&self) -> &Path {
         &self.state
+    }
+
+    /// The runtime directory.
+    pub fn runtime_dir(&self) -> &Path {
+        &self.runtime
     }
 
     /// The manifest.
@@ -96,8 +102,10 @@ fn create_private(storage: &Storage, dir: &Path) -> Result<(), Error> {
 }
 
 fn default_runtime_dir() -> PathBuf {
-    if let Some(dir) = std::env::var_os(RUNTIME_DIRECTORY).filter(|dir| Path::new(dir).is_absolute()) {
-        return dir.into();
+    let of_service = std::env::var_os(RUNTIME_DIRECTORY).unwrap_or_default();
+    let first = of_service.as_bytes().split(|byte| *byte == b':').next().unwrap_or_default();
+    if first.starts_with(b"/") {
+        return PathBuf::from(OsStr::from_bytes(first));
     }
     match std::env::var_os("XDG_RUNTIME_DIR") {
         Some(dir) if !rustix::process::geteuid().is_root() => Path::new(&dir).join("pristine"),

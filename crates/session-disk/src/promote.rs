@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 
 use base_image::{
-    BaseError, BaseFormat, BaseImage, CopyWay, Generation, MadeGeneration, NewGeneration, Root, Seal, Trust,
-    manifest_path,
+    BaseError, BaseFormat, BaseIdentity, BaseImage, CopyWay, Generation, MadeGeneration, NewGeneration, Root,
+    Seal, Trust, manifest_path,
 };
 use blocks::{BLOCK_SIZE, Extent};
 
@@ -91,8 +91,8 @@ pub fn promote(
             options.disk.disk.display()
         )));
     }
-    let ChangedDisk { file, geometry, base, .. } = &changed;
-    let (sealed, parent_was_sealed) = sealed(base, stop, progress)?;
+    let ChangedDisk { file, geometry, base, base_identity, .. } = &changed;
+    let (sealed, parent_was_sealed) = sealed(base, base_identity, stop, progress)?;
     let parent = sealed.as_ref().unwrap_or(base);
     // What a disk has past the end of its base is zeroes for whoever provisions from that.
     let size = if found.past_base { geometry.size() } else { base.size() };
@@ -145,16 +145,17 @@ fn wanted_format(options: &PromoteOptions, base: &BaseImage) -> Result<BaseForma
     }
 }
 
-/// The base again, compared with its seal from now on, if it was opened without one; and whether it had none.
+/// The base again, compared with its seal from now on, if it was opened without one; and whether it had none. `identity` is
+/// that of the base with which the disk was compared.
 fn sealed(
     base: &BaseImage,
+    identity: &BaseIdentity,
     stop: &AtomicBool,
     progress: &mut dyn FnMut(PromoteStep, u64, u64),
 ) -> Result<(Option<BaseImage>, bool), Error> {
     if base.seal().is_some() {
         return Ok((None, false));
     }
-    let identity = base.identity()?;
     let (seal, made) = match Seal::of(base.path())? {
         Some(seal) => (seal, false),
         None => {
@@ -166,6 +167,6 @@ fn sealed(
         }
     };
     let again = BaseImage::open(base.path(), Some(base.format()), Trust::Recorded(&identity.backing))?;
-    again.check(&identity)?;
+    again.check(identity)?;
     Ok((Some(again.sealed(seal)?), made))
 }

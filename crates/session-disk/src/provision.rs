@@ -16,8 +16,15 @@ use crate::live::LivePage;
 use crate::manifest::{DiskFile, EntryKind, MANIFEST_VERSION, Manifest};
 use crate::named_base::NamedBase;
 use crate::open::{disk_witness, file_number, lock_state_dir, open_disk, refuse_disk_of_base};
+use crate::rebase::refuse_open_session;
 use crate::storage::Storage;
 use crate::{DiskOptions, Error, Paths, witness};
+
+/// How much of a device's beginning is looked at: partition tables, and what file systems and volumes begin with.
+const LOOKED_AT: u64 = 1 << 20;
+
+/// Types of file systems that no reboot leaves anything of (statfs(2)): tmpfs, which devtmpfs says it is too, and ramfs.
+const MEMORY_ONLY: [u64; 2] = [0x0102_1994, 0x8584_58f6];
 
 /// What is to be made.
 #[derive(Clone, Debug)]
@@ -28,7 +35,7 @@ pub struct ProvisionOptions {
     pub disk: DiskOptions,
     /// Size of the disk in bytes, if it is to be larger than the base; the tail is zeroes.
     pub size: Option<u64>,
-    /// Take over an existing file: all of its blocks are restored.
+    /// Take over an existing file, or a device that is not empty: all of its blocks are restored.
     pub adopt: bool,
 }
 
@@ -68,9 +75,12 @@ impl Made {
 }
 
 impl Provisioned {
-    /// Removes what was made: for a provision that could not be finished.
-    pub fn undo(mut self) {
+    /// Removes what was made: for a provision that could not be finished. `false`: the disk was there before, and stays
+    /// provisioned; what is not restored yet is pending.
+    pub fn undo(mut self) -> bool {
+        let was_made = !self.made.files.is_empty();
         self.made.undo();
+        was_made
     }
 }
 
@@ -101,13 +111,18 @@ fn make(options: &ProvisionOptions, made: &mut Made) -> Result<(u64, u64), Error
     if exists {
         refuse_disk_of_base(path, &base)?;
     }
+    // Before anything of it is looked at, and durable: its times are to vouch for what is copied from now on.
+    base.sync()?;
+    let identity = base.identity()?;
     let state_before = existing_state(options, &paths)?;
     let before = state_before.as_ref().map(|manifest| manifest.disk);
-    // A state that is replaced, and copies of it, are older than the new one.
-    let generation = state_before.map_or(0, |manifest| manifest.generation);
+    // A state that is replaced, and copies of it, are older than the new one, and so are its logs.
+    let (generation, next_sequence) =
+        state_before.map_or((0, 1), |manifest| (manifest.generation, manifest.next_sequence));
     let (disk, fresh) = if exists {
         let number = file_number(path)?;
         let live = before.as_ref().and_then(|id| LivePage::inspect(&paths.live_page(*id), *id, number));
+        refuse_open_session(path, live.as_ref(), "is taken over")?;
         (open_existing(options, live.as_ref())?, false)
     } else {
         let size = wanted_size(options, &base, None)?;
@@ -131,6 +146,7 @@ fn make(options: &ProvisionOptions, made: &mut Made) -> Result<(u64, u64), Error
     } else {
         pending.insert(geometry.all());
     }
+    refuse_state_in_memory(options, &disk, &paths)?;
     for dir in [paths.state_dir().to_owned(), paths.sessions()] {
         if !dir.exists() {
             made.dirs.push(dir);
@@ -141,13 +157,16 @@ fn make(options: &ProvisionOptions, made: &mut Made) -> Result<(u64, u64), Error
     // While the old manifest holds, nothing that it rests on is taken away.
     let may_be_older = before.is_some() || paths.manifest().exists();
     Intents::create(&storage, &paths.intents(), geometry, may_be_older)?;
+    let id = Uuid::new_v4();
+    // Made by whoever fills it before it is used.
+    made.files.extend([paths.live_page(id), paths.redo(id)]);
     let mut manifest = Manifest {
         version: MANIFEST_VERSION,
-        disk: Uuid::new_v4(),
+        disk: id,
         size,
         file: disk_witness(&disk)?.as_ref().and_then(DiskFile::of),
-        base: named.entry(&base, base.identity()?),
-        next_sequence: 1,
+        base: named.entry(&base, identity.clone()),
+        next_sequence,
         logs: Vec::new(),
         pristine_since: None,
         generation: witness::next_generation(generation, witness::generation(&storage, &disk)?),
@@ -176,7 +195,10 @@ fn make(options: &ProvisionOptions, made: &mut Made) -> Result<(u64, u64), Error
     // the disk or its state away.
     storage.sync_dir(parent(path))?;
     storage.sync_dir(parent(paths.state_dir()))?;
+    base.check(&identity)?;
     manifest.store(&storage, &paths)?;
+    // Without the directory, if that was there before.
+    made.files.push(paths.manifest());
     if !manifest.logs.is_empty() {
         witness::set_generation(&storage, &disk, manifest.generation);
     }
@@ -199,6 +221,9 @@ fn existing_state(options: &ProvisionOptions, paths: &Paths) -> Result<Option<Ma
         Ok(Manifest { held: Some(reason), .. }) => {
             Err(Error::Held { disk: options.disk.disk.clone(), reason })
         }
+        Ok(Manifest { kept: true, logs, .. }) if !logs.is_empty() => {
+            Err(Error::Kept { disk: options.disk.disk.clone() })
+        }
         Ok(manifest) => Ok(Some(manifest)),
         Err(Error::DamagedManifest { .. }) => Ok(None),
         Err(error) => Err(error),
@@ -208,14 +233,46 @@ fn existing_state(options: &ProvisionOptions, paths: &Paths) -> Result<Option<Ma
 fn open_existing(options: &ProvisionOptions, live: Option<&LivePage>) -> Result<std::sync::Arc<File>, Error> {
     let path = &options.disk.disk;
     let disk = open_disk(path, false, live)?;
-    if disk.kind() == FileKind::Regular && !options.adopt {
-        return Err(Error::Refused(format!(
+    match disk.kind() {
+        _ if options.adopt => Ok(disk),
+        FileKind::Regular => Err(Error::Refused(format!(
             "{} exists; choose another name, or take the file over with --adopt (all of its contents are replaced by \
              the base's)",
             path.display()
-        )));
+        ))),
+        _ if !is_empty(&disk)? => Err(Error::Refused(format!(
+            "{} is not empty; see that it is the device that you mean, and take it over with --adopt (all of its contents \
+             are replaced by the base's)",
+            path.display()
+        ))),
+        _ => Ok(disk),
     }
-    Ok(disk)
+}
+
+/// Whether a device has nothing where partition tables and file systems begin.
+fn is_empty(disk: &File) -> Result<bool, Error> {
+    let mut beginning = vec![0; disk.size()?.min(LOOKED_AT) as usize];
+    disk.read_exact_at(&mut beginning, 0)?;
+    Ok(beginning.iter().all(|byte| *byte == 0))
+}
+
+/// Refuses to keep the state of a device beside it, where nothing outlasts a reboot, unless that is wanted.
+fn refuse_state_in_memory(options: &ProvisionOptions, disk: &File, paths: &Paths) -> Result<(), Error> {
+    if disk.kind() == FileKind::Regular || options.disk.state_dir.is_some() {
+        return Ok(());
+    }
+    let dir = parent(paths.state_dir());
+    let of = rustix::fs::statfs(dir).map_err(|error| Error::state("look at", dir, error.into()))?;
+    if !MEMORY_ONLY.contains(&(of.f_type as u64)) {
+        return Ok(());
+    }
+    Err(Error::Refused(format!(
+        "the state of {disk} would be in {dir}, which is in memory: after a reboot nobody would know what is to be restored; name a \
+         directory that stays with --state-dir (here, and in all other commands for this disk), such as /var/lib/pristine/{name}",
+        disk = paths.disk().display(),
+        dir = dir.display(),
+        name = Path::new(paths.disk().file_name().unwrap_or_default()).display(),
+    )))
 }
 
 /// The size of the disk: as asked for, else that of a device or an adopted file, else the base's.

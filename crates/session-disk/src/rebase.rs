@@ -106,10 +106,12 @@ pub fn rebase(
     }
     let named = options.base.resolved()?;
     let base = open_new_base(&options.disk, &named, *geometry)?;
+    // Its times are to vouch for what is copied from now on.
+    base.sync()?;
     let identity = base.identity()?;
 
     let live = LivePage::inspect(&paths.live_page(manifest.disk), manifest.disk, file_number(path)?);
-    refuse_open_session(path, live.as_ref())?;
+    refuse_open_session(path, live.as_ref(), "changes its base")?;
     let before = Before::of(live.as_ref()).session_over();
     let verdict = judge(storage, paths, manifest, *geometry, disk, before)?;
     let pending = verdict.pending;
@@ -185,14 +187,14 @@ fn open_new_base(options: &DiskOptions, named: &NamedBase, geometry: Geometry) -
 }
 
 /// Refuses a disk with a session that may go on: that a server left open whose VM may be alive.
-fn refuse_open_session(disk: &Path, live: Option<&LivePage>) -> Result<(), Error> {
+pub(crate) fn refuse_open_session(disk: &Path, live: Option<&LivePage>, what: &str) -> Result<(), Error> {
     // What one has written whose storage failed may be lost: nothing goes on then.
     let Some(live) = live.filter(|live| !live.is_poisoned() && live.session_may_go_on()) else {
         return Ok(());
     };
     let whose = live.owner().map_or_else(String::new, |ProcessId { pid, .. }| format!(" of process {pid}"));
     Err(Error::Refused(format!(
-        "{disk}: a session{whose} is open, and a disk changes its base between sessions: shut the VM down, or end the \
+        "{disk}: a session{whose} is open, and a disk {what} between sessions: shut the VM down, or end the \
          session with `pristine session end --disk {disk}`",
         disk = disk.display()
     )))

@@ -1,11 +1,14 @@
 //! What state a disk is in, also while a server runs. Looks only, locks nothing, changes nothing.
 
-use std::path::PathBuf;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use base_image::{BaseFormat, BaseLocation, Root};
 use blockio::{File, OpenOptions, in_full};
 use blocks::BLOCK_SIZE;
+use rustix::fs::{major, minor};
 use serde::Serialize;
 
 use crate::live::{Before, LivePage};
@@ -70,6 +73,9 @@ pub struct Status {
     pub base_root: Option<Root>,
     /// The process that serves the disk.
     pub server_pid: Option<u32>,
+    /// A process that has taken the disk over and says nothing of it in the runtime directory: it is starting, or ending, or
+    /// has another runtime directory. What is said here is what is known without it.
+    pub silent_pid: Option<u32>,
     /// The process that owns the open session, if its identity is known.
     pub session_owner_pid: Option<u32>,
     /// Logs that are not retired.
@@ -115,6 +121,21 @@ pub fn server_of(options: &DiskOptions) -> Result<Option<ProcessId>, Error> {
     Ok(live.and_then(|live| live.server()).filter(|server| server.is_alive()))
 }
 
+/// Who has locked a directory (`flock`), as the kernel tells in proc_locks(5). It is not tried, for a lock that is tried may turn
+/// away a server that starts.
+fn locker(dir: &Path) -> Option<u32> {
+    let found = fs::metadata(dir).ok()?;
+    let file = format!("{:02x}:{:02x}:{}", major(found.dev()), minor(found.dev()), found.ino());
+    let locks = fs::read_to_string("/proc/locks").ok()?;
+    locks.lines().find_map(|line| {
+        // 1: FLOCK  ADVISORY  WRITE 4711 fd:01:131 0 EOF
+        let mut words = line.split_ascii_whitespace().skip(1).filter(|word| *word != "->");
+        let is_flock = words.next() == Some("FLOCK");
+        let pid = words.nth(2)?.parse().ok()?;
+        (is_flock && words.next() == Some(&file)).then_some(pid)
+    })
+}
+
 /// Looks at a disk.
 ///
 /// # Errors
@@ -136,6 +157,7 @@ pub fn status(options: &DiskOptions) -> Result<Status, Error> {
         base_backing: manifest.base.identity.backing.iter().map(|file| file.path.clone()).collect(),
         base_root: manifest.base.root,
         server_pid: None,
+        silent_pid: None,
         session_owner_pid: None,
         logs: manifest.logs.len(),
         held: manifest.held.clone().filter(|reason| !reason.is_over()),
@@ -171,6 +193,7 @@ pub fn status(options: &DiskOptions) -> Result<Status, Error> {
         };
         return Ok(status);
     }
+    status.silent_pid = locker(&paths.sessions());
     let before = Before::of(live.as_ref()).session_over();
     let verdict = judge(&Storage::default(), &paths, &manifest, geometry, &disk, before)?;
     // Its VM runs, and the next server takes the session up again.

@@ -157,7 +157,7 @@ pub fn verify_base(
     if base.seal().is_none() {
         return Err(Error::Refused(format!(
             "base image {path} was not sealed when {disk} was provisioned; seal it with `pristine base seal {path}`, and \
-             provision the disk again with --adopt",
+             move the disk to it with `pristine rebase --base {path} --disk {disk}`",
             path = manifest.base.path.display(),
             disk = options.disk.display()
         )));

@@ -9,7 +9,7 @@ use std::sync::atomic::AtomicBool;
 
 use blockio::EngineKind;
 use common::{Bench, end, read, try_write};
-use session_disk::{DiskOptions, ProvisionOptions, Request, provision};
+use session_disk::{DiskOptions, Error, ProvisionOptions, Request, provision};
 
 /// A loop device, detached when dropped.
 struct Loop(PathBuf);
@@ -53,7 +53,9 @@ fn device_of_large_sectors_serves_small_ones_through_the_page_cache() {
             engine: Some(engine),
             ..DiskOptions::new(&device.0)
         };
-        provision(&ProvisionOptions::new(dir.join("holes.raw"), options.clone())).unwrap();
+        let new = ProvisionOptions::new(dir.join("holes.raw"), options.clone());
+        assert!(matches!(provision(&new), Err(Error::Refused(why)) if why.contains("is not empty")));
+        provision(&ProvisionOptions { adopt: true, ..new }).unwrap();
         let disk = common::open(&options);
         assert_eq!(disk.logical_block_size(), 512);
         disk.begin_session(None).unwrap();

@@ -145,6 +145,8 @@ impl SessionDisk {
         // Nobody writes, and what was written is drained from here on.
         self.shared.disk.forget_writes();
         self.shared.wipe_redo();
+        // Before the drain may begin with what it leaves: should we be killed in between, nobody takes that for untouched.
+        self.shared.live.set_session_open(false);
         // Whatever it has taken, named or not.
         self.shared.claims.end_session(held, session.named, || {
             let set = if lifecycle.manifest.kept { &lifecycle.kept } else { &self.shared.pending };
@@ -152,7 +154,6 @@ impl SessionDisk {
             self.shared.owned.clear();
         });
         lifecycle.session = None;
-        self.shared.live.set_session_open(false);
         self.shared.live.set_owner(None);
         self.shared.live.set_token(None);
         self.shared.live.set_write_through(false);
