@@ -9,7 +9,7 @@ use virtio_bindings::{
         VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_TOPOLOGY,
         VIRTIO_BLK_F_WRITE_ZEROES,
     },
-    virtio_config::VIRTIO_F_VERSION_1,
+    virtio_config::{VIRTIO_F_ANY_LAYOUT, VIRTIO_F_VERSION_1},
     virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC},
 };
 
@@ -93,6 +93,8 @@ impl DeviceConfig {
 pub(crate) fn features(device: &DeviceConfig, disk: &DiskTraits) -> u64 {
     let mut bits = vec![
         VIRTIO_F_VERSION_1,
+        // QEMU offers it over its legacy interface whatever we say, and a guest that takes it would be turned away.
+        VIRTIO_F_ANY_LAYOUT,
         VIRTIO_RING_F_EVENT_IDX,
         VIRTIO_RING_F_INDIRECT_DESC,
         VIRTIO_BLK_F_FLUSH,
@@ -257,6 +259,7 @@ mod tests {
         assert_eq!((bits >> VIRTIO_BLK_F_DISCARD & 1, bits >> VIRTIO_BLK_F_WRITE_ZEROES & 1), (0, 1));
         assert_eq!(bits >> VIRTIO_BLK_F_RO & 1, 0);
         assert_eq!(bits & VhostUserVirtioFeatures::LOG_ALL.bits(), 0);
+        assert_eq!(bits >> VIRTIO_F_ANY_LAYOUT & 1, 1);
     }
 
     #[test]

@@ -100,12 +100,15 @@ pub(crate) trait DiskIo: Send {
 
 impl Disk for Arc<SessionDisk> {
     fn traits(&self) -> DiskTraits {
+        // A guest keeps what it was offered when its session began, and its frontend asks for that again, though the storage may
+        // have lost it since, as a device does that fails to unmap. Then zeroes are written.
+        let goes_on = self.session_is_open();
         DiskTraits {
             geometry: self.geometry(),
             serial: self.serial(),
             logical_block_size: self.logical_block_size(),
-            discard: self.supports_discard(),
-            write_zeroes: self.supports_write_zeroes(),
+            discard: goes_on || self.supports_discard(),
+            write_zeroes: goes_on || self.supports_write_zeroes(),
         }
     }
 
