@@ -11,6 +11,9 @@ use pristine_tests::images;
 use pristine_tests::lab::Lab;
 use pristine_tests::peer::{Image, storage_daemon};
 use pristine_tests::program::{Finished, pristine, run};
+use pristine_tests::remote::Remote;
+use pristine_tests::{PATIENCE, wait_until};
+use rustix::process::Signal;
 
 const SIZE: u64 = 4 << 20;
 const NONE: &[&str] = &[];
@@ -372,4 +375,96 @@ fn help_of_each_command_has_an_example() {
         assert!(help.contains(&format!("pristine {command}")), "{command}: {help}");
         assert!(help.to_lowercase().contains("example"), "{command}: {help}");
     }
+}
+
+/// Who asked for a report and does not get it is told.
+#[test]
+fn report_that_can_not_be_printed_is_an_error() {
+    let lab = provisioned();
+    let full = || fs::File::options().write(true).open("/dev/full").unwrap();
+    for command in ["status", "verify"] {
+        run(lab.pristine(command, &["--json"]).stdout(full())).refused(1, &["can't be printed"]);
+    }
+    run(pristine(["--print-capabilities"]).stdout(full())).refused(1, &["can't be printed"]);
+    // Who has seen enough is not in the way.
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    run(lab.pristine("status", NONE).stdout(writer)).ok();
+}
+
+/// A server whose output nobody reads serves all the same.
+#[test]
+fn server_whose_output_is_not_read_serves() {
+    let lab = provisioned();
+    let serve = serve(&lab);
+    let mut command = Command::new("setpriv");
+    // A pipe has 64 KiB.
+    command.args(["--pdeathsig", "KILL", "--", "sh", "-c", "head -c 65536 /dev/zero; exec \"$@\"", "sh"]);
+    command.arg(serve.get_program()).args(serve.get_args()).stdout(std::process::Stdio::piped());
+    let mut server = command.spawn().unwrap();
+    wait_until("socket", || lab.socket().exists());
+    for block in 0..3 {
+        let mut client = Remote::connected(&lab.socket(), 1);
+        client.ask(&format!("write {} 4096 1", block * 8192));
+        client.leave();
+        lab.wait_pristine();
+    }
+    rustix::process::kill_process(rustix::process::Pid::from_child(&server), Signal::TERM).unwrap();
+    assert!(server.wait().unwrap().success());
+    lab.assert_pristine();
+}
+
+/// With `--once` the disk is pristine when the server has ended with 0.
+#[test]
+fn server_that_is_stopped_before_its_one_session_is_restored_exits_with_1() {
+    let lab = provisioned();
+    let mut server = lab.serve(&["--once", "--rate", "64K"]);
+    let mut client = Remote::connected(&lab.socket(), 1);
+    for at in 0..4 {
+        client.ask(&format!("write {} {} 1", at << 18, 1 << 18));
+    }
+    client.leave();
+    server.0.wait_line("end of the session", PATIENCE, |line| line.contains("ended after"));
+    server.0.signal(Signal::TERM);
+    assert_eq!(server.0.wait(PATIENCE).code(), Some(1), "{}", server.0.output());
+    assert!(server.0.output().contains("left for the next start"));
+    lab.run("restore", NONE).ok();
+    lab.assert_pristine();
+}
+
+/// Who looks for a server in the wrong place is told that there is one.
+#[test]
+fn status_of_a_disk_that_is_served_with_another_runtime_directory_says_so() {
+    let lab = provisioned();
+    let server = lab.serve(&[]);
+    let pid = server.0.pid();
+    let ask = |json: &[&str]| {
+        let mut command = pristine(["status"]);
+        command.arg("--disk").arg(lab.disk()).arg("--runtime-dir").arg(lab.path("elsewhere")).args(json);
+        run(&mut command).ok().stdout
+    };
+    assert!(ask(&[]).contains(&format!("process {pid} has the disk")), "{}", ask(&[]));
+    assert!(ask(&["--json"]).contains(&format!("\"silent_pid\":{pid}")));
+    assert!(lab.status()["silent_pid"].is_null());
+    server.stop();
+    assert!(ask(&["--json"]).contains("\"silent_pid\":null"));
+}
+
+/// Two at once would write one manifest over the other, and a link would lead what is written elsewhere.
+#[test]
+fn seal_that_another_process_makes_is_refused_and_no_link_is_followed() {
+    let lab = with_base();
+    let new = lab.path(&format!("{}.manifest.new", name(&lab.base())));
+    let seal = || run(pristine(["base", "seal"]).arg(lab.base()));
+    let other = fs::File::create(&new).unwrap();
+    other.lock().unwrap();
+    seal().refused(1, &["another process is making it"]);
+    drop(other);
+    fs::remove_file(&new).unwrap();
+    let theirs = lab.path("theirs");
+    fs::write(&theirs, "theirs").unwrap();
+    symlink(&theirs, &new).unwrap();
+    seal().ok();
+    assert_eq!(fs::read(&theirs).unwrap(), b"theirs");
+    assert!(new.symlink_metadata().is_err());
 }

@@ -5,8 +5,12 @@ use std::fs;
 use pristine_tests::images;
 use pristine_tests::lab::{Lab, Server};
 use pristine_tests::mounts::LoopDevice;
+use pristine_tests::nbd::{Kind, NbdServer};
+use pristine_tests::process::Process;
 use pristine_tests::program::{pristine, run};
 use pristine_tests::remote::Remote;
+use pristine_tests::{PATIENCE, wait_until};
+use rustix::process::Signal;
 
 const NONE: &[&str] = &[];
 
@@ -94,6 +98,10 @@ fn retired_logs_are_kept_as_many_as_asked_for() {
         assert!(shown.contains(&vec![(session * 2, 1)]), "session {session} is not in {shown:?}");
     }
     assert!((3..=4).contains(&shown.len()), "{} logs are there", shown.len());
+    // Another command does not know how many are wanted.
+    let before = lab.logs();
+    lab.run("restore", NONE).ok();
+    assert_eq!(lab.logs(), before);
 }
 
 /// Invariants 2 and 4 with a block device as the session disk.
@@ -111,7 +119,8 @@ fn block_device_as_session_disk_is_restored() {
         command.arg("--runtime-dir").arg(lab.runtime());
         command
     };
-    run(command(&["provision"]).arg("--base").arg(lab.base())).ok();
+    run(command(&["provision"]).arg("--base").arg(lab.base())).refused(1, &["is not empty", "--adopt"]);
+    run(command(&["provision", "--adopt"]).arg("--base").arg(lab.base())).ok();
     run(&mut command(&["verify"])).ok();
     let mut serve = command(&["serve", "--once"]);
     serve.arg("--socket-path").arg(lab.socket());
@@ -123,6 +132,80 @@ fn block_device_as_session_disk_is_restored() {
     run(&mut command(&["verify"])).ok();
     drop(device);
     assert_eq!(fs::read(&backing).unwrap(), fs::read(lab.base()).unwrap());
+}
+
+/// In `/dev` nothing outlasts a reboot: the state of a device is not kept there by accident.
+#[test]
+fn state_of_a_block_device_is_not_kept_in_memory() {
+    let lab = Lab::new();
+    images::dense(&lab.base(), 1 << 20, 115);
+    let backing = lab.path("backing.img");
+    fs::File::create(&backing).unwrap().set_len(1 << 20).unwrap();
+    let Some(device) = LoopDevice::of(&backing) else { return };
+    let mut provision = pristine(["provision"]);
+    provision.arg("--base").arg(lab.base()).arg("--disk").arg(device.path());
+    provision.arg("--runtime-dir").arg(lab.runtime());
+    let state = format!("{}.pristine", device.path().display());
+    run(&mut provision).refused(1, &["in memory", "--state-dir"]);
+    assert!(!std::path::Path::new(&state).exists());
+    // Empty, it is taken without being asked.
+    run(provision.arg("--state-dir").arg(lab.path("state"))).ok();
+    drop(device);
+    assert_eq!(fs::read(&backing).unwrap(), fs::read(lab.base()).unwrap());
+}
+
+/// Nothing is left of a disk that was not filled, but one that was there before stays, and is gone on with.
+#[test]
+fn provision_that_is_stopped_says_what_is_left() {
+    let lab = Lab::new();
+    images::dense(&lab.base(), 8 << 20, 116);
+    let server = NbdServer::start(Kind::Nbdkit, &lab.base(), 512 << 10);
+    let stopped = |more: &[&str], words: &'static str| {
+        let mut command = lab.pristine("provision", &["--base", &server.uri()]);
+        let mut process = Process::spawn("provision", command.args(more));
+        wait_until("state of the disk", || lab.state().join("manifest").exists());
+        process.signal(Signal::HUP);
+        process.wait_line("what is left", PATIENCE, |line| line.contains(words));
+        assert_eq!(process.wait(PATIENCE).code(), Some(1));
+    };
+    stopped(&[], "what was made is removed");
+    assert!(!lab.disk().exists() && !lab.state().exists());
+    assert_eq!(
+        fs::read_dir(lab.runtime()).map_or(0, Iterator::count),
+        0,
+        "something is left in the runtime directory"
+    );
+    fs::File::create(lab.disk()).unwrap().set_len(8 << 20).unwrap();
+    stopped(&["--adopt"], "pristine restore");
+    lab.run("restore", NONE).ok();
+    assert_eq!(fs::read(lab.disk()).unwrap(), fs::read(lab.base()).unwrap());
+}
+
+/// What somebody wants to keep, or has in use, is not taken over.
+#[test]
+fn adopt_of_kept_changes_and_of_an_open_session_is_refused() {
+    let lab = Lab::new();
+    images::dense(&lab.base(), 4 << 20, 117);
+    lab.provision(&[]);
+    let mut adopt = lab.pristine("provision", &["--adopt"]);
+    adopt.arg("--base").arg(lab.base());
+    let server = lab.serve(&[]);
+    let mut client = Remote::connected(&lab.socket(), 1);
+    client.ask("write 0 4096 1");
+    server.kill();
+    run(&mut adopt).refused(1, &["a session of process", "is open"]);
+    client.leave();
+    lab.run("restore", NONE).ok();
+    let server = lab.serve(&["--reset-on", "never"]);
+    let mut client = Remote::connected(&lab.socket(), 1);
+    client.ask("write 0 4096 1");
+    client.leave();
+    server.stop();
+    run(&mut adopt).refused(1, &["kept", "--discard-kept"]);
+    lab.run("restore", &["--discard-kept"]).ok();
+    run(&mut adopt).ok();
+    // What the new disk's logs are is not forgotten for the old one's: numbers go on.
+    lab.assert_pristine();
 }
 
 /// Who is not allowed files of that size is told so, as of any other failure, and nothing half-made is left. A server

@@ -50,7 +50,7 @@ pub(crate) enum Command {
   pristine provision --base golden.raw --disk vm1.raw
   pristine provision --base golden.raw --disk vm1.raw --lazy --size 40G
   pristine provision --base golden.raw --disk vm1.raw --reflink never
-  pristine provision --base golden.raw --disk /dev/vg0/vm1
+  pristine provision --base golden.raw --disk /dev/vg0/vm1 --state-dir /var/lib/pristine/vm1
   pristine provision --base golden.qcow2 --disk vm1.raw
   pristine provision --base debian-12.img --base-format qcow2 --disk vm1.raw
   pristine provision --base nbd://store/golden --base-manifest golden.manifest --disk vm1.raw --lazy
@@ -143,18 +143,22 @@ pub(crate) struct DiskArgs {
     pub(crate) dirs: DirArgs,
 }
 
+/// How many retired logs a server keeps.
+const KEEP_LOGS: usize = 8;
+
 #[derive(Debug, Args)]
 pub(crate) struct DirArgs {
-    /// Where manifest and logs are [default: DISK.pristine]
+    /// Where manifest and logs are; of a device, a directory that outlasts a reboot [default: DISK.pristine]
     #[arg(long, value_name = "DIR")]
     pub(crate) state_dir: Option<PathBuf>,
-    /// A directory on a tmpfs for what must survive a process but not the host [default: /run/pristine, or
-    /// pristine under XDG_RUNTIME_DIR]
+    /// A directory on a tmpfs for what must survive a process but not the host; the same one for all commands
+    /// [default: RUNTIME_DIRECTORY, which systemd sets; /run/pristine for root, else pristine under XDG_RUNTIME_DIR]
     #[arg(long, value_name = "DIR")]
     pub(crate) runtime_dir: Option<PathBuf>,
-    /// How many retired logs to keep for audit, while there is room for those that are needed
-    #[arg(long, value_name = "N", default_value_t = 8)]
-    pub(crate) keep_logs: usize,
+    /// How many retired logs to keep for audit, while there is room for those that are needed [default: 8 of serve and maintain;
+    /// other commands keep all]
+    #[arg(long, value_name = "N")]
+    pub(crate) keep_logs: Option<usize>,
     /// How long a read of an NBD base waits for its server, before it is an I/O error
     #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u16).range(1..=3600))]
     pub(crate) base_timeout: u16,
@@ -176,7 +180,8 @@ fn disk_options(disk: &std::path::Path, dirs: &DirArgs) -> DiskOptions {
     DiskOptions {
         state_dir: dirs.state_dir.clone(),
         runtime_dir: dirs.runtime_dir.clone(),
-        keep_logs: dirs.keep_logs,
+        // Only who serves the disk knows how many are wanted where it is not said.
+        keep_logs: dirs.keep_logs.unwrap_or(usize::MAX),
         base_patience: Duration::from_secs(dirs.base_timeout.into()),
         ..DiskOptions::new(disk)
     }
@@ -293,7 +298,7 @@ pub(crate) struct ProvisionArgs {
     /// is zeroes in every session
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub(crate) size: Option<u64>,
-    /// Take over an existing file or disk: all of its contents are replaced by the base's
+    /// Take over an existing file, or a device that is not empty: all of its contents are replaced by the base's
     #[arg(long)]
     pub(crate) adopt: bool,
     #[command(flatten)]
@@ -445,6 +450,7 @@ impl ServeArgs {
             resume: true,
             drain: self.drain.policy(),
             reflink: self.reflink.allowed(),
+            keep_logs: self.dirs.keep_logs.unwrap_or(KEEP_LOGS),
             ..disk_options(disk, &self.dirs)
         }
     }

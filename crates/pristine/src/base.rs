@@ -12,7 +12,7 @@ use indicatif::BinaryBytes;
 
 use crate::args::{BaseArgs, BaseCommand, BaseImageArgs, FormatArgs};
 use crate::base_list;
-use crate::commands::seconds;
+use crate::commands::{seconds, text};
 use crate::failure::Failure;
 use crate::progress::Progress;
 use crate::signals::StopOnSignal;
@@ -107,10 +107,10 @@ fn seal(args: &BaseImageArgs) -> Result<ExitCode, Failure> {
 fn report(base: &BaseImage, root: Option<&str>) -> Result<serde_json::Value, Failure> {
     let files = base.paths().map_err(|error| failure(&error))?;
     Ok(serde_json::json!({
-        "base": base.path(),
+        "base": text(base.path()),
         "format": base.format(),
         "size": base.size(),
-        "files": files,
+        "files": files.iter().map(|path| text(path)).collect::<Vec<_>>(),
         "chunk_size": CHUNK_SIZE,
         "root": root,
     }))
@@ -165,7 +165,10 @@ fn verify(args: &BaseImageArgs) -> Result<ExitCode, Failure> {
 pub(crate) fn report_bad(base: &Path, bad: &[BadChunk], json: bool) -> Result<ExitCode, Failure> {
     if json {
         let chunks: Vec<[u64; 2]> = bad.iter().map(|chunk| [chunk.offset, chunk.len]).collect();
-        say!("{}", serde_json::json!({ "base": base, "as_sealed": bad.is_empty(), "bad_chunks": chunks }));
+        say!(
+            "{}",
+            serde_json::json!({ "base": text(base), "as_sealed": bad.is_empty(), "bad_chunks": chunks })
+        );
     } else {
         say!("{}: {} chunks are not as they were sealed:", base.display(), bad.len());
         for chunk in bad.iter().take(CHUNKS_SHOWN_MAX) {

@@ -8,6 +8,7 @@ use blocks::BLOCK_SIZE;
 use clap::Args;
 use indicatif::BinaryBytes;
 
+use crate::commands::text;
 use crate::failure::Failure;
 
 /// Digits of a root hash that tell generations apart for a human.
@@ -101,13 +102,13 @@ fn report(dir: &Path, listing: &Listing) -> serde_json::Value {
         let listed = listing.generations.get(node.index)?;
         let parent = listing.parent_of(node.index).and_then(|index| listing.generations.get(index));
         Some(serde_json::json!({
-            "base": listed.path,
+            "base": text(&listed.path),
             "format": listed.format,
             "size": listed.generation.size,
             "allocated_bytes": listed.allocated,
             "root": listed.generation.root,
             "parent_root": listed.parent.map(|parent| parent.root),
-            "parent": parent.map(|parent| &parent.path),
+            "parent": parent.map(|parent| text(&parent.path)),
             "depth": node.depth,
             "changed_blocks": listed.parent.map(|parent| parent.blocks),
             "changed_extents": listed.parent.map(|parent| parent.extents),
@@ -115,12 +116,12 @@ fn report(dir: &Path, listing: &Listing) -> serde_json::Value {
         }))
     });
     let unreadable =
-        listing.unreadable.iter().map(|(path, why)| serde_json::json!({ "base": path, "why": why }));
+        listing.unreadable.iter().map(|(path, why)| serde_json::json!({ "base": text(path), "why": why }));
     serde_json::json!({
-        "dir": dir,
+        "dir": text(dir),
         "block_size": BLOCK_SIZE,
         "generations": generations.collect::<Vec<_>>(),
-        "half_made": listing.half_made,
+        "half_made": listing.half_made.iter().map(|path| text(path)).collect::<Vec<_>>(),
         "unreadable": unreadable.collect::<Vec<_>>(),
     })
 }

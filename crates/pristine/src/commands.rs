@@ -1,5 +1,6 @@
 //! `provision`, `restore`, `verify` and `status`.
 
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -34,6 +35,11 @@ pub(crate) fn amount(blocks: u64) -> String {
     format!("{blocks} blocks ({})", BinaryBytes(blocks * BLOCK_SIZE))
 }
 
+/// A path in JSON, which has no other text than UTF-8: what is none is replaced.
+pub(crate) fn text(path: &Path) -> String {
+    path.to_string_lossy().into_owned()
+}
+
 pub(crate) fn provision(args: &ProvisionArgs) -> Result<ExitCode, Failure> {
     let stop = Arc::new(AtomicBool::new(false));
     let _signals = StopOnSignal::start(Arc::clone(&stop), || ())?;
@@ -58,7 +64,7 @@ pub(crate) fn provision(args: &ProvisionArgs) -> Result<ExitCode, Failure> {
     // Held until what was made is removed, if it has to be: nobody may take the disk in between.
     let result =
         SessionDisk::open(&options.disk).map(|opened| (drain(&opened, "provisioning", &stop), opened));
-    let error = match result {
+    let (error, removed) = match result {
         Ok((Ok(_), opened)) => {
             let (filled, time) = (amount(pending), seconds(started.elapsed()));
             say!("{disk}: {size}, pristine; filled {filled} in {time}: {}", by_way(opened.copied()));
@@ -66,16 +72,18 @@ pub(crate) fn provision(args: &ProvisionArgs) -> Result<ExitCode, Failure> {
         }
         Ok((Err(error), opened)) => {
             let _ = opened.stop();
-            made.undo();
-            error
+            (error, made.undo())
         }
-        Err(error) => {
-            made.undo();
-            error
-        }
+        Err(error) => (error, made.undo()),
     };
     Err(match error {
-        Error::Stopped => Failure::new("stopped before the disk was provisioned; what was made is removed"),
+        Error::Stopped if removed => {
+            Failure::new("stopped before the disk was provisioned; what was made is removed")
+        }
+        Error::Stopped => {
+            Failure::new(format!("{disk} is provisioned, but was stopped before it was filled"))
+                .with_hint("`pristine restore --disk DISK` goes on, or `pristine serve`, in the background")
+        }
         error => error.into(),
     })
 }
@@ -211,6 +219,14 @@ fn print_status(options: &DiskOptions, status: &Status) {
     say!("pending  {}", amount(status.pending_blocks));
     if let Some(pid) = status.server_pid {
         say!("server   process {pid}");
+    }
+    if let Some(pid) = status.silent_pid {
+        let paths = options.paths();
+        let dir = paths.runtime_dir().display();
+        say!(
+            "warning  process {pid} has the disk and says nothing of it in {dir}: it is starting or ending, or its \
+             --runtime-dir is another one; what is said here is what is known without it"
+        );
     }
     if let Some(report) = &status.copies {
         say!("drain    {}", copies::line(report));

@@ -11,7 +11,7 @@ use indicatif::BinaryBytes;
 use session_disk::{Error, Portion};
 
 use crate::args::DiskArgs;
-use crate::commands::{amount, seconds};
+use crate::commands::{amount, seconds, text};
 use crate::failure::Failure;
 use crate::progress::Progress;
 use crate::signals::StopOnSignal;
@@ -75,14 +75,14 @@ pub(crate) fn keep(args: &KeepArgs) -> Result<ExitCode, Failure> {
     let bytes = std::fs::metadata(&args.to).map_or(0, |metadata| metadata.len());
     if args.json {
         let report = serde_json::json!({
-            "to": args.to,
+            "to": text(&args.to),
             "session": kept.session,
             "block_size": blocks::BLOCK_SIZE,
             "blocks": kept.blocks,
             "differing_blocks": kept.differing_blocks,
             "size": kept.size,
             "bytes": bytes,
-            "base": kept.base,
+            "base": text(&kept.base),
         });
         say!("{report}");
         return Ok(ExitCode::SUCCESS);

@@ -4,13 +4,14 @@
 //! decides nothing about data.
 #![forbid(unsafe_code)]
 
-/// Prints a line. Whoever reads it may have gone: that is no reason to stop serving a guest.
+/// Prints a line, as [`said::line`] does.
 macro_rules! say {
-    ($($words:tt)*) => {{
-        use std::io::Write as _;
-        let mut out = std::io::stdout().lock();
-        let _ = writeln!(out, $($words)*).and_then(|()| out.flush());
-    }};
+    ($($words:tt)*) => { crate::said::line(format_args!($($words)*)) };
+}
+
+/// Prints what a server does, as [`said::news`] does.
+macro_rules! announce {
+    ($($words:tt)*) => { crate::said::news(format_args!($($words)*)) };
 }
 
 mod affinity;
@@ -27,6 +28,7 @@ mod notify;
 mod progress;
 mod promote;
 mod rebase;
+mod said;
 mod serve;
 mod session;
 mod signals;
@@ -40,7 +42,7 @@ use crate::args::{Cli, Command};
 
 fn main() -> ExitCode {
     let cli = Cli::parse_from(args::with_default_command(std::env::args_os()));
-    start_logger(cli.verbose);
+    start_logger(cli.verbose, said::is_server(&cli.command));
     signals::survive_size_limits();
     let result = match &cli.command {
         Command::Provision(args) => commands::provision(args),
@@ -56,7 +58,7 @@ fn main() -> ExitCode {
         Command::Keep(args) => keep::keep(args),
         Command::Log(args) => logs::run(args),
     };
-    match result {
+    match result.and_then(|code| said::all(&cli.command).map(|()| code)) {
         Ok(code) => code,
         Err(failure) => {
             let failure = failure.about(cli.command.disk_arguments().as_deref());
@@ -66,14 +68,20 @@ fn main() -> ExitCode {
     }
 }
 
-/// Warnings go to standard error; `-v` adds what is normal, `PRISTINE_LOG` takes env_logger's filters.
-fn start_logger(verbose: u8) {
+/// Warnings go to standard error; `-v` adds what is normal, `PRISTINE_LOG` takes env_logger's filters. `serves`: a reader
+/// that does not read holds nothing up.
+fn start_logger(verbose: u8, serves: bool) {
     let default = match verbose {
         0 => "warn",
         1 => "info",
         _ => "debug",
     };
+    let target = match serves {
+        true => env_logger::Target::Pipe(Box::new(said::IfRead)),
+        false => env_logger::Target::Stderr,
+    };
     env_logger::Builder::from_env(env_logger::Env::new().filter_or("PRISTINE_LOG", default))
+        .target(target)
         .format(|out, record| {
             let level = match record.level() {
                 log::Level::Warn => "warning".to_string(),

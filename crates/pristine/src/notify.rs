@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::time::{Duration, Instant};
 
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use vhost_blk::{HandOver, inherited_fds};
@@ -35,6 +36,32 @@ pub(crate) fn notify(state: &str) {
     let Some(socket) = connect() else { return };
     if let Err(error) = socket.and_then(|socket| socket.send(state.as_bytes()).map(|_| ())) {
         log::warn!("cannot notify the service manager: {error}");
+    }
+}
+
+/// How often the manager is asked for more time, and for how much.
+const ASK_EVERY: Duration = Duration::from_secs(10);
+const MORE_TIME: Duration = Duration::from_secs(600);
+
+/// Has the service manager wait for long work before the service is ready, or has stopped (`TimeoutStartSec=`): as long as
+/// the work gets on.
+pub(crate) struct Patience {
+    next: Instant,
+}
+
+impl Patience {
+    /// The first request comes when the work has taken a while.
+    pub(crate) fn new() -> Self {
+        Self { next: Instant::now() + ASK_EVERY }
+    }
+
+    /// The work gets on.
+    pub(crate) fn ask(&mut self) {
+        let now = Instant::now();
+        if now >= self.next {
+            self.next = now + ASK_EVERY;
+            notify(&format!("EXTEND_TIMEOUT_USEC={}", MORE_TIME.as_micros()));
+        }
     }
 }
 

@@ -12,7 +12,7 @@ use indicatif::BinaryBytes;
 use session_disk::{Error, PromoteOptions, PromoteStep, Promoted};
 
 use crate::args::{DiskArgs, ResetOn, ServeArgs, disk_arguments};
-use crate::commands::{amount, seconds};
+use crate::commands::{amount, seconds, text};
 use crate::failure::Failure;
 use crate::progress::Progress;
 use crate::serve;
@@ -114,21 +114,21 @@ fn report(made: &Promoted) -> serde_json::Value {
         CopyWay::Overlay => ("overlay", 0),
     };
     serde_json::json!({
-        "base": made.path,
+        "base": text(&made.path),
         "format": made.format,
         "size": made.generation.size,
         "root": made.generation.root,
-        "delta": Delta::path_of(&made.path),
+        "delta": text(&Delta::path_of(&made.path)),
         "changed_blocks": made.blocks,
         "extents": made.extents,
         "blocks_compared": made.blocks_taken,
         "block_size": blocks::BLOCK_SIZE,
-        "parent": made.parent,
+        "parent": text(&made.parent),
         "parent_root": made.parent_root,
         "parent_was_sealed_now": made.parent_was_sealed,
         "way": way,
         "copied_bytes": copied,
-        "replaced": made.replaced,
+        "replaced": made.replaced.iter().map(|path| text(path)).collect::<Vec<_>>(),
     })
 }
 

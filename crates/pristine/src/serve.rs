@@ -4,17 +4,19 @@ use std::fmt;
 use std::os::fd::RawFd;
 use std::path::Path;
 use std::process::ExitCode;
-use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use control::ControlServer;
 use indicatif::BinaryBytes;
 use session_disk::{
-    CopyCounts, DrainObserver, DrainTrouble, Drainer, ProcessId, SessionDisk, SessionStart, SessionSummary,
+    CopyCounts, DrainObserver, DrainTrouble, Drainer, Error, ProcessId, SessionDisk, SessionStart,
+    SessionSummary,
 };
 use vhost_blk::{
-    Cpus, DeviceConfig, EndReason, Exit, Observer, Server, ServerConfig, Socket, SocketPermissions,
+    Cpus, DeviceConfig, EndReason, Exit, HandOver, Observer, Server, ServerConfig, Socket, SocketPermissions,
+    StopHandle,
 };
 
 use crate::affinity;
@@ -42,92 +44,130 @@ pub(crate) fn serve(args: &ServeArgs) -> Result<ExitCode, Failure> {
     // A path that can't be bound must change nothing, and a disk that can't be opened must turn nobody
     // away: Cloud Hypervisor gives up a disk whose server accepts and then ends.
     let place = Place::find(args)?;
+    // From here to the end, for there is always work that is to be left in order.
+    let stop = Arc::new(AtomicBool::new(false));
+    let server: Arc<OnceLock<StopHandle>> = Arc::default();
+    let to_stop = Arc::clone(&server);
+    let _signals = StopOnSignal::start(Arc::clone(&stop), move || {
+        to_stop.get().into_iter().for_each(StopHandle::stop);
+    })?;
     let disk = SessionDisk::open(&args.options(path))?;
-    if args.reset_on == ResetOn::Never && !restore_first(&disk)? {
-        disk.stop()?;
-        say!(
-            "pristine: stopped; {} left for the next start or `pristine restore`",
-            amount(disk.pending_blocks())
-        );
-        return Ok(ExitCode::SUCCESS);
+    if args.reset_on == ResetOn::Never {
+        restore_first(&disk, &stop)?;
     }
+    let served = if stop.load(Ordering::Acquire) {
+        Served { exit: Exit::Stopped, handover }
+    } else {
+        serve_vms(args, &disk, place, queue_cpus, (&stop, &server), handover)?
+    };
+    let held = disk.turns_away();
+    if served.exit == Exit::SessionEnded && held.is_none() {
+        // `--once`: pristine, or as its policy has it.
+        drain_before(&disk, &stop)?;
+    }
+    notify::notify("STOPPING=1");
+    conclude(&disk, served, held)
+}
+
+/// What came of serving.
+struct Served {
+    exit: Exit,
+    /// The frontend that is still connected.
+    handover: Option<HandOver>,
+}
+
+/// Serves VMs until the server is to stop; `place` is bound when all else is ready.
+fn serve_vms(
+    args: &ServeArgs,
+    disk: &Arc<SessionDisk>,
+    place: Place<'_>,
+    queue_cpus: Vec<Option<Cpus>>,
+    (stop, to_stop): (&AtomicBool, &OnceLock<StopHandle>),
+    handover: Option<HandOver>,
+) -> Result<Served, Failure> {
     let name = place.to_string();
     let socket = place.take(args).inspect_err(|_| {
         let _ = disk.stop();
     })?;
     warn_of_intents(disk.basis(), disk.keeps_changes());
-    let stop = Arc::new(AtomicBool::new(false));
-    let reporter = Arc::new(Reporter::new(Arc::clone(&disk)));
+    let reporter = Arc::new(Reporter::new(Arc::clone(disk)));
     let mut server = Server::new(
-        Arc::clone(&disk),
+        Arc::clone(disk),
         socket,
         config(args, queue_cpus),
         Arc::clone(&reporter) as Arc<dyn Observer>,
     )
     .map_err(|error| Failure::of(&error))?;
-    let handle = server.stop_handle();
-    let operator = Operator::new(Arc::clone(&disk), Arc::clone(&reporter), handle.clone());
+    let handle = to_stop.get_or_init(|| server.stop_handle());
+    if stop.load(Ordering::Acquire) {
+        // The signal came before there was anything to stop.
+        handle.stop();
+    }
+    let operator = Operator::new(Arc::clone(disk), Arc::clone(&reporter), handle.clone());
     let control = ControlServer::start(&disk.paths().control(disk.id()), Arc::new(operator))
         .map_err(|error| Failure::of(&error))?;
-    let _signals = StopOnSignal::start(Arc::clone(&stop), move || handle.stop())?;
-    reporter.set_drainer(Some(Drainer::start(Arc::clone(&disk), Arc::new(DrainReporter))?));
-    say!("pristine: listening on {name}, disk {}, base {}", path.display(), disk.base_path().display());
+    reporter.set_drainer(Some(Drainer::start(Arc::clone(disk), Arc::new(DrainReporter))?));
+    let path = disk.paths().disk().display();
+    announce!("pristine: listening on {name}, disk {path}, base {}", disk.base_path().display());
     if disk.session_is_open() {
         let of =
             disk.session_owner().map_or_else(String::new, |owner| format!(" of VM process {}", owner.pid));
-        say!("pristine: an open session{of} goes on: {} are its own", amount(disk.dirty_blocks()));
+        announce!("pristine: an open session{of} goes on: {} are its own", amount(disk.dirty_blocks()));
     }
     if let Some(why) = disk.turns_away() {
-        say!("pristine: {why}");
+        announce!("pristine: {why}");
     } else if disk.pending_blocks() > 0 {
-        say!("pristine: restoring {} in the background", amount(disk.pending_blocks()));
+        announce!("pristine: restoring {} in the background", amount(disk.pending_blocks()));
     }
     notify::notify("READY=1");
     if let Some(handover) = handover {
         server.take_over(handover);
     }
     let result = server.run();
-    notify::notify("STOPPING=1");
     let handover = server.hand_over();
     drop(server);
     reporter.close();
     drop(control);
     reporter.set_drainer(None);
-    let exit = result.map_err(|error| Failure::of(&error))?;
-    let held = disk.turns_away();
-    if exit == Exit::SessionEnded && held.is_none() {
-        // `--once`: pristine, or as its policy has it.
-        drain_before(&disk, &stop)?;
-    }
-    let (kept, left) = (disk.kept_blocks(), disk.pending_blocks() + disk.dirty_blocks());
+    Ok(Served { exit: result.map_err(|error| Failure::of(&error))?, handover })
+}
+
+/// Gives the disk up, and says how it is left.
+fn conclude(disk: &SessionDisk, served: Served, held: Option<Error>) -> Result<ExitCode, Failure> {
+    let (dirty, pending) = (disk.dirty_blocks(), disk.pending_blocks());
+    let changed = disk.kept_blocks() + dirty;
+    // With --once the disk was to be pristine by now.
+    let in_time = if served.exit == Exit::SessionEnded { ExitCode::FAILURE } else { ExitCode::SUCCESS };
     if let Some(session) = disk.stop()? {
-        if let Some(Err(error)) = handover.map(notify::keep) {
+        if let Some(Err(error)) = served.handover.map(notify::keep) {
             log::warn!("the VM has to connect again, the service manager can't keep its connection: {error}");
         }
-        say!("pristine: stopped; session {session} goes on when the disk is served again while its VM runs");
+        announce!(
+            "pristine: stopped; session {session} goes on when the disk is served again while its VM runs"
+        );
     } else if let Some(why) = held {
-        say!("pristine: stopped; {why}");
-        // With --once the disk was to be pristine by now.
-        return Ok(if exit == Exit::SessionEnded { ExitCode::FAILURE } else { ExitCode::SUCCESS });
-    } else if disk.keeps_changes() && kept + left > 0 {
-        say!("pristine: stopped; {} changed and kept", amount(disk.kept_blocks()));
-    } else if left > 0 {
-        say!("pristine: stopped; {} left for the next start or `pristine restore`", amount(left));
+        announce!("pristine: stopped; {why}");
+        return Ok(in_time);
+    } else if disk.keeps_changes() && changed > 0 {
+        announce!("pristine: stopped; {} changed and kept", amount(disk.kept_blocks()));
+    } else if dirty + pending > 0 {
+        announce!(
+            "pristine: stopped; {} left for the next start or `pristine restore`",
+            amount(dirty + pending)
+        );
+        return Ok(in_time);
     } else {
-        say!("pristine: stopped; the disk is pristine");
+        announce!("pristine: stopped; the disk is pristine");
     }
     Ok(ExitCode::SUCCESS)
 }
 
-/// Restores what is pending, before changes are kept; whether it is done. What is held, or of a session that
-/// goes on, waits.
-fn restore_first(disk: &SessionDisk) -> Result<bool, Failure> {
+/// Restores what is pending, before changes are kept, unless that is stopped. What is held, or of a session that goes on, waits.
+fn restore_first(disk: &SessionDisk, stop: &AtomicBool) -> Result<(), Failure> {
     if disk.pending_blocks() == 0 || disk.session_is_open() || disk.turns_away().is_some() {
-        return Ok(true);
+        return Ok(());
     }
-    let stop = Arc::new(AtomicBool::new(false));
-    let _signals = StopOnSignal::start(Arc::clone(&stop), || ())?;
-    drain_before(disk, &stop)
+    drain_before(disk, stop)
 }
 
 /// Where frontends are to connect.
@@ -188,15 +228,18 @@ fn config(args: &ServeArgs, queue_cpus: Vec<Option<Cpus>>) -> ServerConfig {
     }
 }
 
-/// Restores all before the program goes on; `false`: it was stopped.
-fn drain_before(disk: &SessionDisk, stop: &AtomicBool) -> Result<bool, Failure> {
+/// Restores all before the program goes on, or as much as there is time for until it is to stop.
+fn drain_before(disk: &SessionDisk, stop: &AtomicBool) -> Result<(), Failure> {
     let pending = disk.pending_blocks();
     let mut progress = Progress::new("restoring", pending * blocks::BLOCK_SIZE);
-    let result =
-        disk.drain(stop, &mut |left| progress.set((pending - left.min(pending)) * blocks::BLOCK_SIZE));
+    let mut patience = notify::Patience::new();
+    let result = disk.drain(stop, &mut |left| {
+        progress.set((pending - left.min(pending)) * blocks::BLOCK_SIZE);
+        patience.ask();
+    });
     match result {
-        Err(session_disk::Error::Stopped) => Ok(false),
-        result => Ok(result.map(|_| true)?),
+        Err(Error::Stopped) => Ok(()),
+        result => Ok(result.map(|_| ())?),
     }
 }
 
@@ -290,12 +333,16 @@ impl Reporter {
 impl Observer for Reporter {
     fn session_started(&self, start: &SessionStart, peer: Option<ProcessId>) {
         let of = peer.map_or_else(String::new, |peer| format!(", VM process {}", peer.pid));
-        say!("pristine: session {} started{of}; {} pending", start.sequence, amount(start.pending_blocks));
+        announce!(
+            "pristine: session {} started{of}; {} pending",
+            start.sequence,
+            amount(start.pending_blocks)
+        );
     }
 
     fn session_ended(&self, summary: &SessionSummary, reason: EndReason) {
         let pending = self.disk.pending_blocks();
-        say!(
+        announce!(
             "pristine: session {} ended after {} ({reason}): {} written in {}; {} to restore",
             summary.sequence,
             seconds(summary.duration),
@@ -304,10 +351,10 @@ impl Observer for Reporter {
             amount(pending),
         );
         if self.disk.keeps_changes() {
-            say!("pristine: {} changed and kept", amount(self.disk.kept_blocks()));
+            announce!("pristine: {} changed and kept", amount(self.disk.kept_blocks()));
         }
         if let Some(why) = self.disk.turns_away() {
-            say!("pristine: {why}");
+            announce!("pristine: {why}");
         }
         self.last().ended = Some(Ended { summary: summary.clone(), reason, pending });
         self.changed.notify_all();
@@ -315,7 +362,7 @@ impl Observer for Reporter {
     }
 
     fn released(&self) {
-        say!("pristine: the disk is held no longer, the process that it was held for is gone");
+        announce!("pristine: the disk is held no longer, the process that it was held for is gone");
         self.wake_drainer();
     }
 
@@ -329,6 +376,6 @@ struct DrainReporter;
 
 impl DrainObserver for DrainReporter {
     fn restored(&self, blocks: u64, how: CopyCounts, duration: Duration) {
-        say!("pristine: restored {} in {}: {}", amount(blocks), seconds(duration), by_way(how));
+        announce!("pristine: restored {} in {}: {}", amount(blocks), seconds(duration), by_way(how));
     }
 }

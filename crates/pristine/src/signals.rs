@@ -1,11 +1,11 @@
-//! SIGTERM and SIGINT: stop soon, in order. SIGXFSZ: an error like others.
+//! SIGTERM, SIGINT and SIGHUP: stop soon, in order. SIGXFSZ: an error like others.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
 use rustix::process::Signal;
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::{Handle, Signals};
 
 use crate::failure::Failure;
@@ -28,7 +28,9 @@ pub(crate) struct StopOnSignal {
 impl StopOnSignal {
     /// Sets `stop` and calls `then` at each of the signals. Nothing waits for a base's server after the first one.
     pub(crate) fn start(stop: Arc<AtomicBool>, then: impl Fn() + Send + 'static) -> Result<Self, Failure> {
-        let mut signals = Signals::new([SIGTERM, SIGINT])
+        // Not under nohup(1).
+        let hangup = Some(SIGHUP).filter(|signal| !is_ignored(*signal));
+        let mut signals = Signals::new([SIGTERM, SIGINT].into_iter().chain(hangup))
             .map_err(|error| Failure::new(format!("cannot watch for signals: {error}")))?;
         let handle = signals.handle();
         let thread = std::thread::Builder::new()
@@ -43,6 +45,15 @@ impl StopOnSignal {
             .map_err(|error| Failure::new(format!("cannot start a thread: {error}")))?;
         Ok(Self { handle, thread: Some(thread) })
     }
+}
+
+/// Whether whoever started the program wants it to ignore the signal.
+fn is_ignored(signal: i32) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = ignored.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or_default();
+    // Signals count from 1 (proc_pid_status(5)).
+    mask >> (signal - 1) & 1 == 1
 }
 
 impl Drop for StopOnSignal {
