@@ -22,7 +22,7 @@ use write_log::{LogError, LogHeader, LogId, LogWriter};
 use crate::beginning::Outcome;
 use crate::counts::CopyCounts;
 use crate::drain::Drain;
-use crate::manifest::{EntryKind, Left, LogEntry, Manifest};
+use crate::manifest::{EntryKind, Left, LogEntry, Manifest, Stopped};
 use crate::open::{disk_witness, prune_logs, remove_unnamed_logs, with_room};
 use crate::pace::{DrainPolicy, Guests};
 use crate::process::ProcessId;
@@ -236,7 +236,20 @@ impl SessionDisk {
     /// When nothing is pending they are retired. What a guest took meanwhile is in the open session's log, and the
     /// intents cover that log in a power cut.
     pub fn checkpoint(&self) -> Result<(), Error> {
-        let mut lifecycle = self.lifecycle();
+        self.checkpoint_in(self.lifecycle())
+    }
+
+    /// [`checkpoint`](Self::checkpoint) for a drain, of which the disk may have been held meanwhile: then the last session's log
+    /// stays, by which it can be told from what earlier ones have left.
+    pub(crate) fn checkpoint_unless_held(&self) -> Result<(), Error> {
+        let lifecycle = self.lifecycle();
+        if lifecycle.manifest.held.is_some() && lifecycle.session.is_none() {
+            return Ok(());
+        }
+        self.checkpoint_in(lifecycle)
+    }
+
+    fn checkpoint_in(&self, mut lifecycle: MutexGuard<'_, Lifecycle>) -> Result<(), Error> {
         if self.shared.is_poisoned() {
             return Err(Error::Poisoned(self.shared.disk.path().to_owned()));
         }
@@ -288,7 +301,7 @@ impl SessionDisk {
         let mut done = Progress::new();
         self.refuse_if_held()?;
         self.drain_batches(stop, progress, &mut done).inspect_err(|_| done.keep(self))?;
-        self.checkpoint()?;
+        self.checkpoint_unless_held()?;
         self.forget_intents(&self.lifecycle())?;
         Ok(done.restored())
     }
@@ -306,10 +319,11 @@ impl SessionDisk {
             let batch = drain.batch(stop, &|| self.guests(), &mut |copied| {
                 left = left.saturating_sub(copied);
                 progress(left);
-            })?;
-            done.add(batch.restored);
+            });
+            done.add(drain.take_restored());
+            let batch = batch?;
             if done.is_worth_a_checkpoint() {
-                done.checkpoint(self)?;
+                done.keep(self);
             }
             if let Some(time) = batch.wait {
                 // A session is open. Whoever wants to stop is not to wait for its guest.
@@ -373,11 +387,14 @@ impl SessionDisk {
         if lifecycle.manifest.kept {
             self.shared.sync_disk()?;
         }
+        if !lifecycle.manifest.logs.is_empty() {
+            lifecycle.manifest.stopped = Stopped::of(&self.shared.disk)?;
+        }
         if left.is_some() {
             lifecycle.manifest.left = left;
             self.store_manifest(&mut lifecycle.manifest)?;
         } else if !lifecycle.manifest.logs.is_empty()
-            // For its number: a copy of the state from before the last session's end is older than this.
+            // For its number, a copy of the state from before the last session's end is older than this; and for the disk's time.
             && let Err(error) = self.store_manifest(&mut lifecycle.manifest)
         {
             log::warn!("{}", in_full(&error));

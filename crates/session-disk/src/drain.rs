@@ -122,6 +122,8 @@ pub(crate) struct Drain {
     error: Option<Error>,
     failed_runs: usize,
     copied_blocks: u64,
+    /// Blocks that were restored, and of which nobody has taken note yet.
+    restored: u64,
     /// Whether blocks were shared since the last sync.
     has_shared: bool,
 }
@@ -164,6 +166,7 @@ impl Drain {
             error: None,
             failed_runs: 0,
             copied_blocks: 0,
+            restored: 0,
             has_shared: false,
         })
     }
@@ -280,10 +283,16 @@ impl Drain {
             self.shared.check_base()?;
             let good = || !self.shared.is_poisoned();
             batch.restored = self.shared.claims.settle(&self.shared.pending, good);
+            self.restored += batch.restored;
             self.shared.live.set_pending(self.shared.pending.count());
             self.rest_since(began);
         }
         self.error.take().map_or(Ok(batch), Err)
+    }
+
+    /// How many blocks batches have restored since this was asked last, those that failed included.
+    pub(crate) fn take_restored(&mut self) -> u64 {
+        std::mem::take(&mut self.restored)
     }
 
     /// What may be claimed besides what is being copied, in a batch that has `started` so many blocks.

@@ -162,7 +162,7 @@ fn run(disk: &SessionDisk, control: &Control, observer: &dyn DrainObserver) {
                 }
                 // Sessions go on; their logs must not pile up.
                 if disk.old_logs() > OLD_LOGS_MAX
-                    && let Err(error) = disk.checkpoint()
+                    && let Err(error) = disk.checkpoint_unless_held()
                 {
                     log::warn!("{}: {}", disk.paths().disk().display(), in_full(&error));
                 }
@@ -198,7 +198,7 @@ fn drain_all(disk: &SessionDisk, control: &Control, observer: &dyn DrainObserver
     // Guests may have taken what was left. Nothing more can be taken, and then it is read like everything else.
     sync_taken(shared)?;
     if disk.has_old_logs() {
-        disk.checkpoint()?;
+        disk.checkpoint_unless_held()?;
         observer.restored(done.restored(), disk.copied() - copied_before, started.elapsed());
     }
     Ok(())
@@ -222,8 +222,9 @@ fn drain_batches(disk: &SessionDisk, control: &Control, done: &mut Progress) -> 
         if shared.claims.drain_rests() {
             return Ok(Drained::Rests);
         }
-        let batch = drain.batch(&control.stop, &|| disk.guests(), &mut |_| ())?;
-        done.add(batch.restored);
+        let batch = drain.batch(&control.stop, &|| disk.guests(), &mut |_| ());
+        done.add(drain.take_restored());
+        let batch = batch?;
         if batch.restored > 0 {
             synced = Instant::now();
         } else if synced.elapsed() > UNSYNCED_MAX {
@@ -231,7 +232,9 @@ fn drain_batches(disk: &SessionDisk, control: &Control, done: &mut Progress) -> 
             synced = Instant::now();
         }
         // A drain that is to be slow, or to wait, may see many sessions.
-        if done.is_worth_a_checkpoint() || disk.old_logs() > OLD_LOGS_MAX {
+        if done.is_worth_a_checkpoint() {
+            done.keep(disk);
+        } else if disk.old_logs() > OLD_LOGS_MAX {
             done.checkpoint(disk)?;
         }
         if let Some(time) = batch.wait {

@@ -61,7 +61,7 @@ pub use disk::{Changes, Held, HoldReason, Released, SessionDisk, left_open, set_
 pub use drainer::{DrainObserver, DrainTrouble, Drainer};
 pub use error::Error;
 pub use intents::REGION_SIZE;
-pub use manifest::{BaseEntry, DiskFile, EntryKind, Left, LogEntry, MANIFEST_VERSION, Manifest};
+pub use manifest::{BaseEntry, DiskFile, EntryKind, Left, LogEntry, MANIFEST_VERSION, Manifest, Stopped};
 pub use named_base::NamedBase;
 pub use options::{DiskOptions, SessionStart, SessionSummary};
 pub use overlay::{Kept, Portion, base_of, keep};

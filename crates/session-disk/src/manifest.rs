@@ -7,15 +7,17 @@ use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use base_image::{BaseFormat, BaseIdentity, BaseLocation, Root};
+use base_image::{BaseFormat, BaseIdentity, BaseLocation, FileIdentity, Root};
+use blockio::File;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 use write_log::{LogId, LogKind};
 
 use crate::Error;
 use crate::disk::HoldReason;
+use crate::open::disk_witness;
 use crate::paths::Paths;
-
+use crate::process::boot_id;
 use crate::recover::Basis;
 use crate::storage::{Staged, Storage};
 
@@ -62,6 +64,47 @@ pub struct Manifest {
     /// live page of this boot.
     #[serde(default)]
     pub left: Option<Left>,
+    /// What the disk's file was like when whoever had it stopped in order and left logs; `None` while somebody has it, so that
+    /// a kill leaves it `None`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stopped: Option<Stopped>,
+}
+
+/// What tells that a disk was written, or an older copy of it put in its place, while nobody served it. (A disk that is pristine has
+/// more of that: [`Manifest::pristine_since`].)
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Stopped {
+    /// The host's boot in which that was.
+    pub boot: Uuid,
+    /// Time of the last change of the contents, nanoseconds since the epoch.
+    pub mtime_ns: i64,
+}
+
+/// Types of file systems (statfs(2)) on which a file's times change when it is written and at no other time: ext4, xfs, btrfs, tmpfs. Others
+/// may change them when they write back.
+const TIMES_ARE_EXACT: [u64; 4] = [0xef53, 0x5846_5342, 0x9123_683e, 0x0102_1994];
+
+impl Stopped {
+    /// As it is now, of a regular file that has such times.
+    ///
+    /// # Errors
+    /// If the disk can't be looked at.
+    pub(crate) fn of(disk: &File) -> Result<Option<Self>, Error> {
+        let now = disk_witness(disk)?.and_then(|identity| identity.file);
+        let is_exact =
+            rustix::fs::fstatfs(disk).is_ok_and(|of| TIMES_ARE_EXACT.contains(&(of.f_type as u64)));
+        Ok(match now.filter(|_| is_exact) {
+            Some(FileIdentity { mtime_ns, .. }) => Some(Self { boot: boot_id()?, mtime_ns }),
+            None => None,
+        })
+    }
+
+    /// Whether a file with the time `mtime_ns` may be as it was, in the boot `boot`. When the host has gone down since, the time may
+    /// not have become durable: an older one tells nothing then.
+    pub(crate) fn may_be(self, mtime_ns: i64, boot: Uuid) -> bool {
+        mtime_ns == self.mtime_ns || (boot != self.boot && mtime_ns < self.mtime_ns)
+    }
 }
 
 /// How a session was left.
@@ -278,6 +321,7 @@ mod tests {
             held: Some(HoldReason::ByOperator),
             kept: false,
             left: Some(Left::Ended),
+            stopped: None,
         }
     }
 

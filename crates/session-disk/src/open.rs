@@ -11,13 +11,14 @@ use std::time::{Duration, Instant};
 use base_image::{BaseIdentity, BaseImage, BaseLocation, Seal, Trust};
 use blockio::{File, FileKind, ImageAccess, OpenOptions, in_full};
 use blocks::Geometry;
-use write_log::{LogContents, LogError, LogId};
+use write_log::{LogContents, LogError, LogId, LogKind};
 
 use crate::Error;
 use crate::intents::Intents;
 use crate::live::{Before, LivePage};
 use crate::manifest::{BaseEntry, LogEntry, Manifest};
 use crate::paths::Paths;
+use crate::process::boot_id;
 use crate::recover::{Evidence, FoundLog, Verdict, conclude};
 use crate::storage::Storage;
 use crate::witness;
@@ -207,6 +208,7 @@ fn judge_logs(
     let disk_now = disk_witness(disk)?;
     let evidence = Evidence {
         disk_now: disk_now.as_ref(),
+        boot: boot_id()?,
         generation: witness::generation(storage, disk)?,
         logs,
         live: live.mark,
@@ -240,9 +242,22 @@ pub(crate) fn remove_log(storage: &Storage, paths: &Paths, id: LogId) {
     }
 }
 
-/// Removes retired logs but the youngest `keep`, and anything half-made.
+/// Removes retired logs but the youngest `keep`, and anything half-made. The last session's stays in any case, with what tells that
+/// it is the last one's.
 pub(crate) fn prune_logs(storage: &Storage, paths: &Paths, manifest: &Manifest, keep: usize) {
-    retired_logs(paths, manifest).into_iter().skip(keep).for_each(|id| remove_log(storage, paths, id));
+    let retired = retired_logs(paths, manifest);
+    if retired.len() <= keep {
+        return;
+    }
+    let is_session = |id: &LogId| {
+        let header = write_log::read_header(&paths.sessions().join(id.file_name()));
+        header.is_ok_and(|header| header.kind == LogKind::Session)
+    };
+    let needed = match manifest.logs.iter().any(|entry| entry.kind() == LogKind::Session) {
+        true => 0,
+        false => retired.iter().position(is_session).map_or(0, |last| last + 1),
+    };
+    retired.into_iter().skip(keep.max(needed)).for_each(|id| remove_log(storage, paths, id));
 }
 
 /// Removes logs whose numbers are still to be given: their sessions have not come to anything.

@@ -1,7 +1,8 @@
 //! How far a drain has come, and when that is written down.
 //!
 //! What was restored is durable, but logs name it until a checkpoint replaces them: a server that ends before sends the next
-//! one back to where the last checkpoint was. So one is made as often as makes the rest cheap to lose, and when a drain stops.
+//! one back to where the last checkpoint was. So one is made when a drain stops, and meanwhile as often as makes the rest cheap to
+//! lose: each leaves a log, so they become rare.
 
 use std::time::{Duration, Instant};
 
@@ -9,24 +10,24 @@ use blockio::in_full;
 
 use crate::{Error, SessionDisk};
 
-/// After so many restored blocks (4 GiB) the rest is made a new log.
-const CHECKPOINT_BLOCKS: u64 = 1 << 20;
-/// After this time too, if anything was restored: a drain may be slow because it is to be.
-const CHECKPOINT_EVERY: Duration = Duration::from_secs(60);
+/// The first checkpoint comes after this time, and each of the others when the drain lasts twice as long.
+const CHECKPOINT_AFTER: Duration = Duration::from_secs(60);
 
 /// What a drain has restored.
 #[derive(Debug)]
 pub(crate) struct Progress {
+    began: Instant,
+    /// When, since then, what was restored is worth a checkpoint.
+    next: Duration,
     restored: u64,
     /// Of these, what logs still name.
     since_checkpoint: u64,
-    checkpoint: Instant,
 }
 
 impl Progress {
     /// Nothing yet.
     pub(crate) fn new() -> Self {
-        Self { restored: 0, since_checkpoint: 0, checkpoint: Instant::now() }
+        Self { began: Instant::now(), next: CHECKPOINT_AFTER, restored: 0, since_checkpoint: 0 }
     }
 
     /// `blocks` were restored, durably.
@@ -42,26 +43,27 @@ impl Progress {
 
     /// Whether so much is not written down that it should be.
     pub(crate) fn is_worth_a_checkpoint(&self) -> bool {
-        self.since_checkpoint >= CHECKPOINT_BLOCKS
-            || (self.since_checkpoint > 0 && self.checkpoint.elapsed() >= CHECKPOINT_EVERY)
+        self.since_checkpoint > 0 && self.began.elapsed() >= self.next
     }
 
-    /// Writes down what was restored.
+    /// Writes down what was restored, if the disk is not held.
     ///
     /// # Errors
     /// As [`SessionDisk::checkpoint`].
     pub(crate) fn checkpoint(&mut self, disk: &SessionDisk) -> Result<(), Error> {
-        (self.since_checkpoint, self.checkpoint) = (0, Instant::now());
-        disk.checkpoint()
+        self.next = self.began.elapsed() * 2;
+        disk.checkpoint_unless_held()?;
+        self.since_checkpoint = 0;
+        Ok(())
     }
 
-    /// Writes down what was restored before the drain was stopped, or failed. If that fails too, it is restored again.
+    /// Writes down what was restored, if anything was. If that fails, it is restored again, should nothing else write it down.
     pub(crate) fn keep(&mut self, disk: &SessionDisk) {
         if self.since_checkpoint > 0
             && let Err(error) = self.checkpoint(disk)
         {
             log::warn!(
-                "{}: what was restored is to be restored again: {}",
+                "{}: what was restored is not noted yet: {}",
                 disk.paths().disk().display(),
                 in_full(&error)
             );

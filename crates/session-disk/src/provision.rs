@@ -13,7 +13,7 @@ use write_log::{LogHeader, LogWriter};
 use crate::disk::{next_entry, unix_ns};
 use crate::intents::Intents;
 use crate::live::LivePage;
-use crate::manifest::{DiskFile, EntryKind, MANIFEST_VERSION, Manifest};
+use crate::manifest::{DiskFile, EntryKind, MANIFEST_VERSION, Manifest, Stopped};
 use crate::named_base::NamedBase;
 use crate::open::{disk_witness, file_number, lock_state_dir, open_disk, refuse_disk_of_base};
 use crate::rebase::refuse_open_session;
@@ -173,6 +173,7 @@ fn make(options: &ProvisionOptions, made: &mut Made) -> Result<(u64, u64), Error
         held: None,
         kept: false,
         left: None,
+        stopped: None,
     };
     if pending.is_empty() {
         storage.sync_disk(path, || disk.sync_all())?;
@@ -186,10 +187,14 @@ fn make(options: &ProvisionOptions, made: &mut Made) -> Result<(u64, u64), Error
             geometry,
             created_unix_ns: unix_ns(),
         };
+        made.files.push(paths.sessions().join(entry.id().file_name()));
         LogWriter::write_pending_in(&*storage.logs(&paths.sessions()), &header, &pending)?;
     }
     if fresh {
         storage.sync_disk(path, || disk.sync_all())?;
+    }
+    if !manifest.logs.is_empty() {
+        manifest.stopped = Stopped::of(&disk)?;
     }
     // Before the manifest is there: whoever finds one may serve the disk, and no power cut may then take
     // the disk or its state away.

@@ -24,7 +24,7 @@ use write_log::{LogHeader, LogWriter};
 use self::difference::Question;
 use crate::disk::{next_entry, unix_ns};
 use crate::live::{Before, LivePage, heed_sync};
-use crate::manifest::{BaseEntry, DiskFile, EntryKind, Manifest};
+use crate::manifest::{BaseEntry, DiskFile, EntryKind, Manifest, Stopped};
 use crate::named_base::NamedBase;
 use crate::open::{
     check_size, disk_witness, file_number, judge, lock_state_dir, open_disk, prune_logs, refuse_disk_of_base,
@@ -213,6 +213,7 @@ fn switch(subject: &Subject, base: BaseEntry, pending: &BlockSet, keep_logs: usi
         held: None,
         kept: false,
         left: None,
+        stopped: None,
         ..old.clone()
     };
     // The last session, should it have been left open, is over: there is nothing to be held of it any more. Its log says
@@ -233,6 +234,7 @@ fn switch(subject: &Subject, base: BaseEntry, pending: &BlockSet, keep_logs: usi
         };
         let logs = storage.logs(&paths.sessions());
         with_room(storage, paths, old, || LogWriter::write_pending_in(&*logs, &header, pending))?;
+        manifest.stopped = Stopped::of(disk)?;
     }
     manifest.store(storage, paths).inspect_err(|_| remove_unnamed_logs(storage, paths, &manifest))?;
     if !manifest.logs.is_empty() {

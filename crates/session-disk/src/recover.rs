@@ -60,7 +60,7 @@ pub enum Basis {
 /// Why all blocks are pending.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Distrust {
-    /// The disk was changed while it was pristine and nobody served it.
+    /// The disk was changed while nobody served it.
     WrittenFromOutside,
     /// The disk is not the file that the state is about: a copy, or restored from a backup.
     AnotherFile,
@@ -78,7 +78,7 @@ impl fmt::Display for Distrust {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::AnotherFile => write!(f, "the disk is another file than its state is about"),
-            Self::WrittenFromOutside => write!(f, "the disk was changed from outside while it was pristine"),
+            Self::WrittenFromOutside => write!(f, "the disk was changed from outside while nobody served it"),
             Self::OlderState => {
                 write!(f, "the state is older than the disk: it was put back from a copy")
             }
@@ -93,6 +93,8 @@ impl fmt::Display for Distrust {
 pub(crate) struct Evidence<'a> {
     /// The disk as it is now; `None` for a block device, which has no witnesses.
     pub(crate) disk_now: Option<&'a BaseIdentity>,
+    /// The host's boot.
+    pub(crate) boot: Uuid,
     /// The generation that the disk's file names, if it names one.
     pub(crate) generation: Option<u64>,
     /// The logs of the manifest, in its order.
@@ -119,6 +121,12 @@ pub(crate) fn conclude(manifest: &Manifest, geometry: Geometry, evidence: Eviden
     }
     if evidence.generation.is_some_and(|named| manifest.generation < named) {
         return everything(Distrust::OlderState);
+    }
+    let times = evidence.disk_now.and_then(|now| now.file.as_ref());
+    if let (Some(stopped), Some(now)) = (manifest.stopped, times)
+        && !stopped.may_be(now.mtime_ns, evidence.boot)
+    {
+        return everything(Distrust::WrittenFromOutside);
     }
     let pending = BlockSet::new(geometry.blocks());
     if evidence.logs.is_empty() {

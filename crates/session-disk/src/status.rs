@@ -125,14 +125,20 @@ pub fn server_of(options: &DiskOptions) -> Result<Option<ProcessId>, Error> {
 /// away a server that starts.
 fn locker(dir: &Path) -> Option<u32> {
     let found = fs::metadata(dir).ok()?;
-    let file = format!("{:02x}:{:02x}:{}", major(found.dev()), minor(found.dev()), found.ino());
+    let device = format!("{:02x}:{:02x}", major(found.dev()), minor(found.dev()));
+    let inode = found.ino().to_string();
+    // Without a device of its own a file system may go by several numbers (btrfs).
+    let is_dir = |file: &str| {
+        file.rsplit_once(':')
+            .is_some_and(|(of, number)| number == inode && (major(found.dev()) == 0 || of == device))
+    };
     let locks = fs::read_to_string("/proc/locks").ok()?;
     locks.lines().find_map(|line| {
         // 1: FLOCK  ADVISORY  WRITE 4711 fd:01:131 0 EOF
         let mut words = line.split_ascii_whitespace().skip(1).filter(|word| *word != "->");
         let is_flock = words.next() == Some("FLOCK");
         let pid = words.nth(2)?.parse().ok()?;
-        (is_flock && words.next() == Some(&file)).then_some(pid)
+        (is_flock && words.next().is_some_and(is_dir)).then_some(pid)
     })
 }
 

@@ -18,6 +18,8 @@
 //!   state back as well is not found out.
 //! - Between two manifests the number does not grow. A copy made while a session was open is not older
 //!   than what a power cut in the same session leaves, though its log and its intents are.
+//! - It tells of an older state, not of an older disk. Of that the disk's times tell, if it was pristine or its server was stopped
+//!   ([`Stopped`](crate::Stopped)), and not after a kill.
 //! - Block devices, and file systems without user attributes, have no such witness.
 
 use std::ffi::CStr;

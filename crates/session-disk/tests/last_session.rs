@@ -7,7 +7,8 @@ mod common;
 use std::collections::HashMap;
 use std::fs;
 use std::io;
-use std::path::PathBuf;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -51,6 +52,15 @@ struct Lab {
     seen: Vec<u8>,
 }
 
+/// Has the file what its medium has. Nobody has written to it.
+fn write_back(path: &Path, medium: &[u8]) {
+    let file = fs::File::options().write(true).open(path).unwrap();
+    let time = file.metadata().unwrap().modified().unwrap();
+    file.write_all_at(medium, 0).unwrap();
+    file.set_len(medium.len() as u64).unwrap();
+    file.set_modified(time).unwrap();
+}
+
 impl Lab {
     /// A disk with what a first session has left, which has reached the medium, and a second session that has written over it.
     fn in_second_session() -> (Self, Arc<SessionDisk>) {
@@ -81,7 +91,7 @@ impl Lab {
     fn cut_power(&self, logs_were_written_back: bool) {
         for (path, bytes) in &*self.host.medium.lock().unwrap() {
             if path.exists() && (*path == self.bench.options.disk || !logs_were_written_back) {
-                fs::write(path, bytes).unwrap();
+                write_back(path, bytes);
             }
         }
         let _ = fs::remove_dir_all(self.bench.dir.path().join("run"));
@@ -149,7 +159,7 @@ fn held_session_whose_storage_failed_is_never_kept() {
         lab.host.disk_fails.store(false, Ordering::SeqCst);
         // The pages that could not be written are dropped.
         let medium = lab.host.medium.lock().unwrap()[&lab.bench.options.disk].clone();
-        fs::write(&lab.bench.options.disk, medium).unwrap();
+        write_back(&lab.bench.options.disk, &medium);
         assert!(!lab.is_kept());
         let disk = lab.bench.open();
         assert!(!lab.is_kept());
@@ -176,7 +186,7 @@ fn held_session_that_a_stop_ends_outlasts_the_host_or_is_not_kept() {
         if storage_fails {
             // The pages that could not be written are dropped; the host goes on.
             let medium = lab.host.medium.lock().unwrap()[&lab.bench.options.disk].clone();
-            fs::write(&lab.bench.options.disk, medium).unwrap();
+            write_back(&lab.bench.options.disk, &medium);
         } else {
             lab.cut_power(false);
         }

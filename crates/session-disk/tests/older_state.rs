@@ -326,3 +326,42 @@ fn first_write_of_a_session_is_seen_in_the_times_of_the_disk() {
         drain();
     }
 }
+
+/// A disk that waits to be restored, and is written to while nobody serves it, or replaced by an older copy of itself: nothing is known of it
+/// then. A stop, a rebase and a provision leave it so that this is found.
+#[test]
+fn disk_that_is_written_while_nobody_serves_it_is_restored_as_a_whole() {
+    let bench = Bench::new(MIB, None, true, EngineKind::Sync);
+    let outside = Basis::Everything(Distrust::WrittenFromOutside);
+    let touch = || {
+        let disk = std::fs::File::options().write(true).open(&bench.options.disk).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&disk, &[0xaa; 4096], 65536).unwrap();
+    };
+    // It was provisioned, and nothing of it is filled.
+    touch();
+    let disk = bench.open();
+    assert_eq!(*disk.basis(), outside);
+    session(&disk, 0);
+    disk.end_session().unwrap();
+    disk.stop().unwrap();
+    drop(disk);
+    // As it was: what the logs say counts, also after a reboot.
+    cut_power(&bench);
+    let disk = bench.open();
+    assert_eq!(*disk.basis(), Basis::ExactLogs);
+    disk.stop().unwrap();
+    drop(disk);
+    let older = std::fs::File::options().write(true).open(&bench.options.disk).unwrap();
+    older.set_modified(std::time::SystemTime::now() - std::time::Duration::from_secs(3600)).unwrap();
+    let seen = status(&bench.options).unwrap();
+    assert!(seen.distrust.unwrap().contains("changed from outside"));
+    assert_eq!(seen.pending_blocks, seen.blocks);
+    let disk = bench.open();
+    assert_eq!(*disk.basis(), outside);
+    // Who is killed leaves no time to be compared with.
+    session(&disk, 8);
+    drop(disk);
+    let disk = bench.open();
+    assert_eq!(*disk.basis(), Basis::ExactLogs);
+    bench.assert_restores_exactly(&disk);
+}

@@ -81,6 +81,7 @@ impl SessionDisk {
         };
         manifest.file = disk_witness(&disk)?.as_ref().and_then(DiskFile::of);
         let left = manifest.left.take();
+        let stopped = manifest.stopped.take();
         let is_untouched = left.is_some() && before.same_boot || was_open;
         let hold_before = manifest.held.clone();
         manifest.held = manifest.held.filter(|reason| !reason.is_over());
@@ -89,7 +90,10 @@ impl SessionDisk {
         }
         let held = manifest.held.is_some();
         let redo = redo::open(&paths, disk_id)?;
-        let says_more = left.is_some() || manifest.held != hold_before || manifest.kept != kept_before;
+        let says_more = left.is_some()
+            || stopped.is_some()
+            || manifest.held != hold_before
+            || manifest.kept != kept_before;
         let shared = Arc::new(Shared::new(Parts {
             geometry,
             disk_sync: open_for_sync(&disk)?,

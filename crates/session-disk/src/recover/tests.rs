@@ -1,5 +1,5 @@
 use super::*;
-use crate::manifest::{BaseEntry, EntryKind, MANIFEST_VERSION};
+use crate::manifest::{BaseEntry, EntryKind, MANIFEST_VERSION, Stopped};
 
 const SIZE: u64 = 1 << 20;
 
@@ -25,6 +25,7 @@ fn manifest(generation: u64, has_log: bool) -> Manifest {
         held: None,
         kept: false,
         left: None,
+        stopped: None,
     }
 }
 
@@ -33,6 +34,7 @@ fn basis(manifest: &Manifest, named: Option<u64>) -> Basis {
     let geometry = Geometry::new(SIZE).unwrap();
     let evidence = Evidence {
         disk_now: None,
+        boot: Uuid::nil(),
         generation: named,
         logs: manifest.logs.iter().map(|entry| (*entry, Err("gone".into()))).collect(),
         live: None,
@@ -73,4 +75,13 @@ fn manifest_that_is_older_than_the_disk_makes_everything_pending() {
         Distrust::OlderState.to_string(),
         "the state is older than the disk: it was put back from a copy"
     );
+}
+
+/// In the same boot any other time tells of a write, or of another copy; after that only a younger one.
+#[test]
+fn time_of_the_disk_is_as_it_was_left() {
+    let (boot, later) = (Uuid::from_u128(7), Uuid::from_u128(8));
+    let stopped = Stopped { boot, mtime_ns: 100 };
+    let seen = [99, 100, 101].map(|now| (stopped.may_be(now, boot), stopped.may_be(now, later)));
+    assert_eq!(seen, [(false, true), (true, true), (false, false)]);
 }

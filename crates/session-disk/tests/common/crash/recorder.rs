@@ -3,7 +3,8 @@
 //!
 //! A manifest names its disk by inode number and times, which are others in each world. So manifests are
 //! recorded in a form that all worlds share: the inode is [`DISK_INODE`] if it is the disk's, and in
-//! the place of times there is a *version*, a number that is given to each new state of the times.
+//! the place of times there is a *version*, a number that is given to each new state of the times. The time of the last change of the
+//! contents alone has one as well.
 
 use std::collections::HashMap;
 use std::io;
@@ -60,6 +61,8 @@ pub(crate) struct Moment {
     pub(crate) event: Event,
     pub(crate) live: Option<Arc<Vec<u8>>>,
     pub(crate) version: u64,
+    /// The version of the contents' time alone.
+    pub(crate) written: u64,
     pub(crate) generation: Option<Vec<u8>>,
 }
 
@@ -68,6 +71,7 @@ struct State {
     moments: Vec<Moment>,
     disk: Option<File>,
     versions: HashMap<(i64, i64), u64>,
+    written: HashMap<i64, u64>,
     live: Option<Arc<Vec<u8>>>,
     /// I/O that failed: none should, so what it left is not modelled.
     failed: Vec<usize>,
@@ -114,8 +118,8 @@ pub(crate) fn is_manifest(path: &Path) -> bool {
 }
 
 impl Recorder {
-    /// Records what happens in `root`. If the disk is there, its times are `version`.
-    pub(crate) fn new(root: &Path, version: u64) -> Arc<Self> {
+    /// Records what happens in `root`. If the disk is there, its times are `version`, and that of its contents `written`.
+    pub(crate) fn new(root: &Path, version: u64, written: u64) -> Arc<Self> {
         let recorder = Self { root: root.to_owned(), state: Mutex::default() };
         {
             let mut state = recorder.state();
@@ -123,6 +127,7 @@ impl Recorder {
             if let Some(disk) = &state.disk {
                 let now = times(&identity(disk));
                 state.versions.insert(now, version);
+                state.written.insert(now.0, written);
             }
         }
         Arc::new(recorder)
@@ -146,7 +151,7 @@ impl Recorder {
     }
 
     /// Opens the disk once it is there, and takes a copy of the live page.
-    fn look(&self, state: &mut State) -> u64 {
+    fn look(&self, state: &mut State) -> (u64, u64) {
         if state.disk.is_none() {
             state.disk = File::open(&self.root.join(DISK), OpenOptions::default()).ok();
         }
@@ -154,17 +159,18 @@ impl Recorder {
         if state.live.as_deref() != live.as_ref() {
             state.live = live.map(Arc::new);
         }
-        let Some(disk) = &state.disk else { return 0 };
+        let Some(disk) = &state.disk else { return (0, 0) };
         let now = times(&identity(disk));
-        *state.versions.entry(now).or_insert_with(new_version)
+        let version = *state.versions.entry(now).or_insert_with(new_version);
+        (version, *state.written.entry(now.0).or_insert_with(new_version))
     }
 
     fn push(&self, event: Event) -> u64 {
         let mut state = self.state();
-        let version = self.look(&mut state);
+        let (version, written) = self.look(&mut state);
         let live = state.live.clone();
         let generation = state.disk.as_ref().and_then(generation);
-        state.moments.push(Moment { event, live, version, generation });
+        state.moments.push(Moment { event, live, version, written, generation });
         state.moments.len() as u64 - 1
     }
 
@@ -185,6 +191,9 @@ impl Recorder {
             let file = then.file.as_mut().unwrap();
             (file.inode, file.birth_ns) = (DISK_INODE, None);
             (file.mtime_ns, file.ctime_ns) = (version as i64, 0);
+        }
+        if let Some(stopped) = &mut manifest.stopped {
+            stopped.mtime_ns = state.written.get(&stopped.mtime_ns).map_or(0, |written| *written as i64);
         }
         manifest_bytes(&manifest)
     }

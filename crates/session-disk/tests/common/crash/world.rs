@@ -33,6 +33,10 @@ pub(crate) struct Remains {
     live: Option<Vec<u8>>,
     /// The state of the disk's times.
     version: u64,
+    /// The state of the time of its contents.
+    written: u64,
+    /// What it was given at the last power cut: what is less is of an earlier boot.
+    cut: u64,
     /// The times that a power cut can't take back.
     durable_version: u64,
     /// States of the times that may as well be the disk's.
@@ -49,6 +53,8 @@ pub(crate) struct World {
     /// The live page and the times as they were at the beginning.
     live: Option<Arc<Vec<u8>>>,
     version: u64,
+    written: u64,
+    cut: u64,
     durable_version: u64,
     generation: Option<Vec<u8>>,
     pub(crate) recorder: Arc<Recorder>,
@@ -76,7 +82,7 @@ impl World {
         let disk = File::open(&root.join(DISK), OpenOptions::default()).ok();
         let (mut version, mut durable_version) = (remains.version, remains.durable_version);
         for (path, bytes) in manifests {
-            let bytes = local_form(&bytes, disk.as_ref(), &remains.plausible, &mut version);
+            let bytes = local_form(&bytes, disk.as_ref(), remains, &mut version);
             std::fs::File::create(path).unwrap().write_all(&bytes).unwrap();
         }
         if let (Some(live), Some(_)) = (&remains.live, &disk) {
@@ -95,9 +101,11 @@ impl World {
             before: remains.fs.clone(),
             live: live_page(root).map(Arc::new),
             version,
+            written: remains.written,
+            cut: remains.cut,
             durable_version,
             generation: remains.generation.clone(),
-            recorder: Recorder::new(root, version),
+            recorder: Recorder::new(root, version, remains.written),
             dir,
         }
     }
@@ -128,6 +136,8 @@ impl World {
             fs: self.before.clone(),
             live: self.live.clone(),
             version: self.version,
+            written: self.written,
+            cut: self.cut,
             durable_version: self.durable_version,
             generation: self.generation.clone(),
             durable_generation: self.generation.clone(),
@@ -151,6 +161,8 @@ pub(crate) struct Cut {
     fs: Fs,
     live: Option<Arc<Vec<u8>>>,
     version: u64,
+    written: u64,
+    cut: u64,
     /// The times that the last sync of the disk has made durable.
     durable_version: u64,
     /// What the disk's file names, and what no power cut can take back of it.
@@ -175,17 +187,20 @@ impl Cut {
             }
             Event::Begin(..) => {}
         }
-        (self.live, self.version) = (moment.live.clone(), moment.version);
+        (self.live, self.version, self.written) = (moment.live.clone(), moment.version, moment.written);
         self.generation = moment.generation.clone();
     }
 
     /// What is left of the world if it ends here.
     pub(crate) fn end(&self, ending: Ending, random: &mut Random) -> Remains {
+        let cut = new_version();
         match ending {
             Ending::PowerCut => Remains {
                 fs: self.fs.power_cut(random),
                 live: None,
                 version: new_version(),
+                written: cut,
+                cut,
                 durable_version: 0,
                 // Versions are given in their order. What the cut took back may be the times too.
                 plausible: (self.durable_version..=self.version).collect(),
@@ -206,6 +221,8 @@ impl Cut {
                     fs: self.fs.killed(random),
                     live,
                     version: self.version,
+                    written: self.written,
+                    cut: self.cut,
                     durable_version: self.durable_version,
                     plausible: vec![self.version],
                     generation: self.generation.clone(),
@@ -233,7 +250,7 @@ fn write_file(path: &Path, content: &Content) {
 
 /// A manifest that is about the disk of this world, if it was about the disk of the one before. `version`
 /// becomes that of the times that it names, if these are the disk's.
-fn local_form(bytes: &[u8], disk: Option<&File>, plausible: &[u64], version: &mut u64) -> Vec<u8> {
+fn local_form(bytes: &[u8], disk: Option<&File>, remains: &Remains, version: &mut u64) -> Vec<u8> {
     let (Some(mut manifest), Some(disk)) = (parse_manifest(bytes), disk) else { return bytes.to_vec() };
     let now = identity(disk);
     let file = now.file.clone().unwrap();
@@ -242,9 +259,18 @@ fn local_form(bytes: &[u8], disk: Option<&File>, plausible: &[u64], version: &mu
     }
     if let Some(then) = &manifest.pristine_since {
         let named = then.file.as_ref().map_or(0, |file| file.mtime_ns as u64);
-        if plausible.contains(&named) {
+        if remains.plausible.contains(&named) {
             *version = named;
             manifest.pristine_since = Some(now);
+        }
+    }
+    if let Some(stopped) = &mut manifest.stopped {
+        let then = stopped.mtime_ns as u64;
+        if then < remains.cut {
+            // That the time is older now than it was tells nothing.
+            (stopped.boot, stopped.mtime_ns) = (uuid::Uuid::nil(), file.mtime_ns + 1);
+        } else {
+            stopped.mtime_ns = file.mtime_ns - i64::from(then != remains.written);
         }
     }
     manifest_bytes(&manifest)
