@@ -3,10 +3,10 @@
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::FlockOperation;
+use rustix::fs::{FlockOperation, OFlags};
 use rustix::io::Errno;
 
 use crate::error::BaseError;
@@ -91,7 +91,8 @@ fn remove_left(path: &Path) -> io::Result<()> {
         // A link, for example: it goes, and what it leads to stays.
         return fs::remove_file(path);
     }
-    let file = File::open(path)?;
+    // For writing: some file systems lock nothing else exclusively.
+    let file = File::options().write(true).custom_flags(OFlags::NOFOLLOW.bits() as i32).open(path)?;
     let is_left = lock(&file)? && is_at(&file, path)?;
     if is_left { fs::remove_file(path) } else { Err(busy()) }
 }
@@ -101,6 +102,8 @@ fn lock(file: &File) -> io::Result<bool> {
     match rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(true),
         Err(Errno::WOULDBLOCK) => Ok(false),
+        // It knows no locks: then nobody has one.
+        Err(Errno::NOLCK | Errno::OPNOTSUPP | Errno::NOSYS) => Ok(true),
         Err(error) => Err(error.into()),
     }
 }

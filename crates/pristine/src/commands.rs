@@ -74,6 +74,8 @@ pub(crate) fn provision(args: &ProvisionArgs) -> Result<ExitCode, Failure> {
             let _ = opened.stop();
             (error, made.undo())
         }
+        // Somebody else has it by now.
+        Err(error @ Error::InUse { .. }) => (error, false),
         Err(error) => (error, made.undo()),
     };
     Err(match error {

@@ -101,9 +101,9 @@ impl Handler for Operator {
         match held.session {
             _ if held.already => {}
             Some(sequence) => {
-                say!("pristine: the operator holds the disk from the end of session {sequence} on")
+                announce!("pristine: the operator holds the disk from the end of session {sequence} on")
             }
-            None => say!("pristine: the operator holds the disk; {} are kept", amount(held.blocks)),
+            None => announce!("pristine: the operator holds the disk; {} are kept", amount(held.blocks)),
         }
         self.reporter.wake_drainer();
         Ok(SessionHeld { already: held.already, session: held.session, blocks: held.blocks })
@@ -111,7 +111,10 @@ impl Handler for Operator {
 
     fn session_release(&self) -> Result<SessionReleased, Refusal> {
         let released = self.disk.release().map_err(refusal)?;
-        say!("pristine: the operator has released the disk; {} to restore", amount(released.pending_blocks));
+        announce!(
+            "pristine: the operator has released the disk; {} to restore",
+            amount(released.pending_blocks)
+        );
         self.reporter.wake_drainer();
         Ok(SessionReleased { session: released.session, pending_blocks: released.pending_blocks })
     }

@@ -5,6 +5,8 @@ use std::time::{Duration, Instant};
 
 use indicatif::{BinaryBytes, ProgressBar, ProgressStyle};
 
+use crate::said::IfRead;
+
 /// How often a plain line is printed.
 const LINE_EVERY: Duration = Duration::from_secs(5);
 
@@ -41,7 +43,7 @@ impl Progress {
                 self.next_line = Instant::now() + LINE_EVERY;
                 let line =
                     format_args!("{}: {} of {}", self.what, BinaryBytes(done), BinaryBytes(self.total));
-                let _ = writeln!(std::io::stderr(), "{line}");
+                let _ = writeln!(IfRead, "{line}");
             }
             None => {}
         }

@@ -158,6 +158,10 @@ impl Server {
 
     fn serve(&mut self) -> Result<Exit, ServerError> {
         (self.session_has_ended, self.is_ending) = (false, false);
+        if self.control.take_stop() {
+            // A connection that was handed over is handed on as it is.
+            return Ok(Exit::Stopped);
+        }
         if let SocketKind::Connected(stream) = &mut self.socket.kind
             && let Some(stream) = stream.take()
         {
