@@ -49,6 +49,11 @@ impl Replacement {
     /// # Errors
     /// If it can't be renamed; then nothing is left of it. Or if its directory can't be synced.
     pub(crate) fn publish(mut self) -> Result<(), BaseError> {
+        if !is_at(&self.file, &self.new).unwrap_or(false) {
+            // Somebody else has put his there. That is not ours to remove.
+            self.published = true;
+            return Err(error("replace", &self.path, busy()));
+        }
         fs::rename(&self.new, &self.path).map_err(|source| error("replace", &self.path, source))?;
         self.published = true;
         let dir = self.path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -81,7 +86,7 @@ fn create_anew(path: &Path) -> io::Result<File> {
         file => file?,
     };
     // Between its making and its locking another process may have taken it for one that was left.
-    let is_ours = lock(&file)? && is_at(&file, path)?;
+    let is_ours = lock(&file)? != Lock::Theirs && is_at(&file, path)?;
     if is_ours { Ok(file) } else { Err(busy()) }
 }
 
@@ -93,17 +98,24 @@ fn remove_left(path: &Path) -> io::Result<()> {
     }
     // For writing: some file systems lock nothing else exclusively.
     let file = File::options().write(true).custom_flags(OFlags::NOFOLLOW.bits() as i32).open(path)?;
-    let is_left = lock(&file)? && is_at(&file, path)?;
+    let is_left = lock(&file)? == Lock::Ours && is_at(&file, path)?;
     if is_left { fs::remove_file(path) } else { Err(busy()) }
 }
 
-/// Whether nobody else has it locked.
-fn lock(file: &File) -> io::Result<bool> {
+/// Who has a file locked.
+#[derive(PartialEq, Eq)]
+enum Lock {
+    Ours,
+    Theirs,
+    /// There are no locks on that file system, so that nobody can tell.
+    Unknown,
+}
+
+fn lock(file: &File) -> io::Result<Lock> {
     match rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(true),
-        Err(Errno::WOULDBLOCK) => Ok(false),
-        // It knows no locks: then nobody has one.
-        Err(Errno::NOLCK | Errno::OPNOTSUPP | Errno::NOSYS) => Ok(true),
+        Ok(()) => Ok(Lock::Ours),
+        Err(Errno::WOULDBLOCK) => Ok(Lock::Theirs),
+        Err(Errno::NOLCK | Errno::OPNOTSUPP | Errno::NOSYS) => Ok(Lock::Unknown),
         Err(error) => Err(error.into()),
     }
 }
@@ -114,7 +126,10 @@ fn is_at(file: &File, path: &Path) -> io::Result<bool> {
 }
 
 fn busy() -> io::Error {
-    io::Error::new(io::ErrorKind::ResourceBusy, "another process is making it")
+    io::Error::new(
+        io::ErrorKind::ResourceBusy,
+        "another process is making it (if none is, remove what one has left)",
+    )
 }
 
 #[cfg(test)]

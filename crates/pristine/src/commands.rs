@@ -135,8 +135,11 @@ pub(crate) fn drain(disk: &SessionDisk, what: &'static str, stop: &AtomicBool) -
     let pending = disk.pending_blocks();
     warn_of_intents(disk.basis(), disk.keeps_changes());
     let mut progress = Progress::new(what, pending * BLOCK_SIZE);
-    let restored = disk.drain(stop, &mut |left| progress.set(pending.saturating_sub(left) * BLOCK_SIZE))?;
-    disk.stop()?;
+    let restored = disk.drain(stop, &mut |left| progress.set(pending.saturating_sub(left) * BLOCK_SIZE));
+    // Also of a drain that failed: what is left is noted.
+    let stopped = disk.stop();
+    let restored = restored?;
+    stopped?;
     Ok(restored)
 }
 

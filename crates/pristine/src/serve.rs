@@ -52,18 +52,20 @@ pub(crate) fn serve(args: &ServeArgs) -> Result<ExitCode, Failure> {
         to_stop.get().into_iter().for_each(StopHandle::stop);
     })?;
     let disk = SessionDisk::open(&args.options(path))?;
+    // What is left is noted then.
+    let given_up = |_: &Failure| _ = disk.stop();
     if args.reset_on == ResetOn::Never {
-        restore_first(&disk, &stop)?;
+        restore_first(&disk, &stop).inspect_err(given_up)?;
     }
     let served = if stop.load(Ordering::Acquire) {
         Served { exit: Exit::Stopped, handover }
     } else {
-        serve_vms(args, &disk, place, queue_cpus, (&stop, &server), handover)?
+        serve_vms(args, &disk, place, queue_cpus, (&stop, &server), handover).inspect_err(given_up)?
     };
     let held = disk.turns_away();
     if served.exit == Exit::SessionEnded && held.is_none() {
         // `--once`: pristine, or as its policy has it.
-        drain_before(&disk, &stop)?;
+        drain_before(&disk, &stop).inspect_err(given_up)?;
     }
     notify::notify("STOPPING=1");
     conclude(&disk, served, held)
@@ -86,9 +88,7 @@ fn serve_vms(
     handover: Option<HandOver>,
 ) -> Result<Served, Failure> {
     let name = place.to_string();
-    let socket = place.take(args).inspect_err(|_| {
-        let _ = disk.stop();
-    })?;
+    let socket = place.take(args)?;
     warn_of_intents(disk.basis(), disk.keeps_changes());
     let reporter = Arc::new(Reporter::new(Arc::clone(disk)));
     let mut server = Server::new(

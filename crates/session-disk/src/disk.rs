@@ -275,7 +275,8 @@ impl SessionDisk {
         self.replace_manifest(&mut manifest)?;
         self.shared.live.set_pristine(manifest.logs.is_empty());
         lifecycle.manifest = manifest;
-        prune_logs(&self.shared.storage, &self.paths, &lifecycle.manifest, self.keep_logs);
+        let untouched = lifecycle.manifest.held.is_some() || !self.shared.claims.drain_began();
+        prune_logs(&self.shared.storage, &self.paths, &lifecycle.manifest, self.keep_logs, untouched);
         Ok(())
     }
 

@@ -242,9 +242,15 @@ pub(crate) fn remove_log(storage: &Storage, paths: &Paths, id: LogId) {
     }
 }
 
-/// Removes retired logs but the youngest `keep`, and anything half-made. The last session's stays in any case, with what tells that
-/// it is the last one's.
-pub(crate) fn prune_logs(storage: &Storage, paths: &Paths, manifest: &Manifest, keep: usize) {
+/// Removes retired logs but the youngest `keep`, and anything half-made. `untouched`: what the last session has left may still be
+/// held, so that its log stays in any case, with what tells that it is the last one's.
+pub(crate) fn prune_logs(
+    storage: &Storage,
+    paths: &Paths,
+    manifest: &Manifest,
+    keep: usize,
+    untouched: bool,
+) {
     let retired = retired_logs(paths, manifest);
     if retired.len() <= keep {
         return;
@@ -253,7 +259,7 @@ pub(crate) fn prune_logs(storage: &Storage, paths: &Paths, manifest: &Manifest, 
         let header = write_log::read_header(&paths.sessions().join(id.file_name()));
         header.is_ok_and(|header| header.kind == LogKind::Session)
     };
-    let needed = match manifest.logs.iter().any(|entry| entry.kind() == LogKind::Session) {
+    let needed = match !untouched || manifest.logs.iter().any(|entry| entry.kind() == LogKind::Session) {
         true => 0,
         false => retired.iter().position(is_session).map_or(0, |last| last + 1),
     };

@@ -10,15 +10,14 @@ use blockio::in_full;
 
 use crate::{Error, SessionDisk};
 
-/// The first checkpoint comes after this time, and each of the others when the drain lasts twice as long.
+/// A checkpoint comes after this time, if by then half of all that was restored is not noted.
 const CHECKPOINT_AFTER: Duration = Duration::from_secs(60);
 
 /// What a drain has restored.
 #[derive(Debug)]
 pub(crate) struct Progress {
-    began: Instant,
-    /// When, since then, what was restored is worth a checkpoint.
-    next: Duration,
+    /// When there was a checkpoint last, or the drain began.
+    noted: Instant,
     restored: u64,
     /// Of these, what logs still name.
     since_checkpoint: u64,
@@ -27,7 +26,7 @@ pub(crate) struct Progress {
 impl Progress {
     /// Nothing yet.
     pub(crate) fn new() -> Self {
-        Self { began: Instant::now(), next: CHECKPOINT_AFTER, restored: 0, since_checkpoint: 0 }
+        Self { noted: Instant::now(), restored: 0, since_checkpoint: 0 }
     }
 
     /// `blocks` were restored, durably.
@@ -43,7 +42,9 @@ impl Progress {
 
     /// Whether so much is not written down that it should be.
     pub(crate) fn is_worth_a_checkpoint(&self) -> bool {
-        self.since_checkpoint > 0 && self.began.elapsed() >= self.next
+        self.since_checkpoint > 0
+            && self.since_checkpoint >= self.restored / 2
+            && self.noted.elapsed() >= CHECKPOINT_AFTER
     }
 
     /// Writes down what was restored, if the disk is not held.
@@ -51,7 +52,7 @@ impl Progress {
     /// # Errors
     /// As [`SessionDisk::checkpoint`].
     pub(crate) fn checkpoint(&mut self, disk: &SessionDisk) -> Result<(), Error> {
-        self.next = self.began.elapsed() * 2;
+        self.noted = Instant::now();
         disk.checkpoint_unless_held()?;
         self.since_checkpoint = 0;
         Ok(())

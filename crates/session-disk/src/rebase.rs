@@ -240,7 +240,7 @@ fn switch(subject: &Subject, base: BaseEntry, pending: &BlockSet, keep_logs: usi
     if !manifest.logs.is_empty() {
         witness::set_generation(storage, disk, manifest.generation);
     }
-    prune_logs(storage, paths, &manifest, keep_logs);
+    prune_logs(storage, paths, &manifest, keep_logs, false);
     // No log needs it to be exact any more.
     let page = paths.live_page(manifest.disk);
     match fs::remove_file(&page) {

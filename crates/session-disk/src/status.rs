@@ -128,9 +128,10 @@ fn locker(dir: &Path) -> Option<u32> {
     let device = format!("{:02x}:{:02x}", major(found.dev()), minor(found.dev()));
     let inode = found.ino().to_string();
     // Without a device of its own a file system may go by several numbers (btrfs).
+    let has_device = major(found.dev()) != 0;
     let is_dir = |file: &str| {
-        file.rsplit_once(':')
-            .is_some_and(|(of, number)| number == inode && (major(found.dev()) == 0 || of == device))
+        let is_same = |of: &str| of == device || !has_device && of.starts_with("00:");
+        file.rsplit_once(':').is_some_and(|(of, number)| number == inode && is_same(of))
     };
     let locks = fs::read_to_string("/proc/locks").ok()?;
     locks.lines().find_map(|line| {

@@ -12,8 +12,8 @@ use blockio::tape::{Io, Tape};
 use blockio::{EngineKind, File, GuestBuf, OpenOptions};
 use common::{Bench, copy_dir, end, write};
 use session_disk::{
-    Basis, DiskOptions, DiskQueue, Distrust, HoldReason, Manifest, ProvisionOptions, SessionDisk, provision,
-    status,
+    Basis, DiskOptions, DiskQueue, Distrust, Error, HoldReason, Manifest, Portion, ProvisionOptions,
+    SessionDisk, provision, status,
 };
 
 const MIB: usize = 1 << 20;
@@ -364,4 +364,31 @@ fn disk_that_is_written_while_nobody_serves_it_is_restored_as_a_whole() {
     let disk = bench.open();
     assert_eq!(*disk.basis(), Basis::ExactLogs);
     bench.assert_restores_exactly(&disk);
+}
+
+/// Nor is it taken for what the last session wrote, however often it is opened before somebody wants to keep that.
+#[test]
+fn held_disk_that_was_written_from_outside_is_kept_as_a_whole_only() {
+    let bench = Bench::new(MIB, None, false, EngineKind::Sync);
+    let disk = bench.open();
+    session(&disk, 0);
+    disk.hold(HoldReason::ByOperator).unwrap();
+    disk.end_session().unwrap();
+    disk.stop().unwrap();
+    drop(disk);
+    let keep = |portion| {
+        let to = bench.dir.path().join("kept.qcow2");
+        let kept = session_disk::keep(&bench.options, portion, &to, &AtomicBool::new(false), &mut |_, _| ());
+        let _ = std::fs::remove_file(to);
+        kept
+    };
+    assert_eq!(keep(Portion::LastSession).unwrap().blocks, 2);
+    let file = std::fs::File::options().write(true).open(&bench.options.disk).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &[0xaa; 4096], 4096).unwrap();
+    drop(file);
+    for _opening in 0..2 {
+        assert!(matches!(keep(Portion::LastSession), Err(Error::Refused(_))));
+        assert!(keep(Portion::WholeDisk).is_ok());
+        bench.open().stop().unwrap();
+    }
 }

@@ -330,7 +330,12 @@ fn promote_that_is_refused_changes_nothing() {
     let mut bytes = vec![0; 4096];
     fs::File::open(lab.base()).unwrap().read_exact_at(&mut bytes, 4096).unwrap();
     fs::File::options().write(true).open(lab.disk()).unwrap().write_all_at(&bytes, 4096).unwrap();
-    promote(&lab, &lab.path("golden-3.img"), NONE).refused(1, &["nothing to promote", "--discard-kept"]);
+    // Who, is not known.
+    let newer = lab.path("golden-3.img");
+    promote(&lab, &newer, NONE).refused(1, &["changed from outside", "pristine maintain"]);
+    let server = lab.pristine("maintain", &["--socket-path".as_ref(), lab.socket().as_os_str()]);
+    Server::start(&server).stop();
+    promote(&lab, &newer, NONE).refused(1, &["nothing to promote", "--discard-kept"]);
     assert_eq!(others(&lab).len(), PARTS.len());
 }
 

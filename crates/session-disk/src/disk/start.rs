@@ -16,7 +16,7 @@ use crate::open::{
     open_for_sync, refuse_disk_of_base, remove_logs_to_come,
 };
 use crate::process::ProcessId;
-use crate::recover::{Basis, GoesOn};
+use crate::recover::{Basis, Distrust, GoesOn};
 use crate::shared::{FlushPolicy, Parts, Shared};
 use crate::storage::Storage;
 use crate::{Changes, DiskOptions, Error, Paths, redo, witness};
@@ -71,6 +71,14 @@ impl SessionDisk {
         if let Basis::Everything(why) = &verdict.basis {
             let what = if manifest.kept { "are kept as changed" } else { "will be restored" };
             log::warn!("{}: {why}; all of its blocks {what}", options.disk.display());
+        }
+        if let Basis::Everything(
+            Distrust::WrittenFromOutside | Distrust::OlderState | Distrust::AnotherFile,
+        ) = &verdict.basis
+        {
+            // What is made of it looks like any other set. A number that no log has says that what the last session wrote can't be
+            // told any more.
+            manifest.next_sequence = manifest.next_sequence.saturating_add(1);
         }
         if !paths.intents().exists() {
             Intents::create(&storage, &paths.intents(), geometry, true)?;
