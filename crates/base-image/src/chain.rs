@@ -8,6 +8,7 @@
 use std::fmt;
 use std::fs;
 use std::io;
+use std::os::fd::{AsFd, AsRawFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -127,6 +128,12 @@ impl Chain {
         let mut chain = Self { layers: vec![first], size };
         while let Some((path, format)) = chain.next_file(trust)? {
             let file = open_file(&path)?;
+            // Whoever may write in its directory could have put a link there since that was looked at.
+            let opened = fs::read_link(format!("/proc/self/fd/{}", file.as_fd().as_raw_fd()));
+            if opened.is_ok_and(|opened| opened != path) {
+                let what = format!("its backing file {} was replaced while it was opened", path.display());
+                return Err(chain.refused_last(what));
+            }
             chain.refuse_again(&file)?;
             chain.layers.push(Layer::open(file, format)?);
         }

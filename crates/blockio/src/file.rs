@@ -145,7 +145,7 @@ impl File {
         let abilities =
             if options.write { probe::abilities(&fd, path, kind) } else { probe::Abilities::default() };
         let write_max = if options.write && !options.direct { probe::write_max(&fd, kind) } else { u64::MAX };
-        if options.direct {
+        if options.direct && options.write {
             // The kernel would hand each direct write to a cached page to a thread of its own, which takes the page away first.
             let _ = rustix::fs::fadvise(&fd, 0, None, Advice::DontNeed);
         }

@@ -261,3 +261,28 @@ fn file_that_can_have_no_attributes_has_none() {
     assert_eq!(file.attribute(c"user.test").unwrap(), None);
     assert_eq!(file.set_attribute(c"user.test", b"one").unwrap_err().kind(), ErrorKind::Unsupported);
 }
+
+/// What everybody reads stays in the page cache, whoever looks past it; a disk that is written past it is taken out.
+#[test]
+fn page_cache_gives_up_a_file_for_direct_writes_only() {
+    let dir = disk_dir();
+    let path = dir.path().join("disk");
+    create(&path, 1 << 20);
+    let file = File::open(&path, WRITE).unwrap();
+    file.write_all_at(&[7; 4096], 0).unwrap();
+    file.sync_all().unwrap();
+    let is_cached = || {
+        let mut byte = [0];
+        let nowait = rustix::io::ReadWriteFlags::NOWAIT;
+        rustix::io::preadv2(&file, &mut [std::io::IoSliceMut::new(&mut byte)], 0, nowait) == Ok(1)
+    };
+    if !is_cached() {
+        // A file system that can't tell.
+        return;
+    }
+    let Ok(direct) = file.reopen_direct() else { return };
+    assert!(is_cached());
+    drop(direct);
+    drop(File::open(&path, OpenOptions { direct: true, ..WRITE }).unwrap());
+    assert!(!is_cached());
+}

@@ -137,7 +137,8 @@ fn conclude(disk: &SessionDisk, served: Served, held: Option<Error>) -> Result<E
     let (dirty, pending) = (disk.dirty_blocks(), disk.pending_blocks());
     let changed = disk.kept_blocks() + dirty;
     // With --once the disk was to be pristine by now.
-    let in_time = if served.exit == Exit::SessionEnded { ExitCode::FAILURE } else { ExitCode::SUCCESS };
+    let if_not_pristine =
+        if served.exit == Exit::SessionEnded { ExitCode::FAILURE } else { ExitCode::SUCCESS };
     if let Some(session) = disk.stop()? {
         if let Some(Err(error)) = served.handover.map(notify::keep) {
             log::warn!("the VM has to connect again, the service manager can't keep its connection: {error}");
@@ -147,7 +148,7 @@ fn conclude(disk: &SessionDisk, served: Served, held: Option<Error>) -> Result<E
         );
     } else if let Some(why) = held {
         announce!("pristine: stopped; {why}");
-        return Ok(in_time);
+        return Ok(if_not_pristine);
     } else if disk.keeps_changes() && changed > 0 {
         announce!("pristine: stopped; {} changed and kept", amount(disk.kept_blocks()));
     } else if dirty + pending > 0 {
@@ -155,7 +156,7 @@ fn conclude(disk: &SessionDisk, served: Served, held: Option<Error>) -> Result<E
             "pristine: stopped; {} left for the next start or `pristine restore`",
             amount(dirty + pending)
         );
-        return Ok(in_time);
+        return Ok(if_not_pristine);
     } else {
         announce!("pristine: stopped; the disk is pristine");
     }
