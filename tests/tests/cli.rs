@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use pristine_tests::images;
-use pristine_tests::lab::Lab;
+use pristine_tests::lab::{Lab, Server};
 use pristine_tests::peer::{Image, storage_daemon};
 use pristine_tests::program::{Finished, pristine, run};
 use pristine_tests::remote::Remote;
@@ -467,4 +467,26 @@ fn seal_that_another_process_makes_is_refused_and_no_link_is_followed() {
     seal().ok();
     assert_eq!(fs::read(&theirs).unwrap(), b"theirs");
     assert!(new.symlink_metadata().is_err());
+}
+
+/// A terminal that is closed ends a server in order, unless whoever started it wanted it to go on.
+#[test]
+fn hangup_ends_a_server_that_does_not_ignore_it() {
+    let lab = provisioned();
+    let started = |how: &str| {
+        let serve = serve(&lab);
+        let mut command = Command::new("env");
+        command.arg(how).arg(serve.get_program()).args(serve.get_args());
+        Server::start(&command)
+    };
+    let mut server = started("--default-signal=HUP");
+    server.0.signal(Signal::HUP);
+    assert!(server.0.wait(PATIENCE).success());
+    let server = started("--ignore-signal=HUP");
+    server.0.signal(Signal::HUP);
+    let mut client = Remote::connected(&lab.socket(), 1);
+    client.ask("write 0 4096 1");
+    client.leave();
+    lab.wait_pristine();
+    server.stop();
 }

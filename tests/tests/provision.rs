@@ -164,7 +164,7 @@ fn provision_that_is_stopped_says_what_is_left() {
         let mut command = lab.pristine("provision", &["--base", &server.uri()]);
         let mut process = Process::spawn("provision", command.args(more));
         wait_until("state of the disk", || lab.state().join("manifest").exists());
-        process.signal(Signal::HUP);
+        process.signal(Signal::TERM);
         process.wait_line("what is left", PATIENCE, |line| line.contains(words));
         assert_eq!(process.wait(PATIENCE).code(), Some(1));
     };
