@@ -436,6 +436,8 @@ impl<'a> Life<'a> {
         let (disk, plan, gate) = (self.disk(), Arc::clone(&self.plan), Arc::clone(&self.gate));
         match held {
             Held::Operations(trouble) => plan.rule(trouble.rule()),
+            // The end of a session that is to be held syncs, and waits for this one.
+            Held::Sync if next_session && disk.held().is_some() => {}
             // Its first sync is that of a batch; without one a checkpoint's would be held, and its lock with it.
             Held::Sync if disk.pending_blocks() > 0 => gate.arm(),
             Held::Sync => {}
