@@ -1,7 +1,7 @@
 //! Why a base can't be used.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
@@ -78,4 +78,12 @@ pub enum BaseError {
         /// Why.
         source: io::Error,
     },
+}
+
+impl BaseError {
+    /// What a manifest, a delta or an image could not be made for: a verb, the file or its directory, and what the operating
+    /// system said.
+    pub(crate) fn manifest(operation: &'static str, path: &Path, source: io::Error) -> Self {
+        Self::Manifest { operation, path: path.to_owned(), source }
+    }
 }

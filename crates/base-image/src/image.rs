@@ -216,17 +216,12 @@ impl BaseImage {
     /// If a file can't be synced.
     pub fn sync(&self) -> Result<(), BaseError> {
         for path in self.paths()? {
-            let file = std::fs::File::open(&path).map_err(|source| BaseError::Manifest {
-                operation: "open",
-                path: path.clone(),
-                source,
-            })?;
+            let file = std::fs::File::open(&path);
+            let file = file.map_err(|source| BaseError::manifest("open", &path, source))?;
             match rustix::fs::fsync(&file) {
                 // Of file systems that nobody writes to, or that can't sync, as their drivers say it.
                 Ok(()) | Err(Errno::INVAL | Errno::ROFS | Errno::OPNOTSUPP | Errno::NOSYS) => {}
-                Err(error) => {
-                    return Err(BaseError::Manifest { operation: "sync", path, source: error.into() });
-                }
+                Err(error) => return Err(BaseError::manifest("sync", &path, error.into())),
             }
         }
         Ok(())

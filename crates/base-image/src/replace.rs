@@ -30,7 +30,7 @@ impl Replacement {
         let mut new = OsString::from(path);
         new.push(".new");
         let new = PathBuf::from(new);
-        let file = create_anew(&new).map_err(|source| error("make", &new, source))?;
+        let file = create_anew(&new).map_err(|source| BaseError::manifest("make", &new, source))?;
         Ok(Self { path: path.to_owned(), new, file, published: false })
     }
 
@@ -52,13 +52,14 @@ impl Replacement {
         if !is_at(&self.file, &self.new).unwrap_or(false) {
             // Somebody else has put his there. That is not ours to remove.
             self.published = true;
-            return Err(error("replace", &self.path, busy()));
+            return Err(BaseError::manifest("replace", &self.path, busy()));
         }
-        fs::rename(&self.new, &self.path).map_err(|source| error("replace", &self.path, source))?;
+        fs::rename(&self.new, &self.path)
+            .map_err(|source| BaseError::manifest("replace", &self.path, source))?;
         self.published = true;
         let dir = self.path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let synced = File::open(dir).and_then(|dir| dir.sync_all());
-        synced.map_err(|source| error("sync directory", dir, source))
+        synced.map_err(|source| BaseError::manifest("sync directory", dir, source))
     }
 }
 
@@ -68,10 +69,6 @@ impl Drop for Replacement {
             let _ = fs::remove_file(&self.new);
         }
     }
-}
-
-fn error(operation: &'static str, path: &Path, source: io::Error) -> BaseError {
-    BaseError::Manifest { operation, path: path.to_owned(), source }
 }
 
 /// Makes a file that was not there, and locks it. One that is there and that nobody has locked was left by a process

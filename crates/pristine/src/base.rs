@@ -12,7 +12,7 @@ use indicatif::BinaryBytes;
 
 use crate::args::{BaseArgs, BaseCommand, BaseImageArgs, FormatArgs};
 use crate::base_list;
-use crate::commands::{seconds, text};
+use crate::commands::{seconds, text, texts};
 use crate::failure::Failure;
 use crate::progress::Progress;
 use crate::signals::StopOnSignal;
@@ -110,7 +110,7 @@ fn report(base: &BaseImage, root: Option<&str>) -> Result<serde_json::Value, Fai
         "base": text(base.path()),
         "format": base.format(),
         "size": base.size(),
-        "files": files.iter().map(|path| text(path)).collect::<Vec<_>>(),
+        "files": texts(&files),
         "chunk_size": CHUNK_SIZE,
         "root": root,
     }))

@@ -8,7 +8,7 @@ use blocks::BLOCK_SIZE;
 use clap::Args;
 use indicatif::BinaryBytes;
 
-use crate::commands::text;
+use crate::commands::{text, texts};
 use crate::failure::Failure;
 
 /// Digits of a root hash that tell generations apart for a human.
@@ -121,7 +121,7 @@ fn report(dir: &Path, listing: &Listing) -> serde_json::Value {
         "dir": text(dir),
         "block_size": BLOCK_SIZE,
         "generations": generations.collect::<Vec<_>>(),
-        "half_made": listing.half_made.iter().map(|path| text(path)).collect::<Vec<_>>(),
+        "half_made": texts(&listing.half_made),
         "unreadable": unreadable.collect::<Vec<_>>(),
     })
 }

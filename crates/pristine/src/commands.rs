@@ -1,6 +1,6 @@
 //! `provision`, `restore`, `verify` and `status`.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -38,6 +38,11 @@ pub(crate) fn amount(blocks: u64) -> String {
 /// A path in JSON, which has no other text than UTF-8: what is none is replaced.
 pub(crate) fn text(path: &Path) -> String {
     path.to_string_lossy().into_owned()
+}
+
+/// The same of several.
+pub(crate) fn texts(paths: &[PathBuf]) -> Vec<String> {
+    paths.iter().map(|path| text(path)).collect()
 }
 
 pub(crate) fn provision(args: &ProvisionArgs) -> Result<ExitCode, Failure> {

@@ -12,7 +12,7 @@ use indicatif::BinaryBytes;
 use session_disk::{Error, PromoteOptions, PromoteStep, Promoted};
 
 use crate::args::{DiskArgs, ResetOn, ServeArgs, disk_arguments};
-use crate::commands::{amount, seconds, text};
+use crate::commands::{amount, seconds, text, texts};
 use crate::failure::Failure;
 use crate::progress::Progress;
 use crate::serve;
@@ -128,7 +128,7 @@ fn report(made: &Promoted) -> serde_json::Value {
         "parent_was_sealed_now": made.parent_was_sealed,
         "way": way,
         "copied_bytes": copied,
-        "replaced": made.replaced.iter().map(|path| text(path)).collect::<Vec<_>>(),
+        "replaced": texts(&made.replaced),
     })
 }
 

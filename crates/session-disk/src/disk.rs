@@ -297,7 +297,8 @@ impl SessionDisk {
     ///
     /// # Errors
     /// If base or disk can't be read or written, `stop` is set, or the disk is being drained already; what
-    /// was not restored stays pending, and what was restored does not become pending again with the next start.
+    /// was not restored stays pending, and what was restored does not become pending again with the next start, unless that can't be
+    /// noted.
     pub fn drain(&self, stop: &AtomicBool, progress: &mut dyn FnMut(u64)) -> Result<u64, Error> {
         let mut done = Progress::new();
         self.refuse_if_held()?;

@@ -39,10 +39,6 @@ pub struct Delta {
     extents: Vec<Extent>,
 }
 
-fn io_error(operation: &'static str, path: &Path, source: io::Error) -> BaseError {
-    BaseError::Manifest { operation, path: path.to_owned(), source }
-}
-
 impl Delta {
     /// Of `child`, which was made of `parent` and differs from it in `extents` at most; their order does not matter,
     /// and what lies outside of both disks is left out.
@@ -128,7 +124,7 @@ impl Delta {
         let new = Replacement::begin(path)?;
         let mut file = new.file();
         let written = file.write_all(&format::to_bytes(self)).and_then(|()| file.sync_all());
-        written.map_err(|source| io_error("write", path, source))?;
+        written.map_err(|source| BaseError::manifest("write", path, source))?;
         new.publish()
     }
 

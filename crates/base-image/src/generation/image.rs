@@ -9,7 +9,7 @@ use std::sync::atomic::AtomicBool;
 use blockio::File;
 
 use super::place::Place;
-use super::{NewGeneration, go_on, io_error};
+use super::{NewGeneration, go_on};
 use crate::error::BaseError;
 use crate::format::BaseFormat;
 use crate::image::{BaseImage, Content};
@@ -87,7 +87,7 @@ impl<'a> NewImage<'a> {
                     true => overlay.zero(offset, chunk.len() as u64),
                     false => overlay.write(chunk, offset),
                 };
-                written.map_err(|error| io_error("write", path, error))
+                written.map_err(|error| BaseError::manifest("write", path, error))
             }
         }
     }
@@ -96,7 +96,9 @@ impl<'a> NewImage<'a> {
     pub(super) fn finish(self) -> Result<(), BaseError> {
         match self {
             Self::Raw(_) => Ok(()),
-            Self::Qcow2 { overlay, path } => overlay.finish().map_err(|error| io_error("write", path, error)),
+            Self::Qcow2 { overlay, path } => {
+                overlay.finish().map_err(|error| BaseError::manifest("write", path, error))
+            }
         }
     }
 }
@@ -110,7 +112,8 @@ fn copy(
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<CopyWay, BaseError> {
     let cut = |size| {
-        rustix::fs::ftruncate(file, size).map_err(|errno| io_error("resize", file.path(), errno.into()))
+        rustix::fs::ftruncate(file, size)
+            .map_err(|errno| BaseError::manifest("resize", file.path(), errno.into()))
     };
     if parent.format().is_raw()
         && parent.file().is_some_and(|parent| rustix::fs::ioctl_ficlone(file, &**parent).is_ok())
@@ -148,5 +151,5 @@ fn overlay(place: &Place, new: &NewGeneration<'_>) -> Result<Overlay, BaseError>
         let duplicate = place.file().as_fd().try_clone_to_owned()?;
         Overlay::create(duplicate.into(), new.size, &name, new.parent.format())
     };
-    make().map_err(|error| io_error("make", place.temporary(), error))
+    make().map_err(|error| BaseError::manifest("make", place.temporary(), error))
 }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use blockio::in_full;
 
-use super::{half_made_name, io_error};
+use super::half_made_name;
 use crate::delta::{Delta, Generation};
 use crate::error::BaseError;
 use crate::format::BaseFormat;
@@ -68,7 +68,7 @@ pub struct Node {
 /// # Errors
 /// If the directory can't be read.
 pub fn list(dir: &Path) -> Result<Listing, BaseError> {
-    let failed = |error| io_error("read directory", dir, error);
+    let failed = |error| BaseError::manifest("read directory", dir, error);
     let mut listing = Listing::default();
     for entry in fs::read_dir(dir).map_err(failed)? {
         let name = entry.map_err(failed)?.file_name();

@@ -67,10 +67,6 @@ fn refused(path: &Path, what: impl Into<String>) -> BaseError {
     BaseError::Refused { path: path.to_owned(), what: what.into() }
 }
 
-fn io_error(operation: &'static str, path: &Path, source: io::Error) -> BaseError {
-    BaseError::Manifest { operation, path: path.to_owned(), source }
-}
-
 impl NewGeneration<'_> {
     /// Makes it: the image, its seal and its delta; or nothing. `progress` is told how many bytes are done, and of how
     /// many.
@@ -152,7 +148,7 @@ impl NewGeneration<'_> {
                 ..((extent.end() * BLOCK_SIZE - begin) as usize).min(buf.len());
             if let Some(bytes) = buf.get_mut(part.clone()) {
                 let read = (self.read)(bytes, extent.first() * BLOCK_SIZE);
-                read.map_err(|source| io_error("read the changes for", self.to, source))?;
+                read.map_err(|source| BaseError::manifest("read the changes for", self.to, source))?;
                 parts.push(part);
             }
         }

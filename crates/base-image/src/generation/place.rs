@@ -10,7 +10,7 @@ use blockio::{File, FileKind, OpenOptions};
 use rustix::fs::{CWD, Mode, RenameFlags};
 use rustix::io::Errno;
 
-use super::{io_error, refused};
+use super::refused;
 use crate::delta::Delta;
 use crate::error::BaseError;
 use crate::seal::manifest_path;
@@ -41,7 +41,7 @@ fn exists(path: &Path) -> Result<bool, BaseError> {
     match fs::symlink_metadata(path) {
         Ok(_) => Ok(true),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-        Err(error) => Err(io_error("look at", path, error)),
+        Err(error) => Err(BaseError::manifest("look at", path, error)),
     }
 }
 
@@ -49,7 +49,7 @@ fn exists(path: &Path) -> Result<bool, BaseError> {
 fn resolve(to: &Path) -> Result<PathBuf, BaseError> {
     let name = to.file_name().ok_or_else(|| refused(to, "it does not end in the name of a file"))?;
     let dir = to.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    Ok(fs::canonicalize(dir).map_err(|error| io_error("open directory", dir, error))?.join(name))
+    Ok(fs::canonicalize(dir).map_err(|error| BaseError::manifest("open directory", dir, error))?.join(name))
 }
 
 impl Place {
@@ -120,12 +120,12 @@ impl Place {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => {
                     self.published = true;
-                    return Err(io_error("remove", &path, error));
+                    return Err(BaseError::manifest("remove", &path, error));
                 }
             }
         }
         let emptied = rustix::fs::ftruncate(&self.file, 0);
-        emptied.map_err(|errno| io_error("empty", &self.temporary, errno.into()))?;
+        emptied.map_err(|errno| BaseError::manifest("empty", &self.temporary, errno.into()))?;
         Ok(self)
     }
 
@@ -156,7 +156,7 @@ impl Place {
 
     /// Makes the image read-only, for those who may read `parent`, and durable but for its name.
     pub(super) fn protect(&self, parent: &File) -> Result<(), BaseError> {
-        let failed = |errno: Errno| io_error("protect", &self.temporary, errno.into());
+        let failed = |errno: Errno| BaseError::manifest("protect", &self.temporary, errno.into());
         let of = rustix::fs::fstat(parent).map_err(failed)?;
         let own = rustix::fs::fstat(&self.file).map_err(failed)?;
         if parent.kind() == FileKind::Regular && (of.st_uid, of.st_gid) != (own.st_uid, own.st_gid) {
@@ -191,7 +191,7 @@ impl Place {
 
     fn sync_dir(&self) -> Result<(), BaseError> {
         let sync = || fs::File::open(self.dir())?.sync_all();
-        sync().map_err(|error| io_error("sync directory", self.dir(), error))
+        sync().map_err(|error| BaseError::manifest("sync directory", self.dir(), error))
     }
 }
 
@@ -232,6 +232,6 @@ fn rename_to_free(from: &Path, to: &Path) -> Result<(), BaseError> {
     };
     renamed.map_err(|error| match error.kind() {
         io::ErrorKind::AlreadyExists => taken(to),
-        _ => io_error("give its name to", to, error),
+        _ => BaseError::manifest("give its name to", to, error),
     })
 }

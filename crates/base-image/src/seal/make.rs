@@ -1,6 +1,5 @@
 //! Making a seal: every chunk is read and hashed, by all processors.
 
-use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -49,10 +48,6 @@ pub fn seal_to(
     Ok(root)
 }
 
-fn io_error(operation: &'static str, path: &Path, source: io::Error) -> BaseError {
-    BaseError::Manifest { operation, path: path.to_owned(), source }
-}
-
 fn write(
     base: &BaseImage,
     new: &Replacement,
@@ -78,7 +73,8 @@ fn write(
                     }
                     let result = hash_group(base, group, &mut buf, done).and_then(|hashes| {
                         let at = HEADER_LEN as u64 + group * GROUP_CHUNKS * HASH_LEN as u64;
-                        file.write_all_at(&hashes, at).map_err(|source| io_error("write", path, source))?;
+                        file.write_all_at(&hashes, at)
+                            .map_err(|source| BaseError::manifest("write", path, source))?;
                         Ok((group, hash(&hashes)))
                     });
                     gave_up.fetch_or(result.is_err(), Ordering::AcqRel);
@@ -112,7 +108,7 @@ fn write(
         file.write_all_at(&header, 0)?;
         file.sync_all()
     };
-    finish().map_err(|source| io_error("write", path, source))?;
+    finish().map_err(|source| BaseError::manifest("write", path, source))?;
     Ok(Root(root))
 }
 

@@ -69,9 +69,8 @@ impl<'a> NextSeal<'a> {
     /// # Errors
     /// If the parent's manifest can't be read, or the new one can't be written.
     pub(crate) fn write(&self, path: &Path, format: BaseFormat) -> Result<Root, BaseError> {
-        let failed = |operation: &'static str| {
-            move |source: io::Error| BaseError::Manifest { operation, path: path.to_owned(), source }
-        };
+        let failed =
+            |operation: &'static str| move |source: io::Error| BaseError::manifest(operation, path, source);
         // One that was left goes, and no link that somebody has put there is followed.
         match fs::remove_file(path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed("remove")(error)),
