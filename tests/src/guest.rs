@@ -1,5 +1,6 @@
 //! A real Linux guest in QEMU, with one vhost-user disk, that runs a shell script and powers off.
 
+use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
@@ -10,7 +11,7 @@ use tempfile::TempDir;
 use crate::PATIENCE;
 use crate::initramfs::{self, Archive};
 use crate::outer::add_program;
-use crate::process::Process;
+use crate::process::{Process, threads_of_children};
 use crate::program::{scratch_dir, scratch_root};
 
 /// A booted guest. What its script prints on lines that begin with `GUEST ` can be waited for.
@@ -21,6 +22,7 @@ pub struct Guest {
     qemu: Process,
     _dir: Option<TempDir>,
     monitor: Option<TempDir>,
+    queues: u32,
 }
 
 /// The first process of a guest that boots from its disk.
@@ -100,7 +102,10 @@ impl Guest {
             .args(["-smp", &options.queues.max(2).to_string()])
             .args(["-machine", &format!("pc,accel={accel}"), "-cpu", "max"])
             .args(["-object", "memory-backend-memfd,id=mem,size=256M,share=on", "-numa", "node,memdev=mem"])
-            .args(["-append", "console=ttyS0 quiet panic=-1 no_timer_check cryptomgr.notests"])
+            .args([
+                "-append",
+                "console=ttyS0 quiet panic=-1 no_timer_check cryptomgr.notests unknown_nmi_panic",
+            ])
             .arg("-kernel")
             .arg(initramfs::guest_dir().join("vmlinuz"))
             .arg("-initrd")
@@ -115,12 +120,17 @@ impl Guest {
         }
         let monitor = tempfile::Builder::new().prefix("pm").tempdir().unwrap();
         qemu.arg("-monitor").arg(format!("unix:{}/m,server=on,wait=off", monitor.path().display()));
-        Self { qemu: Process::spawn("guest", &qemu), _dir: Some(dir), monitor: Some(monitor) }
+        Self {
+            qemu: Process::spawn("guest", &qemu),
+            _dir: Some(dir),
+            monitor: Some(monitor),
+            queues: options.queues,
+        }
     }
 
     /// A guest that was booted by other means, but with the prepared initramfs.
     pub(crate) fn of(qemu: Process) -> Self {
-        Self { qemu, _dir: None, monitor: None }
+        Self { qemu, _dir: None, monitor: None, queues: 0 }
     }
 
     /// The next thing that the guest says, whatever it is, if it says something within `limit`; `Err`
@@ -168,23 +178,55 @@ impl Guest {
 
     /// Gives QEMU's monitor a command, such as `stop`, and returns what it answers.
     pub fn monitor(&self, command: &str) -> String {
-        use std::io::{Read, Write};
-        let socket = self.monitor.as_ref().unwrap().path().join("m");
-        let mut monitor = UnixStream::connect(socket).unwrap();
-        monitor.set_read_timeout(Some(PATIENCE)).unwrap();
-        let mut answer = String::new();
+        self.try_monitor(command, PATIENCE).unwrap()
+    }
+
+    fn try_monitor(&self, command: &str, limit: Duration) -> std::io::Result<String> {
+        let dir = self.monitor.as_ref().ok_or(ErrorKind::NotConnected)?;
+        let mut monitor = UnixStream::connect(dir.path().join("m"))?;
+        monitor.set_read_timeout(Some(limit))?;
         // A prompt before, and one after.
-        let mut read_to_prompt = |monitor: &mut UnixStream| {
-            answer.clear();
-            let mut byte = [0];
-            while !answer.ends_with("(qemu) ") && monitor.read(&mut byte).unwrap() == 1 {
-                answer.push(byte[0].into());
-            }
+        read_to_prompt(&mut monitor)?;
+        writeln!(monitor, "{command}")?;
+        read_to_prompt(&mut monitor)
+    }
+
+    /// What the guest and its disk are doing, for whoever wants to know why nothing is said: processors, the device,
+    /// its rings, and where the kernel is.
+    fn diagnosis(&self) -> std::io::Result<String> {
+        let mut told = String::new();
+        let mut ask = |command: &str| {
+            let answer = self.try_monitor(command, Duration::from_secs(5))?;
+            // The monitor repeats what is typed, with all that its line editor does.
+            let answer =
+                answer.split_once('\n').map_or("", |(_, rest)| rest).trim_end_matches("(qemu) ").to_owned();
+            told += &format!("> {command}\n");
+            // Neither the registers of the floating point unit and of segments, nor lists of features.
+            let tells =
+                |line: &&str| !line.is_empty() && (!line.contains('=') || line.starts_with(['R', 'C']));
+            let before = |line: &&str| line.trim() != "Guest features:";
+            answer.lines().take_while(before).filter(tells).for_each(|line| told += &format!("{line}\n"));
+            std::io::Result::Ok(answer)
         };
-        read_to_prompt(&mut monitor);
-        writeln!(monitor, "{command}").unwrap();
-        read_to_prompt(&mut monitor);
-        answer
+        ask("info status")?;
+        ask("info registers -a")?;
+        let devices = ask("info virtio")?;
+        for path in devices.lines().filter_map(|line| line.split_whitespace().next()) {
+            ask(&format!("info virtio-status {path}"))?;
+            for queue in 0..self.queues {
+                let state = ask(&format!("info virtio-queue-status {path} {queue}"))?;
+                for ring in ["avail:", "used:"] {
+                    if let Some(at) = state.lines().find_map(|line| line.trim().strip_prefix(ring)) {
+                        // Flags and idx (virtio 1.3, 2.7.6 and 2.7.8).
+                        ask(&format!("xp /2hx {}", at.trim()))?;
+                    }
+                }
+            }
+        }
+        // The kernel then says on its console where it is, and panics (unknown_nmi_panic).
+        ask("nmi")?;
+        self.qemu.wait_end_of_output(Duration::from_secs(10));
+        Ok(told)
     }
 
     /// Types a line at the guest's console.
@@ -235,4 +277,23 @@ impl Guest {
     pub fn kill(mut self) {
         self.qemu.kill();
     }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        if std::thread::panicking() && !self.qemu.ended() {
+            eprintln!("--- guest, server and others:\n{}---", threads_of_children());
+            let told =
+                self.diagnosis().unwrap_or_else(|error| format!("its monitor does not answer: {error}\n"));
+            eprintln!("--- guest, asked what it is doing:\n{told}---");
+        }
+    }
+}
+
+fn read_to_prompt(monitor: &mut UnixStream) -> std::io::Result<String> {
+    let (mut answer, mut byte) = (Vec::new(), [0]);
+    while !answer.ends_with(b"(qemu) ") && monitor.read(&mut byte)? == 1 {
+        answer.extend(byte);
+    }
+    Ok(String::from_utf8_lossy(&answer).into_owned())
 }

@@ -1,6 +1,7 @@
 //! A child process that is killed and reaped with its owner, and whose output can be waited for.
 
 use std::io::{BufRead, BufReader, Read, Write};
+use std::path::PathBuf;
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
@@ -116,6 +117,12 @@ impl Process {
         }
     }
 
+    /// Waits until it has closed its output, but no longer than `limit`.
+    pub fn wait_end_of_output(&self, limit: Duration) {
+        let state = self.output.state.lock().unwrap();
+        let _ = self.output.changed.wait_timeout_while(state, limit, |state| state.open_ends > 0);
+    }
+
     /// Sends a signal.
     pub fn signal(&self, signal: Signal) {
         kill_process(Pid::from_child(&self.child), signal).unwrap();
@@ -176,12 +183,47 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
+        if std::thread::panicking() && matches!(self.child.try_wait(), Ok(None)) {
+            eprintln!("--- {}'s threads:\n{}---", self.name, threads(&self.pid().to_string()));
+        }
         let _ = self.child.kill();
         let _ = self.child.wait();
         if std::thread::panicking() {
             eprintln!("--- {} printed:\n{}\n---", self.name, self.output());
         }
     }
+}
+
+/// What the threads of all children of this process are doing.
+pub(crate) fn threads_of_children() -> String {
+    let tasks = std::fs::read_dir("/proc/self/task").into_iter().flatten().flatten();
+    let children: Vec<String> =
+        tasks.filter_map(|task| std::fs::read_to_string(task.path().join("children")).ok()).collect();
+    children.join(" ").split_whitespace().map(|pid| format!("process {pid}:\n{}", threads(pid))).collect()
+}
+
+/// What each thread of a process is doing: its state, where in the kernel it waits, in which system call, and how
+/// much processor time it has used.
+fn threads(pid: &str) -> String {
+    let Ok(tasks) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return String::new() };
+    let of = |task: PathBuf| {
+        let read =
+            |name: &str| std::fs::read_to_string(task.join(name)).unwrap_or_default().trim().to_owned();
+        let stat = read("stat");
+        // Fields 3, 14 and 15 of proc_pid_stat(5); the state follows the name.
+        let fields: Vec<&str> = stat.rsplit(") ").next().unwrap_or_default().split(' ').collect();
+        let field = |number: usize| fields.get(number - 3).copied().unwrap_or_default();
+        format!(
+            "{}: {} in {} (system call {}), {} + {} ticks\n",
+            read("comm"),
+            field(3),
+            read("wchan"),
+            read("syscall"),
+            field(14),
+            field(15)
+        )
+    };
+    tasks.flatten().map(|task| of(task.path())).collect()
 }
 
 fn collect(from: impl Read + Send + 'static, output: Arc<Output>) -> JoinHandle<()> {
