@@ -4,6 +4,8 @@
 
 #[path = "common/nbd.rs"]
 mod fake;
+#[path = "common/relay.rs"]
+mod relay;
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -13,6 +15,7 @@ use base_image::{BaseError, BaseFormat, BaseImage, Content, Seal, Urgency, seal_
 use blockio::{AlignedBuf, Buffer, EngineKind, FileIndex, Op, new_engine};
 
 use fake::{Answer, Manners, Server};
+use relay::Relay;
 
 const SIZE: usize = 1 << 20;
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -202,6 +205,39 @@ fn read_of_a_server_that_is_away_is_done_when_it_is_back() {
         });
     });
     assert_eq!(one.connections(), 1);
+}
+
+/// A way that has fallen silent costs a read a part of its patience, not all of it, and other reads no more: the server is
+/// there. It does not matter whether the request got lost or only its answer.
+#[test]
+fn read_goes_another_way_when_its_own_has_fallen_silent() {
+    let expected = content();
+    let server = Server::start(Manners::new(expected.clone()));
+    let relay = Relay::to(server.socket());
+    let uri = format!("nbd://{}/golden", relay.address).parse().unwrap();
+    let patience = Duration::from_secs(6);
+    let base = BaseImage::connect(&uri, None, None, patience).unwrap();
+    assert_reads(&base, &expected, 0, 8192);
+    assert_eq!(relay.fall_silent(), 1);
+    assert_reads(&base, &expected, 40_000, 8192);
+    assert_eq!((base.trouble(), relay.fall_silent()), (None, 2));
+    std::thread::scope(|scope| {
+        (0..3).for_each(|n| {
+            let (base, expected) = (&base, &expected);
+            scope.spawn(move || assert_reads(base, expected, n * 100_000, 50_000));
+        });
+    });
+    // The request arrives and is confirmed.
+    let asked = server.requests().len();
+    server.set(|manners| manners.once = Some(Answer::Stalls));
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(|| assert_reads(&base, &expected, 70_000, 8192));
+        while server.requests().len() == asked {
+            std::thread::yield_now();
+        }
+        relay.fall_silent();
+        reader.join().unwrap();
+    });
 }
 
 /// Reads fail in bounded time: of a server that is away, that says nothing, that says next to nothing.

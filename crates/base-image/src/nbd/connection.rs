@@ -73,13 +73,18 @@ enum Head {
 
 impl Connection {
     /// Connects and agrees with the server on how to go on, until `deadline` at most. Once `hurry` is set, nothing is
-    /// waited for any more.
-    pub(super) fn open(uri: &NbdUri, deadline: Instant, hurry: &Hurry) -> io::Result<Self> {
-        Self::negotiated(uri, deadline, hurry).map_err(named)
+    /// waited for any more. What `silence_max` is for: [`Stream::connect`].
+    pub(super) fn open(
+        uri: &NbdUri,
+        deadline: Instant,
+        silence_max: Duration,
+        hurry: &Hurry,
+    ) -> io::Result<Self> {
+        Self::negotiated(uri, deadline, silence_max, hurry).map_err(named)
     }
 
-    fn negotiated(uri: &NbdUri, deadline: Instant, hurry: &Hurry) -> io::Result<Self> {
-        let mut stream = Stream::connect(&uri.server, deadline, hurry)?;
+    fn negotiated(uri: &NbdUri, deadline: Instant, silence_max: Duration, hurry: &Hurry) -> io::Result<Self> {
+        let mut stream = Stream::connect(&uri.server, deadline, silence_max, hurry)?;
         greet(&mut stream)?;
         if let Some(tls) = &uri.tls {
             start_tls(&mut stream)?;

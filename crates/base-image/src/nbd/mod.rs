@@ -82,7 +82,8 @@ impl Nbd {
         let now = Instant::now();
         let mut pool = Pool { line: Line::new(patience), idle: Vec::new() };
         let hurry = Hurry::default();
-        let connection = Connection::open(&uri, now + CONNECT_MAX.min(patience), &hurry);
+        let connection =
+            Connection::open(&uri, now + CONNECT_MAX.min(patience), silence_max(patience), &hurry);
         let size = match (connection, size) {
             (Ok(connection), size) => {
                 // Said once, when a base is chosen.
@@ -263,7 +264,8 @@ impl Nbd {
     fn connect(&self, began: Instant, has_others: bool) -> Option<Connection> {
         let now = Instant::now();
         let limit = if has_others { CONNECT_MORE_MAX } else { CONNECT_MAX };
-        let made = Connection::open(&self.uri, (began + self.patience).min(now + limit), &self.hurry)
+        let deadline = (began + self.patience).min(now + limit);
+        let made = Connection::open(&self.uri, deadline, silence_max(self.patience), &self.hurry)
             .and_then(|connection| check_size(&connection, self.size).map(|()| connection));
         match made {
             Ok(connection) => return Some(connection),
@@ -315,6 +317,12 @@ impl Drop for Nbd {
         let idle = std::mem::take(&mut self.pool().idle);
         idle.into_iter().for_each(|(connection, _)| connection.close());
     }
+}
+
+/// How long a way may be silent before another connection is tried: a third of how long a read waits, so that what was asked can be
+/// asked again twice.
+fn silence_max(patience: Duration) -> Duration {
+    patience / 3
 }
 
 /// What has another size is another disk, whatever its name.

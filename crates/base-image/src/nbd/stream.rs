@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::net::sockopt::socket_error;
+use rustix::net::sockopt::{
+    set_socket_keepalive, set_tcp_keepidle, set_tcp_keepintvl, set_tcp_user_timeout, socket_error,
+};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use rustls::{ClientConnection, StreamOwned};
 
@@ -43,9 +45,21 @@ enum Socket {
 
 impl Stream {
     /// Connects to `server`, until `deadline` at most. Once `hurry` is set, nothing is waited for any more.
-    pub(super) fn connect(server: &Server, deadline: Instant, hurry: &Hurry) -> io::Result<Self> {
+    ///
+    /// The connection fails if the other host's kernel does not confirm what was sent to it for `silence_max`: then the way is
+    /// lost, which another connection may not be. A server that takes its time is something else.
+    pub(super) fn connect(
+        server: &Server,
+        deadline: Instant,
+        silence_max: Duration,
+        hurry: &Hurry,
+    ) -> io::Result<Self> {
         let socket = match server {
-            Server::Tcp(host, port) => Socket::Tcp(connect_tcp(host, *port, deadline, hurry)?),
+            Server::Tcp(host, port) => {
+                let socket = connect_tcp(host, *port, deadline, hurry)?;
+                notice_silence(&socket, silence_max)?;
+                Socket::Tcp(socket)
+            }
             Server::Unix(path) => Socket::Unix(connect_unix(path)?),
         };
         Ok(Self::Plain(Timed { socket, deadline, hurry: hurry.clone() }))
@@ -186,6 +200,19 @@ fn connect_to(address: SocketAddr, deadline: Instant, hurry: &Hurry) -> io::Resu
     Ok(socket)
 }
 
+/// See [`Stream::connect`]; tcp(7), `TCP_USER_TIMEOUT`, which also ends what keep-alive probes find out.
+fn notice_silence(socket: &TcpStream, silence_max: Duration) -> io::Result<()> {
+    let ms = u32::try_from(silence_max.as_millis()).unwrap_or(u32::MAX).max(1);
+    set_tcp_user_timeout(socket, ms)?;
+    // Of a request that was confirmed and whose answer gets lost, nothing else tells. The kernel counts these in seconds, from 1
+    // to 32767.
+    let probe = (silence_max / 4).clamp(Duration::from_secs(1), Duration::from_secs(60));
+    set_tcp_keepidle(socket, probe)?;
+    set_tcp_keepintvl(socket, probe)?;
+    set_socket_keepalive(socket, true)?;
+    Ok(())
+}
+
 /// Never waits: a server that takes no more connections has its socket's queue full.
 fn connect_unix(path: &Path) -> io::Result<UnixStream> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
@@ -246,7 +273,7 @@ mod tests {
         let server = tcp(listener.local_addr().unwrap());
         let (mut taken, hurry) = (Vec::new(), Hurry::default());
         let error = loop {
-            match Stream::connect(&server, Instant::now() + LOOK_EVERY, &hurry) {
+            match Stream::connect(&server, Instant::now() + LOOK_EVERY, HOURS, &hurry) {
                 Ok(stream) => taken.push(stream),
                 Err(error) => break error,
             }
@@ -254,7 +281,7 @@ mod tests {
         };
         assert!(error.kind() == io::ErrorKind::TimedOut && error.to_string().contains("does not answer"));
         thread::scope(|scope| {
-            let attempt = scope.spawn(|| Stream::connect(&server, Instant::now() + HOURS, &hurry));
+            let attempt = scope.spawn(|| Stream::connect(&server, Instant::now() + HOURS, HOURS, &hurry));
             hurry.set(true);
             assert_eq!(attempt.join().unwrap().unwrap_err().kind(), io::ErrorKind::TimedOut);
         });
@@ -265,9 +292,10 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
         let (deadline, hurry) = (Instant::now() + HOURS, Hurry::default());
-        Stream::connect(&Server::Tcp("localhost".into(), port), deadline, &hurry).unwrap();
+        Stream::connect(&Server::Tcp("localhost".into(), port), deadline, HOURS, &hurry).unwrap();
         drop(listener);
-        let error = Stream::connect(&Server::Tcp("127.0.0.1".into(), port), deadline, &hurry).unwrap_err();
+        let error =
+            Stream::connect(&Server::Tcp("127.0.0.1".into(), port), deadline, HOURS, &hurry).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
     }
 }

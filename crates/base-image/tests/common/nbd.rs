@@ -2,6 +2,7 @@
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
@@ -127,7 +128,12 @@ impl Server {
     }
 
     pub(crate) fn uri(&self) -> NbdUri {
-        format!("nbd+unix:///golden?socket={}", self.dir.path().join("s").display()).parse().unwrap()
+        format!("nbd+unix:///golden?socket={}", self.socket().display()).parse().unwrap()
+    }
+
+    /// Where it listens.
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.dir.path().join("s")
     }
 
     /// Changes what it does from now on.
@@ -149,7 +155,7 @@ impl Server {
 impl Drop for Server {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Release);
-        let _ = UnixStream::connect(self.dir.path().join("s"));
+        let _ = UnixStream::connect(self.socket());
         self.thread.take().unwrap().join().unwrap();
     }
 }
