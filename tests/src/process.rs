@@ -1,7 +1,7 @@
 //! A child process that is killed and reaped with its owner, and whose output can be waited for.
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
@@ -223,7 +223,19 @@ fn threads(pid: &str) -> String {
             field(15)
         )
     };
-    tasks.flatten().map(|task| of(task.path())).collect()
+    tasks.flatten().map(|task| of(task.path())).collect::<String>() + &unread_events(pid)
+}
+
+/// The eventfds of a process that were written and not read yet (proc_pid_fdinfo(5)): kicks and interrupts that nobody has
+/// heard.
+fn unread_events(pid: &str) -> String {
+    let infos = std::fs::read_dir(format!("/proc/{pid}/fdinfo")).into_iter().flatten().flatten();
+    let unread = |info: &Path| {
+        let text = std::fs::read_to_string(info).ok()?;
+        let count = text.lines().find_map(|line| line.strip_prefix("eventfd-count:"))?.trim();
+        (count != "0").then(|| format!("eventfd {}: {count}\n", info.display()))
+    };
+    infos.filter_map(|info| unread(&info.path())).collect()
 }
 
 fn collect(from: impl Read + Send + 'static, output: Arc<Output>) -> JoinHandle<()> {

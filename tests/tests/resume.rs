@@ -70,14 +70,14 @@ fn guest_whose_server_is_restarted_in_order_goes_on() {
     let _alone = heavy();
     let (restarts, seed) = (count_from_env("PRISTINE_RESTARTS", 3), seed_from_env());
     let lab = lab();
-    let mut server = lab.serve(&["--num-queues", "2"]);
+    let mut server = lab.serve(&["--num-queues", "2", "-vv"]);
     let mut guest = storming_guest(&lab, seed);
     let (mut done, mut stalls) = (0, Vec::new());
     for _ in 0..restarts {
         done = guest.storms(done + 200).0;
         server.stop();
         assert_eq!(lab.state_word(), "interrupted");
-        server = lab.serve(&["--num-queues", "2"]);
+        server = lab.serve(&["--num-queues", "2", "-vv"]);
         let (now, worst) = guest.storms(done + 50);
         (done, stalls) = (now, [stalls, vec![worst]].concat());
     }

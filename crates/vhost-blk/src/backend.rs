@@ -318,6 +318,7 @@ impl VhostUserBackend for Backend {
         if let Some(mut worker) = self.worker(index) {
             worker.drain(&self.device, self.rings.get(index).and_then(OnceLock::get));
         }
+        log::debug!("queue {index}: its ring has stopped");
         Ok(())
     }
 

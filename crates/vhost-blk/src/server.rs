@@ -323,6 +323,7 @@ impl Server {
                 Ok(())
             }
             Some(ending) => {
+                log::debug!("connection over: {ending:?}");
                 if let Ending::Refused(why) = &ending {
                     self.refuse(why);
                 }
@@ -442,6 +443,7 @@ impl Gate for SessionGate<'_> {
     }
 
     fn ring_starts(&mut self, start: Start) -> Result<(), String> {
+        log::debug!("queue {}: its ring starts", start.ring);
         // First: a session that can't be served must not begin.
         self.queues
             .open(self.disk, start.ring as usize)
