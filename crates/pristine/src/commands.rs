@@ -260,6 +260,7 @@ fn print_status(options: &DiskOptions, status: &Status) {
         say!("warning  {trouble}");
     }
     if let Some(why) = &status.distrust {
-        say!("warning  {why}: all blocks are pending");
+        let count_as = if status.state == DiskState::Kept { "changed" } else { "pending" };
+        say!("warning  {why}: all blocks count as {count_as}");
     }
 }

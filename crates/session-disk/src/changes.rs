@@ -11,7 +11,7 @@ use crate::live::{Before, LivePage, heed_sync};
 use crate::manifest::Manifest;
 use crate::open::{check_size, file_number, identity_of, judge, lock_state_dir, open_base};
 use crate::overlay::{last_session_of, lock};
-use crate::recover::{Basis, Verdict};
+use crate::recover::{Basis, Distrust, Verdict};
 use crate::storage::Storage;
 use crate::verify::{Comparer, Comparison};
 use crate::{DiskOptions, Error, Paths, redo};
@@ -156,11 +156,23 @@ fn taken(
     verdict: Verdict,
 ) -> Result<BlockSet, Error> {
     let disk = options.disk.display();
-    if let Basis::Everything(why) = &verdict.basis {
-        return Err(Error::Refused(format!(
-            "{disk}: {why}; if its contents are right all the same, say so by serving it once with `pristine maintain --disk \
-             {disk}`"
-        )));
+    match &verdict.basis {
+        Basis::Everything(Distrust::OlderState) if manifest.kept => {
+            return Err(Error::KeptUnknown { disk: options.disk.clone() });
+        }
+        Basis::Everything(why) if manifest.kept => {
+            return Err(Error::Refused(format!(
+                "{disk}: {why}; if its contents are right all the same, say so by serving it once with `pristine maintain \
+                 --disk {disk}`"
+            )));
+        }
+        Basis::Everything(why) => {
+            return Err(Error::Refused(format!(
+                "{disk}: {why}, so what its last session has written can't be told; `pristine keep --whole-disk` keeps all of \
+                 it as it is"
+            )));
+        }
+        _ => {}
     }
     if manifest.kept && !verdict.pending.is_empty() {
         // All of it is the disk's content: with nothing pending the sessions began.

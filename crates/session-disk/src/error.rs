@@ -123,6 +123,16 @@ pub enum Error {
         /// The disk.
         disk: PathBuf,
     },
+    /// Sessions have left changes that are kept, but the state that says so was put back from a copy.
+    #[error(
+        "{disk} has changes that are kept, but its state is older than the disk (it was put back from a copy): what later \
+         sessions have left can't be told from them",
+        disk = .disk.display()
+    )]
+    KeptUnknown {
+        /// The disk.
+        disk: PathBuf,
+    },
     /// An operation in the wrong state: a defect of the caller.
     #[error("{0}")]
     WrongState(&'static str),
@@ -152,10 +162,12 @@ impl Error {
                 "no block of the disk can be trusted: `pristine provision --adopt --base BASE {disk}` \
                  restores all of it"
             )),
-            Self::Kept { disk } => Some(format!(
-                "go on with them with `pristine serve --reset-on never`, or give them up with \
-                 `pristine restore --discard-kept --disk {}`",
-                disk.display()
+            Self::Kept { .. } => Some(format!(
+                "go on with them with `pristine serve --reset-on never {disk}`, or give them up with \
+                 `pristine restore --discard-kept {disk}`"
+            )),
+            Self::KeptUnknown { .. } => Some(format!(
+                "put back the state that the disk had last, or restore all of it with `pristine restore --discard-kept {disk}`"
             )),
             Self::NewerManifest { .. } | Self::OtherManifest { .. } => Some("use the version of pristine that wrote it".into()),
             Self::Base(BaseError::Changed { path, .. }) => Some(format!(

@@ -12,7 +12,7 @@ use blockio::tape::{Io, Tape};
 use blockio::{EngineKind, File, GuestBuf, OpenOptions};
 use common::{Bench, copy_dir, end, write};
 use session_disk::{
-    Basis, DiskOptions, DiskQueue, Distrust, Error, HoldReason, Manifest, Portion, ProvisionOptions,
+    Basis, Changes, DiskOptions, DiskQueue, Distrust, Error, HoldReason, Manifest, Portion, ProvisionOptions,
     SessionDisk, provision, status,
 };
 
@@ -104,6 +104,35 @@ fn state_of_an_earlier_session_hides_nothing_of_a_later_one() {
         put_back(&bench, &copy);
         assert_older(&bench);
     }
+}
+
+/// An older state whose changes were kept does not make content of what later sessions have left: they were to be reset.
+/// All can be given up.
+#[test]
+fn older_state_with_kept_changes_is_not_believed_either() {
+    let bench = bench();
+    let options = |changes| DiskOptions { changes, ..bench.options.clone() };
+    let kept = SessionDisk::open(&options(Changes::Keep)).unwrap();
+    session(&kept, 8);
+    kept.end_session().unwrap();
+    kept.stop().unwrap();
+    drop(kept);
+    let copy = copy_of_state(&bench);
+    let disk = SessionDisk::open(&options(Changes::GiveUp)).unwrap();
+    bench.assert_restores_exactly(&disk);
+    session(&disk, REGION + 8);
+    disk.end_session().unwrap();
+    disk.stop().unwrap();
+    drop(disk);
+    put_back(&bench, &copy);
+    for changes in [Changes::Keep, Changes::AsBefore] {
+        let error = SessionDisk::open(&options(changes)).unwrap_err();
+        assert!(matches!(error, Error::KeptUnknown { .. }), "{changes:?}: {error}");
+        assert!(error.hint("--disk D").unwrap().contains("--discard-kept --disk D"));
+    }
+    let disk = SessionDisk::open(&options(Changes::GiveUp)).unwrap();
+    assert_eq!(*disk.basis(), OLDER);
+    bench.assert_restores_exactly(&disk);
 }
 
 /// A copy from the middle of a session does not outlast a stop, whether the session was open then or

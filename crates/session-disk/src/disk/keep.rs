@@ -9,6 +9,7 @@ use blocks::BlockSet;
 
 use super::SessionDisk;
 use crate::manifest::Manifest;
+use crate::recover::{Basis, Distrust};
 use crate::{DiskOptions, Error};
 
 /// What becomes of sessions' changes.
@@ -26,14 +27,16 @@ pub enum Changes {
 }
 
 /// Says what of the blocks that were `found` to differ is pending, and what is kept. `goes_on`: there
-/// is an open session besides, in which more are.
+/// is an open session besides, in which more are. `basis`: how it was found.
 ///
 /// # Errors
-/// If changes are kept that `options` does not want.
+/// If changes are kept that `options` does not want, or of which nobody knows what of them came later: a state that is
+/// older than the disk tells nothing of sessions since, whose changes were not to be kept.
 pub(super) fn divide(
     manifest: &mut Manifest,
     found: BlockSet,
     goes_on: bool,
+    basis: &Basis,
     options: &DiskOptions,
 ) -> Result<(BlockSet, BlockSet), Error> {
     let none = BlockSet::new(found.bound());
@@ -42,6 +45,9 @@ pub(super) fn divide(
     }
     match options.changes {
         _ if !manifest.kept => Ok((found, none)),
+        Changes::Keep | Changes::AsBefore if *basis == Basis::Everything(Distrust::OlderState) => {
+            Err(Error::KeptUnknown { disk: options.disk.clone() })
+        }
         Changes::Keep | Changes::AsBefore => Ok((none, found)),
         Changes::Reset => Err(Error::Kept { disk: options.disk.clone() }),
         Changes::GiveUp => {

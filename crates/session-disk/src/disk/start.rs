@@ -67,7 +67,7 @@ impl SessionDisk {
         }
         let kept_before = manifest.kept;
         let (pending, kept) =
-            keep::divide(&mut manifest, verdict.pending, verdict.session.is_some(), options)?;
+            keep::divide(&mut manifest, verdict.pending, verdict.session.is_some(), &verdict.basis, options)?;
         if let Basis::Everything(why) = &verdict.basis {
             let what = if manifest.kept { "are kept as changed" } else { "will be restored" };
             log::warn!("{}: {why}; all of its blocks {what}", options.disk.display());
