@@ -381,21 +381,27 @@ fn message_about_a_missing_manifest_names_the_state_directory() {
     lab.run("restore", &["--state-dir", &elsewhere]).refused(1, &[&words]);
 }
 
+/// A disk that is held because the log of a session was damaged under its VM, which lives.
+fn held_by_damage(lab: &Lab) -> (Server, Remote) {
+    let (server, mut client) = in_session(lab);
+    server.kill();
+    let log = fs::File::options().read(true).write(true).open(session_log(lab)).unwrap();
+    let mut byte = [0];
+    log.read_exact_at(&mut byte, 4096 + 17).unwrap();
+    log.write_all_at(&[byte[0] ^ 1], 4096 + 17).unwrap();
+    let mut server = lab.serve(NONE);
+    assert!(client.try_ask("connect 1").is_err());
+    server.0.wait_line("a refusal", pristine_tests::PATIENCE, |line| line.contains("can't go on"));
+    (server, client)
+}
+
 /// Invariants 3 and 6: the log is damaged while the server is down and the VM lives. The session can't go
 /// on; it is not thrown away either before the VM is gone, and then restored exactly.
 #[test]
 fn session_whose_log_is_damaged_under_a_living_vm_is_held_until_the_vm_is_gone() {
     let lab = provisioned();
-    let (server, mut client) = in_session(&lab);
-    server.kill();
-    let log = fs::File::options().read(true).write(true).open(session_log(&lab)).unwrap();
-    let mut byte = [0];
-    log.read_exact_at(&mut byte, 4096 + 17).unwrap();
-    log.write_all_at(&[byte[0] ^ 1], 4096 + 17).unwrap();
+    let (server, client) = held_by_damage(&lab);
     let written = images::sha256(&lab.disk());
-    let mut server = lab.serve(NONE);
-    assert!(client.try_ask("connect 1").is_err());
-    server.0.wait_line("a refusal", pristine_tests::PATIENCE, |line| line.contains("can't go on"));
     let status = lab.status();
     assert_eq!((&status["state"], &status["held"]["reason"]), (&"held".into(), &"untrusted".into()));
     assert!(status["distrust"].is_string() || status["held"]["why"].is_string(), "{status}");
@@ -407,4 +413,51 @@ fn session_whose_log_is_damaged_under_a_living_vm_is_held_until_the_vm_is_gone()
     lab.wait_pristine();
     server.stop();
     lab.assert_pristine();
+}
+
+/// Who holds such a disk holds it also when the VM is gone: with the server, and of a disk that nobody serves.
+#[test]
+fn hold_by_the_operator_outlasts_the_vm_whose_session_could_not_go_on() {
+    for served in [true, false] {
+        let lab = provisioned();
+        let (server, client) = held_by_damage(&lab);
+        let written = images::sha256(&lab.disk());
+        let server = if served {
+            Some(server)
+        } else {
+            server.kill();
+            None
+        };
+        let held = run(&mut lab.session("hold")).ok();
+        assert!(!held.stdout.contains("already"), "{held:#?}");
+        client.kill();
+        if let Some(server) = server {
+            server.stop();
+        }
+        let server = lab.serve(NONE);
+        assert_eq!(lab.status()["held"]["reason"], "by-operator");
+        assert_eq!(images::sha256(&lab.disk()), written);
+        run(&mut lab.session("release")).ok();
+        lab.wait_pristine();
+        server.stop();
+        lab.assert_pristine();
+    }
+}
+
+/// A hold for a VM that is gone is in nobody's way, though it stands in the manifest.
+#[test]
+fn hold_that_is_over_can_be_released_and_adopted() {
+    for adopt in [true, false] {
+        let lab = provisioned();
+        let (server, client) = held_by_damage(&lab);
+        server.kill();
+        client.kill();
+        if adopt {
+            lab.provision(&["--adopt"]);
+        } else {
+            run(&mut lab.session("release")).ok();
+            lab.run("restore", NONE).ok();
+        }
+        lab.assert_pristine();
+    }
 }

@@ -142,9 +142,13 @@ fn release_offline(name: &str, options: &DiskOptions) -> Result<(), Failure> {
         return Ok(());
     }
     let disk = SessionDisk::open(options)?;
-    let released = disk.release();
+    // A hold for a process that is gone is over with that.
+    let pending = match disk.held() {
+        Some(_) => disk.release().map(|released| released.pending_blocks),
+        None => Ok(disk.pending_blocks()),
+    };
     disk.stop()?;
-    say!("{name}: released; {} to restore; {GOES_ON}", amount(released?.pending_blocks));
+    say!("{name}: released; {} to restore; {GOES_ON}", amount(pending?));
     Ok(())
 }
 

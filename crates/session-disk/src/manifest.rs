@@ -95,8 +95,11 @@ impl Stopped {
         let is_exact =
             rustix::fs::fstatfs(disk).is_ok_and(|of| TIMES_ARE_EXACT.contains(&(of.f_type as u64)));
         Ok(match now.filter(|_| is_exact) {
-            Some(FileIdentity { mtime_ns, .. }) => Some(Self { boot: boot_id()?, mtime_ns }),
-            None => None,
+            // Where inodes are small, ext4 keeps seconds only: a write in the same one would not be seen.
+            Some(FileIdentity { mtime_ns, .. }) if mtime_ns % 1_000_000_000 != 0 => {
+                Some(Self { boot: boot_id()?, mtime_ns })
+            }
+            _ => None,
         })
     }
 

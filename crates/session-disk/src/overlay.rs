@@ -230,8 +230,9 @@ impl<'a> Disk<'a> {
             return Ok(());
         }
         let now = Manifest::load(&self.options.paths())?;
-        let is_same = now.held == self.manifest.held && now.generation == self.manifest.generation;
-        if is_same && now.logs == self.manifest.logs {
+        // Its generation also grows when its server only stops. What was restored, even in part, can't be held again before
+        // another session, which has a log.
+        if now.held == self.manifest.held && now.logs == self.manifest.logs {
             return Ok(());
         }
         let name = self.options.disk.display();

@@ -80,24 +80,31 @@ impl Paths {
     }
 
     /// Makes the directories that are missing, for the owner only.
-    pub(crate) fn create_state_dirs(&self, storage: &Storage) -> Result<(), Error> {
-        create_private(storage, &self.state)?;
-        create_private(storage, &self.sessions())
+    /// Those that were missing are added to `made`.
+    pub(crate) fn create_state_dirs(&self, storage: &Storage, made: &mut Vec<PathBuf>) -> Result<(), Error> {
+        for dir in [self.state.clone(), self.sessions()] {
+            if create_private(storage, &dir)? {
+                made.push(dir);
+            }
+        }
+        Ok(())
     }
 
     /// Makes the runtime directory if it is missing.
     pub(crate) fn create_runtime_dir(&self) -> Result<(), Error> {
-        create_private(&Storage::default(), &self.runtime)
+        create_private(&Storage::default(), &self.runtime).map(|_| ())
     }
 }
 
-fn create_private(storage: &Storage, dir: &Path) -> Result<(), Error> {
+/// Whether it was missing.
+fn create_private(storage: &Storage, dir: &Path) -> Result<bool, Error> {
     if dir.is_dir() {
-        return Ok(());
+        return Ok(false);
     }
     match storage.create_dir(dir) {
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && dir.is_dir() => Ok(()),
-        result => result.map_err(|error| Error::state("create directory", dir, error)),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && dir.is_dir() => Ok(false),
+        Err(error) => Err(Error::state("create directory", dir, error)),
+        Ok(()) => Ok(true),
     }
 }
 

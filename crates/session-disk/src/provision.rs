@@ -16,6 +16,7 @@ use crate::live::LivePage;
 use crate::manifest::{DiskFile, EntryKind, MANIFEST_VERSION, Manifest, Stopped};
 use crate::named_base::NamedBase;
 use crate::open::{disk_witness, file_number, lock_state_dir, open_disk, refuse_disk_of_base};
+use crate::overlay::logs_of;
 use crate::rebase::refuse_open_session;
 use crate::storage::Storage;
 use crate::{DiskOptions, Error, Paths, witness};
@@ -147,13 +148,11 @@ fn make(options: &ProvisionOptions, made: &mut Made) -> Result<(u64, u64), Error
         pending.insert(geometry.all());
     }
     refuse_state_in_memory(options, &disk, &paths)?;
-    for dir in [paths.state_dir().to_owned(), paths.sessions()] {
-        if !dir.exists() {
-            made.dirs.push(dir);
-        }
-    }
-    paths.create_state_dirs(&storage)?;
+    paths.create_state_dirs(&storage, &mut made.dirs)?;
     let _state_lock = lock_state_dir(&paths)?;
+    // Logs may be there of a state whose manifest is lost, and each number is given once.
+    let given = logs_of(&paths.sessions())?.iter().map(|id| id.seq).max().unwrap_or(0);
+    let next_sequence = next_sequence.max(given.saturating_add(1));
     // While the old manifest holds, nothing that it rests on is taken away.
     let may_be_older = before.is_some() || paths.manifest().exists();
     Intents::create(&storage, &paths.intents(), geometry, may_be_older)?;
@@ -223,7 +222,7 @@ fn existing_state(options: &ProvisionOptions, paths: &Paths) -> Result<Option<Ma
             options.disk.disk.display(),
             paths.manifest().display()
         ))),
-        Ok(Manifest { held: Some(reason), .. }) => {
+        Ok(Manifest { held: Some(reason), .. }) if !reason.is_over() => {
             Err(Error::Held { disk: options.disk.disk.clone(), reason })
         }
         Ok(Manifest { kept: true, logs, .. }) if !logs.is_empty() => {

@@ -160,7 +160,7 @@ fn take(options: &DiskOptions) -> Result<Subject, Error> {
     let id = Manifest::load_from(&storage, &paths)?.disk;
     let live = LivePage::inspect(&paths.live_page(id), id, file_number(path)?);
     let disk = open_disk(path, false, live.as_ref())?;
-    paths.create_state_dirs(&storage)?;
+    paths.create_state_dirs(&storage, &mut Vec::new())?;
     let state_lock = lock_state_dir(&paths)?;
     let manifest = Manifest::load_from(&storage, &paths)?;
     let geometry = check_size(&disk, &manifest)?;

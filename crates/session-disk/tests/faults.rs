@@ -4,10 +4,14 @@
 
 mod common;
 
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use blockio::EngineKind;
 use blockio::fault::{Fault, FaultPlan, OpClass};
+use blockio::tape::{Io, Tape};
 use common::{Bench, end, try_write};
 use rustix::io::Errno;
 use session_disk::{DiskOptions, Error};
@@ -111,6 +115,45 @@ fn adopt_that_fails_leaves_the_old_verdict() {
     assert_eq!(*disk.basis(), session_disk::Basis::Intents);
     assert_eq!(disk.pending_blocks(), disk.geometry().blocks());
     bench.assert_restores_exactly(&disk);
+}
+
+/// Somebody else makes the state directory at the same moment; the provision then fails.
+#[derive(Debug)]
+struct Rival {
+    state: PathBuf,
+}
+
+impl Tape for Rival {
+    fn begin(&self, io: Io<'_>) -> io::Result<u64> {
+        match io {
+            Io::CreateDir { path } if path == self.state => {
+                std::fs::create_dir(path)?;
+                std::fs::write(path.join("another's"), "")?;
+                Ok(0)
+            }
+            Io::Rename { .. } => Err(io::Error::other("the medium is gone")),
+            _ => Ok(0),
+        }
+    }
+
+    fn end(&self, _number: u64, _done: bool) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A provision that fails takes away what it made, and nothing else.
+#[test]
+fn provision_that_fails_leaves_a_state_directory_that_another_made() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = dir.path().join("base.raw");
+    std::fs::write(&base, [7; 4096]).unwrap();
+    let mut options = DiskOptions::new(dir.path().join("disk.raw"));
+    options.runtime_dir = Some(dir.path().join("run"));
+    let state = options.paths().state_dir().to_owned();
+    options.tape = Some(Arc::new(Rival { state: state.clone() }));
+    let disk = options.disk.clone();
+    session_disk::provision(&session_disk::ProvisionOptions::new(base, options)).unwrap_err();
+    assert!(state.join("another's").exists() && !state.join("sessions").exists() && !disk.exists());
 }
 
 /// Invariant 4: a device that says it makes holes may refuse them when asked, for good (the kernel has found out that it

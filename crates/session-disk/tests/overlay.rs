@@ -13,8 +13,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use blockio::EngineKind;
 use common::{Bench, open, write};
 use session_disk::{
-    Changes, DiskOptions, Error, HoldReason, Kept, Portion, ProcessId, SessionDisk, keep,
-    set_hold_of_open_session,
+    Changes, DiskOptions, Error, HoldReason, Kept, Portion, ProcessId, ProvisionOptions, SessionDisk, keep,
+    provision, set_hold_of_open_session,
 };
 
 const MIB: usize = 1 << 20;
@@ -360,6 +360,52 @@ fn keep_during_which_the_disk_is_released_keeps_nothing() {
     });
     assert!(matches!(kept, Err(Error::Refused(why)) if why.contains("was released")));
     assert!(!to.exists());
+}
+
+/// Its server only stops meanwhile: what is held stays so.
+#[test]
+fn keep_beside_a_server_that_stops_is_finished() {
+    let _alone = alone();
+    let bench = bench();
+    let disk = bench.open();
+    let seen = session(&bench, &disk, None, SECOND);
+    disk.end_session().unwrap();
+    disk.hold(HoldReason::ByOperator).unwrap();
+    let to = bench.dir.path().join("new.qcow2");
+    let mut stopped = false;
+    keep(&bench.options, Portion::LastSession, &to, &AtomicBool::new(false), &mut |_, _| {
+        if !std::mem::replace(&mut stopped, true) {
+            disk.stop().unwrap();
+        }
+    })
+    .unwrap();
+    assert!(stopped && converted(&to) == seen);
+}
+
+/// Each number is given to one log, also where the manifest that counted them is lost and the disk is taken over anew: what its
+/// session wrote is found by the number.
+#[test]
+fn session_is_kept_of_a_disk_that_was_adopted_after_its_manifest_was_lost() {
+    let _alone = alone();
+    let bench = bench();
+    let disk = bench.open();
+    for _ in 0..5 {
+        session(&bench, &disk, None, FIRST);
+        disk.end_session().unwrap();
+        disk.drain(&AtomicBool::new(false), &mut |_| ()).unwrap();
+    }
+    drop(disk);
+    fs::write(bench.options.paths().manifest(), "lost").unwrap();
+    let adopt =
+        ProvisionOptions { adopt: true, ..ProvisionOptions::new(bench.base_path(), bench.options.clone()) };
+    provision(&adopt).unwrap();
+    let disk = bench.open();
+    disk.drain(&AtomicBool::new(false), &mut |_| ()).unwrap();
+    let seen = session(&bench, &disk, None, SECOND);
+    drop(disk);
+    let disk = bench.open();
+    disk.hold(HoldReason::ByOperator).unwrap();
+    assert_keeps(&bench, Portion::LastSession, &seen);
 }
 
 /// Random numbers from a seed.

@@ -49,7 +49,7 @@ pub(crate) trait Disk: Send + Sync {
     fn turns_away(&self) -> Option<String>;
     /// The process at whose end that is over by itself, by [`release`](Self::release).
     fn held_for(&self) -> Option<ProcessId>;
-    fn release(&self) -> Result<(), AnyError>;
+    fn release_if_over(&self) -> Result<bool, AnyError>;
 }
 
 /// A finished request.
@@ -141,9 +141,8 @@ impl Disk for Arc<SessionDisk> {
         SessionDisk::held_for(self)
     }
 
-    fn release(&self) -> Result<(), AnyError> {
-        SessionDisk::release(self)?;
-        Ok(())
+    fn release_if_over(&self) -> Result<bool, AnyError> {
+        Ok(SessionDisk::release_if_over(self)?.is_some())
     }
 
     fn owner(&self) -> Option<ProcessId> {

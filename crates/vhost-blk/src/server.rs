@@ -370,12 +370,11 @@ impl Server {
     fn watch_hold(&mut self) {
         if self.held_for.as_ref().is_some_and(Peer::is_gone) {
             self.held_for = None;
-            // The operator may have been faster.
-            if self.disk.held_for().is_some() {
-                match self.disk.release() {
-                    Ok(()) => self.observer.released(),
-                    Err(error) => log::warn!("the disk stays held: {}", in_full(error.as_ref())),
-                }
+            match self.disk.release_if_over() {
+                Ok(true) => self.observer.released(),
+                // The operator was faster.
+                Ok(false) => {}
+                Err(error) => log::warn!("the disk stays held: {}", in_full(error.as_ref())),
             }
         }
     }

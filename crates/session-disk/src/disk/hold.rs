@@ -15,12 +15,13 @@
 //! VM's process.
 
 use std::fmt;
+use std::sync::MutexGuard;
 
 use serde::{Deserialize, Serialize};
 
 use uuid::Uuid;
 
-use super::SessionDisk;
+use super::{Lifecycle, SessionDisk};
 use crate::live::{Before, LivePage};
 use crate::manifest::{EntryKind, Left, Manifest};
 use crate::open::{file_number, lock_state_dir, open_disk};
@@ -62,6 +63,11 @@ impl HoldReason {
         Some(Self::Untrusted { why: why.to_string(), owner, boot: boot_id().ok()? })
     }
 
+    /// Whether a hold for this reason goes beyond one for `other`.
+    fn outlasts(&self, other: &Self) -> bool {
+        matches!((self, other), (Self::ByOperator, Self::Untrusted { .. }))
+    }
+
     /// Whether nobody has anything from this hold any more.
     pub(crate) fn is_over(&self) -> bool {
         match self {
@@ -87,7 +93,7 @@ impl fmt::Display for HoldReason {
 /// What is held.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Held {
-    /// Whether it was held already; then the reason is still the first one.
+    /// Whether it was held already, for this reason or one that lasts as long; then that one stays.
     pub already: bool,
     /// The open session at whose end the hold begins; `None`: it has begun.
     pub session: Option<u64>,
@@ -141,9 +147,11 @@ impl SessionDisk {
             Some(_) => self.dirty_blocks(),
             None => self.pending_blocks() + lifecycle.kept.count(),
         };
-        if lifecycle.manifest.held.is_some() {
+        let before = lifecycle.manifest.held.as_ref();
+        if before.is_some_and(|before| !reason.outlasts(before)) {
             return Ok(Held { already: true, session, blocks });
         }
+        let is_held = before.is_some();
         if session.is_some() && lifecycle.named_session().is_none() {
             return Err(Error::Refused(format!(
                 "{}: there is nothing to hold: the session has no write log, so it writes nothing",
@@ -152,6 +160,7 @@ impl SessionDisk {
         }
         // The drain first: what it has once begun can't be kept any more.
         if session.is_none()
+            && !is_held
             && !lifecycle.manifest.kept
             && (blocks == 0 || !self.shared.claims.rest_if_not_begun())
         {
@@ -161,11 +170,15 @@ impl SessionDisk {
         manifest.held = Some(reason);
         // What an ended session has written is to be there, and to be known exactly, from now on, whatever becomes of the host.
         let durable = match session {
+            // Nobody knows what it has written, but that is to be there too.
+            None if is_held => self.shared.sync_disk(),
             None => self.make_last_session_durable(&manifest),
             Some(_) => Ok(()),
         };
         if let Err(error) = durable.and_then(|()| self.store_manifest(&mut manifest)) {
-            self.shared.claims.end_rest();
+            if !is_held {
+                self.shared.claims.end_rest();
+            }
             return Err(error);
         }
         lifecycle.manifest = manifest;
@@ -188,10 +201,23 @@ impl SessionDisk {
     /// # Errors
     /// If nothing is held.
     pub fn release(&self) -> Result<Released, Error> {
-        let mut lifecycle = self.lifecycle();
+        let lifecycle = self.lifecycle();
         if lifecycle.manifest.held.is_none() {
             return Err(Error::Refused(format!("{}: nothing is held", self.paths.disk().display())));
         }
+        self.release_in(lifecycle)
+    }
+
+    /// Ends a hold that is for a process which is gone. One by the operator stays: then, and if nothing is held, this is `None`.
+    pub fn release_if_over(&self) -> Result<Option<Released>, Error> {
+        let lifecycle = self.lifecycle();
+        match &lifecycle.manifest.held {
+            Some(reason) if reason.is_over() => self.release_in(lifecycle).map(Some),
+            _ => Ok(None),
+        }
+    }
+
+    fn release_in(&self, mut lifecycle: MutexGuard<'_, Lifecycle>) -> Result<Released, Error> {
         let mut manifest = lifecycle.manifest.clone();
         manifest.held = None;
         self.store_manifest(&mut manifest)?;
@@ -253,7 +279,10 @@ pub fn set_hold_of_open_session(
     let Some(session) = session.map(|entry| entry.sequence).filter(|_| live.session_is_named()) else {
         return Ok(None);
     };
-    let already = hold.is_some() && manifest.held.is_some();
+    let already = match (&hold, &manifest.held) {
+        (Some(wanted), Some(before)) => !wanted.outlasts(before),
+        _ => false,
+    };
     if !already {
         manifest.held = hold;
         manifest.store(&storage, &paths)?;

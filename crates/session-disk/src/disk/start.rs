@@ -40,7 +40,7 @@ impl SessionDisk {
         let live = LivePage::inspect(&paths.live_page(disk_id), disk_id, number);
         let disk = open_disk(&options.disk, options.direct, live.as_ref())?;
         drop(live);
-        paths.create_state_dirs(&storage)?;
+        paths.create_state_dirs(&storage, &mut Vec::new())?;
         let state_lock = lock_state_dir(&paths)?;
         let mut manifest = Manifest::load_from(&storage, &paths)?;
         let disk_id = manifest.disk;
