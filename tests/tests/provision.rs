@@ -134,6 +134,41 @@ fn block_device_as_session_disk_is_restored() {
     assert_eq!(fs::read(&backing).unwrap(), fs::read(lab.base()).unwrap());
 }
 
+/// Invariants 2 and 5: a device base is what its link leads to, also when devices have other numbers after a reboot; what has its
+/// number or its link then is not taken for it.
+#[test]
+fn device_that_is_a_base_is_known_by_its_link_and_by_what_the_kernel_says_of_it() {
+    let lab = Lab::new();
+    let other = lab.path("other.img");
+    images::dense(&lab.base(), 4 << 20, 117);
+    images::dense(&other, 4 << 20, 118);
+    let link = lab.path("golden");
+    let lead_to = |device: &LoopDevice| {
+        let _ = fs::remove_file(&link);
+        std::os::unix::fs::symlink(device.path(), &link).unwrap();
+    };
+    let Some(golden) = LoopDevice::of(&lab.base()) else { return };
+    lead_to(&golden);
+    let made = lab.run("provision", &["--base", link.to_str().unwrap()]).ok();
+    assert!(made.stderr.contains("not noticed without a seal"), "{made:#?}");
+    assert_eq!(lab.status()["base"], link.to_str().unwrap());
+    // Numbers are given anew.
+    drop(golden);
+    let (impostor, golden) = (LoopDevice::of(&other).unwrap(), LoopDevice::of(&lab.base()).unwrap());
+    lead_to(&golden);
+    let server = lab.serve(NONE);
+    let mut client = Remote::connected(&lab.socket(), 1);
+    client.ask("scatter 300 1");
+    client.leave();
+    lab.wait_pristine();
+    server.stop();
+    lab.assert_pristine();
+    lead_to(&impostor);
+    for command in ["verify", "restore"] {
+        lab.run(command, NONE).refused(1, &["it was the device", "base.img", "and is", "other.img"]);
+    }
+}
+
 /// In `/dev` nothing outlasts a reboot: the state of a device is not kept there by accident.
 #[test]
 fn state_of_a_block_device_is_not_kept_in_memory() {

@@ -3,16 +3,17 @@
 use std::fmt;
 use std::path::PathBuf;
 
-use blockio::Identity;
+use blockio::{File, Identity};
 use serde::{Deserialize, Serialize};
 
+use crate::device;
 use crate::format::BaseFormat;
 
 /// What is remembered of a base, to notice a change of its contents without reading it.
 ///
 /// For a regular file a write changes the modification time, and setting that back changes the
-/// status change time. A block device and an NBD export have no such witness: only the size is compared, so
-/// whoever changes them must say so by provisioning anew.
+/// status change time. A block device and an NBD export have no such witness: only the size is compared, and which device it is
+/// where the kernel knows that, so whoever changes them must say so by provisioning anew.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BaseIdentity {
@@ -20,6 +21,9 @@ pub struct BaseIdentity {
     pub size: u64,
     /// The witnesses of a regular file; `None` for a block device or an export.
     pub file: Option<FileIdentity>,
+    /// What the kernel knows a block device by, whatever its name is in this boot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
     /// The files that it is backed by, the nearest first.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub backing: Vec<BackingIdentity>,
@@ -75,6 +79,8 @@ pub enum Change {
     Kind,
     /// Another file under the same name.
     Replaced,
+    /// Another device under the same name: before, now.
+    Device(String, String),
     /// The contents or the attributes were changed.
     Times,
     /// It is not backed by the same files any more.
@@ -89,6 +95,7 @@ impl fmt::Display for Change {
             Change::Size(before, now) => write!(f, "its size was {before} bytes and is {now}"),
             Change::Kind => write!(f, "it was a file and is a device, or the other way round"),
             Change::Replaced => write!(f, "it is another file under the same name"),
+            Change::Device(before, now) => write!(f, "it was the device \"{before}\" and is \"{now}\""),
             Change::Times => write!(f, "it was written to, or its attributes were changed"),
             Change::Chain => write!(f, "it is backed by other files than before"),
             Change::Backing(path, change) => write!(f, "of the file {} beneath it, {change}", path.display()),
@@ -99,18 +106,33 @@ impl fmt::Display for Change {
 impl BaseIdentity {
     /// Of a regular file.
     pub fn of_file(identity: &Identity) -> Self {
-        Self { size: identity.size, file: Some(FileIdentity::of(identity)), backing: Vec::new() }
+        Self {
+            size: identity.size,
+            file: Some(FileIdentity::of(identity)),
+            device: None,
+            backing: Vec::new(),
+        }
     }
 
-    /// Of a block device, or of anything that only has a size.
+    /// Of anything that only has a size.
     pub const fn of_size(size: u64) -> Self {
-        Self { size, file: None, backing: Vec::new() }
+        Self { size, file: None, device: None, backing: Vec::new() }
+    }
+
+    /// Of a block device of `size` bytes.
+    pub(crate) fn of_device(file: &File, size: u64) -> Self {
+        Self { device: device::name_of(file), ..Self::of_size(size) }
     }
 
     /// The first difference to `now`, if there is one.
     pub fn change_to(&self, now: &BaseIdentity) -> Option<Change> {
         if let Some(change) = change(self.size, self.file.as_ref(), now.size, now.file.as_ref()) {
             return Some(change);
+        }
+        if let (Some(before), Some(now)) = (&self.device, &now.device)
+            && before != now
+        {
+            return Some(Change::Device(before.clone(), now.clone()));
         }
         if self.backing.len() != now.backing.len() {
             return Some(Change::Chain);

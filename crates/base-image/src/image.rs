@@ -235,7 +235,7 @@ impl BaseImage {
         let Some(file) = &self.file else { return Ok(BaseIdentity::of_size(self.size)) };
         let of_file = match file.kind() {
             FileKind::Regular => BaseIdentity::of_file(&file.identity()?),
-            FileKind::BlockDevice => BaseIdentity::of_size(file.size()?),
+            FileKind::BlockDevice => BaseIdentity::of_device(file, file.size()?),
         };
         match &*self.store {
             Store::Raw(..) | Store::Nbd(_) => Ok(of_file),

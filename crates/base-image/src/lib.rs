@@ -17,6 +17,7 @@
 
 mod chain;
 mod delta;
+mod device;
 mod engine;
 mod error;
 mod format;

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -20,13 +21,19 @@ pub enum BaseLocation {
 }
 
 impl BaseLocation {
-    /// The same place, however the current directory and links change.
+    /// The same place, however the current directory and links to files change. A link to a block device stays as it is:
+    /// such links (`/dev/disk/by-id`, `/dev/VOLUMEGROUP`) are what devices are known by, and what they lead to has another name after
+    /// the next boot.
     ///
     /// # Errors
     /// If there is no such file. No server is asked.
     pub fn resolved(&self) -> io::Result<Self> {
         match self {
-            Self::File(path) => Ok(Self::File(std::fs::canonicalize(path)?)),
+            Self::File(path) => {
+                let file = std::fs::canonicalize(path)?;
+                let is_device = std::fs::metadata(&file)?.file_type().is_block_device();
+                Ok(Self::File(if is_device { std::path::absolute(path)? } else { file }))
+            }
             Self::Nbd(_) => Ok(self.clone()),
         }
     }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use base_image::{BaseFormat, BaseIdentity, BaseImage, BaseLocation, Seal, Trust};
+use blockio::FileKind;
 
 use crate::Error;
 use crate::manifest::BaseEntry;
@@ -57,7 +58,16 @@ impl NamedBase {
         };
         match (seal, &self.location) {
             (Some(seal), _) => Ok(base.sealed(seal)?),
-            (None, BaseLocation::File(_)) => Ok(base),
+            (None, BaseLocation::File(path)) => {
+                if base.file().is_some_and(|file| file.kind() == FileKind::BlockDevice) {
+                    log::warn!(
+                        "{path}: a change of what is on a device is not noticed without a seal; make one with `pristine base seal \
+                         {path} --base-manifest FILE`, and name it with --base-manifest",
+                        path = path.display()
+                    );
+                }
+                Ok(base)
+            }
             (None, BaseLocation::Nbd(uri)) => {
                 log::warn!(
                     "{uri}: a change of what is exported under this name is noticed only if its size changes; make a seal \
