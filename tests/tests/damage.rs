@@ -461,3 +461,35 @@ fn hold_that_is_over_can_be_released_and_adopted() {
         lab.assert_pristine();
     }
 }
+
+/// What an operator is told to type names the state directory, and a link finds the state of what it leads to: else the way
+/// out that is offered next would give up what is held.
+#[test]
+fn what_is_held_is_found_by_what_messages_say_and_through_links() {
+    let lab = provisioned();
+    let elsewhere = lab.path("elsewhere").display().to_string();
+    fs::rename(lab.state(), &elsewhere).unwrap();
+    let at = ["--state-dir", elsewhere.as_str()];
+    let server = lab.serve(&at);
+    let mut client = Remote::connected(&lab.socket(), 1);
+    client.ask("scatter 100 1");
+    run(lab.session("hold").args(at)).ok();
+    client.leave();
+    wait_until("end of the session", || {
+        let report = run(lab.pristine("status", &at).arg("--json")).ok();
+        report.stdout.contains("\"held\"")
+    });
+    server.stop();
+    let words = format!("session release --disk {} --state-dir {elsewhere}`", lab.disk().display());
+    for command in ["restore", "rebase"] {
+        let base = lab.base();
+        let more: &[&OsStr] = if command == "rebase" { &["--base".as_ref(), base.as_ref()] } else { &[] };
+        run(lab.pristine(command, &at).args(more)).refused(1, &[&words]);
+    }
+    fs::rename(&elsewhere, lab.state()).unwrap();
+    let link = lab.path("link");
+    std::os::unix::fs::symlink(lab.disk(), &link).unwrap();
+    let mut adopt = pristine(["provision", "--adopt", "--base"]);
+    adopt.arg(lab.base()).arg("--runtime-dir").arg(lab.runtime()).arg("--disk").arg(&link);
+    run(&mut adopt).refused(1, &["held", "session release --disk"]);
+}

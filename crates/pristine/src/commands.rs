@@ -106,7 +106,8 @@ pub(crate) fn restore(args: &RestoreArgs) -> Result<ExitCode, Failure> {
     let status = session_disk::status(&options)?;
     // A held disk is left alone; that the drain refuses it is not enough, for opening settles logs.
     if let Some(reason) = status.held {
-        return Err(Error::Held { disk: options.disk, reason }.into());
+        let named = options.paths().arguments();
+        return Err(Error::Held { disk: options.disk, named, reason }.into());
     }
     if let Some(vm) = status.session_owner_pid.filter(|_| status.server_pid.is_none()) {
         let disk = options.disk.display();

@@ -129,17 +129,17 @@ impl ChangedDisk {
 /// Fails if a session is open and may go on, or if it has lost something.
 fn refuse_open_session(options: &DiskOptions, live: Option<&LivePage>) -> Result<(), Error> {
     let Some(live) = live else { return Ok(()) };
-    let disk = options.disk.display();
+    let (disk, named) = (options.disk.display(), options.paths().arguments());
     if live.is_poisoned() {
         return Err(Error::Refused(format!(
             "{disk}: its storage failed in the last session, and what that has written may be lost; give it up with \
-             `pristine restore`"
+             `pristine restore {named}`"
         )));
     }
     if live.session_may_go_on() {
         return Err(Error::Refused(format!(
             "{disk}: its session is open and goes on when the disk is served again; shut its VM down, or end the session \
-             with `pristine session end --disk {disk}`"
+             with `pristine session end {named}`"
         )));
     }
     Ok(())
@@ -155,7 +155,7 @@ fn taken(
     live: Before,
     verdict: Verdict,
 ) -> Result<BlockSet, Error> {
-    let disk = options.disk.display();
+    let (disk, named) = (options.disk.display(), paths.arguments());
     match &verdict.basis {
         Basis::Everything(Distrust::OlderState) if manifest.kept => {
             return Err(Error::KeptUnknown { disk: options.disk.clone() });
@@ -163,12 +163,12 @@ fn taken(
         Basis::Everything(why) if manifest.kept => {
             return Err(Error::Refused(format!(
                 "{disk}: {why}; if its contents are right all the same, say so by serving it once with `pristine maintain \
-                 --disk {disk}`"
+                 {named}`"
             )));
         }
         Basis::Everything(why) => {
             return Err(Error::Refused(format!(
-                "{disk}: {why}, so what its last session has written can't be told; `pristine keep --whole-disk` keeps all of \
+                "{disk}: {why}, so what its last session has written can't be told; `pristine keep --whole-disk {named}` keeps all of \
                  it as it is"
             )));
         }
@@ -180,8 +180,8 @@ fn taken(
     }
     if manifest.held.as_ref().is_none_or(|reason| reason.is_over()) {
         return Err(Error::Refused(format!(
-            "{disk}: it has no changes that are kept; `pristine maintain --disk {disk}` serves it for a session whose changes are \
-             kept, and `pristine session hold --disk {disk}` keeps those of a session that runs"
+            "{disk}: it has no changes that are kept; `pristine maintain {named}` serves it for a session whose changes are \
+             kept, and `pristine session hold {named}` keeps those of a session that runs"
         )));
     }
     // What was pending before it is not the session's.

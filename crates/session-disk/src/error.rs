@@ -108,12 +108,14 @@ pub enum Error {
     /// What the last session left is kept as it is.
     #[error(
         "{disk} is held ({reason}): nothing is restored and no session begins before \
-         `pristine session release --disk {disk}`",
+         `pristine session release {named}`",
         disk = .disk.display()
     )]
     Held {
         /// The disk.
         disk: PathBuf,
+        /// The disk, as [`Paths::arguments`](crate::Paths::arguments).
+        named: String,
         /// Why.
         reason: HoldReason,
     },

@@ -129,14 +129,14 @@ impl<'a> Disk<'a> {
         let paths = options.paths();
         let mut manifest = Manifest::load(&paths)?;
         let file = File::open(&options.disk, OpenOptions::default())?;
-        let name = options.disk.display();
+        let (name, named) = (options.disk.display(), paths.arguments());
         let number = file_number(&options.disk)?;
         let look = |disk| LivePage::inspect(&paths.live_page(disk), disk, number);
         let locked = lock(&file, || look(manifest.disk).and_then(|live| live.server()))?;
         if !locked && manifest.held.is_none() {
             return Err(Error::Refused(format!(
-                "{name} is in use; hold it first: `pristine session hold --disk {name}`, and when its session has ended, \
-                 or `pristine session end --disk {name}` has ended it, keep it"
+                "{name} is in use; hold it first: `pristine session hold {named}`, and when its session has ended, \
+                 or `pristine session end {named}` has ended it, keep it"
             )));
         }
         if locked {
@@ -149,7 +149,7 @@ impl<'a> Disk<'a> {
             .is_some_and(|live| if locked { live.session_may_go_on() } else { live.session_is_open() })
         {
             return Err(Error::Refused(format!(
-                "{name}: its session is open; keep it when the session has ended: `pristine session end --disk {name}` \
+                "{name}: its session is open; keep it when the session has ended: `pristine session end {named}` \
                  ends it"
             )));
         }

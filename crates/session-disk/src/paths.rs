@@ -22,14 +22,10 @@ pub struct Paths {
 }
 
 impl Paths {
-    /// `state_dir` defaults to `DISK.pristine`; `runtime_dir` to `/run/pristine` for root, else to a
+    /// `state_dir` defaults to `DISK.pristine`, or, if that is not there and `DISK` is a link, to that beside what it leads to; `runtime_dir` to `/run/pristine` for root, else to a
     /// directory under `XDG_RUNTIME_DIR`. The runtime directory should be on a tmpfs.
     pub fn new(disk: &Path, state_dir: Option<&Path>, runtime_dir: Option<&Path>) -> Self {
-        let state = state_dir.map(Path::to_owned).unwrap_or_else(|| {
-            let mut name = OsString::from(disk.as_os_str());
-            name.push(".pristine");
-            PathBuf::from(name)
-        });
+        let state = state_dir.map_or_else(|| default_state_dir(disk), Path::to_owned);
         let runtime = runtime_dir.map(Path::to_owned).unwrap_or_else(default_runtime_dir);
         Self { disk: disk.to_owned(), state, runtime }
     }
@@ -37,6 +33,16 @@ impl Paths {
     /// The session disk.
     pub fn disk(&self) -> &Path {
         &self.disk
+    }
+
+    /// How the disk is named as arguments of a command: `--disk DISK`, `--state-dir DIR` if it is not at its default place.
+    pub fn arguments(&self) -> String {
+        let state = if self.state == default_state_dir(&self.disk) {
+            String::new()
+        } else {
+            format!(" --state-dir {}", self.state.display())
+        };
+        format!("--disk {}{state}", self.disk.display())
     }
 
     /// The state directory.
@@ -106,6 +112,20 @@ fn create_private(storage: &Storage, dir: &Path) -> Result<bool, Error> {
         Err(error) => Err(Error::state("create directory", dir, error)),
         Ok(()) => Ok(true),
     }
+}
+
+fn default_state_dir(disk: &Path) -> PathBuf {
+    let beside = |disk: &Path| {
+        let mut name = OsString::from(disk.as_os_str());
+        name.push(".pristine");
+        PathBuf::from(name)
+    };
+    let default = beside(disk);
+    if default.exists() || !disk.is_symlink() {
+        return default;
+    }
+    let of_target = disk.canonicalize().map(|target| beside(&target)).ok();
+    of_target.filter(|dir| dir.exists()).unwrap_or(default)
 }
 
 fn default_runtime_dir() -> PathBuf {

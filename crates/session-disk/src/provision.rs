@@ -123,7 +123,7 @@ fn make(options: &ProvisionOptions, made: &mut Made) -> Result<(u64, u64), Error
     let (disk, fresh) = if exists {
         let number = file_number(path)?;
         let live = before.as_ref().and_then(|id| LivePage::inspect(&paths.live_page(*id), *id, number));
-        refuse_open_session(path, live.as_ref(), "is taken over")?;
+        refuse_open_session(&paths, live.as_ref(), "is taken over")?;
         (open_existing(options, live.as_ref())?, false)
     } else {
         let size = wanted_size(options, &base, None)?;
@@ -217,13 +217,14 @@ fn make(options: &ProvisionOptions, made: &mut Made) -> Result<(u64, u64), Error
 fn existing_state(options: &ProvisionOptions, paths: &Paths) -> Result<Option<Manifest>, Error> {
     match Manifest::load(paths) {
         Err(Error::NotProvisioned { .. }) => Ok(None),
+        Err(error @ Error::State { .. }) => Err(error),
         _ if !options.adopt => Err(Error::Refused(format!(
             "{} is provisioned already ({} exists); to restore it use `pristine restore`, to start over use --adopt",
             options.disk.disk.display(),
             paths.manifest().display()
         ))),
         Ok(Manifest { held: Some(reason), .. }) if !reason.is_over() => {
-            Err(Error::Held { disk: options.disk.disk.clone(), reason })
+            Err(Error::Held { disk: options.disk.disk.clone(), named: paths.arguments(), reason })
         }
         Ok(Manifest { kept: true, logs, .. }) if !logs.is_empty() => {
             Err(Error::Kept { disk: options.disk.disk.clone() })

@@ -13,7 +13,7 @@ mod path;
 
 use std::fs;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 
 use base_image::{BaseImage, BaseLocation};
@@ -102,7 +102,7 @@ pub fn rebase(
     let subject = take(&options.disk)?;
     let Subject { paths, storage, disk, manifest, geometry, .. } = &subject;
     if let Some(reason) = manifest.held.clone().filter(|reason| !reason.is_over()) {
-        return Err(Error::Held { disk: path.clone(), reason });
+        return Err(Error::Held { disk: path.clone(), named: paths.arguments(), reason });
     }
     let named = options.base.resolved()?;
     let base = open_new_base(&options.disk, &named, *geometry)?;
@@ -111,7 +111,7 @@ pub fn rebase(
     let identity = base.identity()?;
 
     let live = LivePage::inspect(&paths.live_page(manifest.disk), manifest.disk, file_number(path)?);
-    refuse_open_session(path, live.as_ref(), "changes its base")?;
+    refuse_open_session(paths, live.as_ref(), "changes its base")?;
     let before = Before::of(live.as_ref()).session_over();
     let verdict = judge(storage, paths, manifest, *geometry, disk, before)?;
     let pending = verdict.pending;
@@ -187,7 +187,7 @@ fn open_new_base(options: &DiskOptions, named: &NamedBase, geometry: Geometry) -
 }
 
 /// Refuses a disk with a session that may go on: that a server left open whose VM may be alive.
-pub(crate) fn refuse_open_session(disk: &Path, live: Option<&LivePage>, what: &str) -> Result<(), Error> {
+pub(crate) fn refuse_open_session(paths: &Paths, live: Option<&LivePage>, what: &str) -> Result<(), Error> {
     // What one has written whose storage failed may be lost: nothing goes on then.
     let Some(live) = live.filter(|live| !live.is_poisoned() && live.session_may_go_on()) else {
         return Ok(());
@@ -195,8 +195,9 @@ pub(crate) fn refuse_open_session(disk: &Path, live: Option<&LivePage>, what: &s
     let whose = live.owner().map_or_else(String::new, |ProcessId { pid, .. }| format!(" of process {pid}"));
     Err(Error::Refused(format!(
         "{disk}: a session{whose} is open, and a disk {what} between sessions: shut the VM down, or end the \
-         session with `pristine session end --disk {disk}`",
-        disk = disk.display()
+         session with `pristine session end {named}`",
+        disk = paths.disk().display(),
+        named = paths.arguments()
     )))
 }
 

@@ -180,7 +180,9 @@ pub fn status(options: &DiskOptions) -> Result<Status, Error> {
     // A server that takes few connections may have none to spare; whoever serves the disk knows best.
     if !(is_served && matches!(manifest.base.path, BaseLocation::Nbd(_))) {
         status.base_trouble = match open_base(&manifest, options.base_patience.min(BASE_PATIENCE_MAX)) {
-            Ok(base) => base.trouble(),
+            Ok(base) => base.trouble().map(|trouble| {
+                format!("base image {}: its server can't be reached: {trouble}", manifest.base.path.display())
+            }),
             Err(error) => Some(in_full(&error)),
         };
     }

@@ -157,9 +157,10 @@ pub fn verify_base(
     if base.seal().is_none() {
         return Err(Error::Refused(format!(
             "base image {path} was not sealed when {disk} was provisioned; seal it with `pristine base seal {path}`, and \
-             move the disk to it with `pristine rebase --base {path} --disk {disk}`",
+             move the disk to it with `pristine rebase --base {path} {named}`",
             path = manifest.base.path.display(),
-            disk = options.disk.display()
+            disk = options.disk.display(),
+            named = options.paths().arguments()
         )));
     }
     match base.bad_chunks(stop, progress) {

@@ -119,7 +119,7 @@ impl SessionDisk {
     /// Why no session can begin now: an [`Error::Held`], if the disk is held.
     pub fn turns_away(&self) -> Option<Error> {
         let reason = self.held()?;
-        Some(Error::Held { disk: self.paths.disk().to_owned(), reason })
+        Some(Error::Held { disk: self.paths.disk().to_owned(), named: self.paths.arguments(), reason })
     }
 
     /// The process whose end ends the hold by itself.

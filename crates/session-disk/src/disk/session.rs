@@ -38,7 +38,11 @@ impl SessionDisk {
             return Err(Error::Poisoned(self.shared.disk.path().to_owned()));
         }
         if let Some(reason) = &lifecycle.manifest.held {
-            return Err(Error::Held { disk: self.paths.disk().to_owned(), reason: reason.clone() });
+            return Err(Error::Held {
+                disk: self.paths.disk().to_owned(),
+                named: self.paths.arguments(),
+                reason: reason.clone(),
+            });
         }
         self.shared.check_base()?;
         let mut manifest = lifecycle.manifest.clone();
