@@ -22,6 +22,10 @@ use crate::qcow2::Qcow2;
 /// Files of a chain; each is an open descriptor and a look-up for every byte.
 const LAYERS_MAX: usize = 64;
 
+/// Bytes of memory that the tables of all files of a chain may take. 64 files with clusters of 64 KiB take half of it, however large
+/// the disk is.
+const TABLES_MAX: u64 = 1 << 30;
+
 /// Which backing files may be opened.
 #[derive(Clone, Copy, Debug)]
 pub enum Trust<'a> {
@@ -102,6 +106,13 @@ impl Layer {
         }
     }
 
+    fn memory_max(&self) -> u64 {
+        match self {
+            Self::Raw { .. } => 0,
+            Self::Qcow2(qcow2) => qcow2.memory_max(),
+        }
+    }
+
     fn find(&self, offset: u64, len: u64) -> io::Result<(Found, u64)> {
         match self {
             Self::Raw { .. } => Ok((Found::Bytes(offset), len)),
@@ -136,6 +147,17 @@ impl Chain {
             }
             chain.refuse_again(&file)?;
             chain.layers.push(Layer::open(file, format)?);
+            let tables = chain.layers.iter().map(Layer::memory_max).sum::<u64>();
+            if tables > TABLES_MAX {
+                return Err(chain.refused_last(format!(
+                    "the tables of the {} files from {} on may take {} MiB of memory, more than {}; make one image of them with \
+                     `qemu-img convert -O qcow2`",
+                    chain.layers.len(),
+                    chain.layers.first().map(|layer| layer.file().path().display().to_string()).unwrap_or_default(),
+                    tables >> 20,
+                    TABLES_MAX >> 20
+                )));
+            }
         }
         let expected = if let Trust::Recorded(files) = trust { files.len() } else { chain.layers.len() - 1 };
         if chain.layers.len() - 1 != expected {

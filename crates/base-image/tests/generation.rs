@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests")]
 
 use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
@@ -192,4 +192,34 @@ fn generation_under_way_is_not_disturbed_by_another() {
     let mut bytes = [0; 8192];
     File::open(&to).unwrap().read_exact_at(&mut bytes, 0).unwrap();
     assert_eq!(bytes, [9; 8192]);
+}
+
+/// What tells of the image is as little for everybody as the image; and what has another name is not an attempt's.
+#[test]
+fn generation_is_as_private_as_its_parent_and_empties_nothing_that_has_another_name() {
+    let lab = Lab::new();
+    let (base, to) = (lab.path("1.raw"), lab.path("2.raw"));
+    mixed(&base, 1 << 20, 8);
+    let parent = sealed(&base, BaseFormat::Raw);
+    fs::set_permissions(&base, fs::Permissions::from_mode(0o440)).unwrap();
+    let read = |buf: &mut [u8], _: u64| {
+        buf.fill(3);
+        Ok(())
+    };
+    let extents = [Extent::new(1, 1)];
+    let format = BaseFormat::Raw;
+    let new =
+        NewGeneration { parent: &parent, to: &to, format, size: 1 << 20, extents: &extents, read: &read };
+    let (published, left) = (lab.path("published"), lab.path("2.raw.promoting"));
+    fs::write(&published, "a base").unwrap();
+    fs::hard_link(&published, &left).unwrap();
+    let error = text(&new.make(&NEVER, &mut |_, _| ()).unwrap_err());
+    assert!(error.contains("hard link") && error.contains("2.raw.promoting"), "{error}");
+    assert_eq!(fs::read(&published).unwrap(), b"a base");
+    assert!(left.exists());
+    fs::remove_file(&left).unwrap();
+    new.make(&NEVER, &mut |_, _| ()).unwrap();
+    for path in [to.clone(), manifest_path(&to), Delta::path_of(&to)] {
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o440, "{}", path.display());
+    }
 }

@@ -54,6 +54,31 @@ fn backing_file_other_than_the_recorded_one_is_refused() {
     assert!(why(again(&recorded)).contains("not before"));
 }
 
+/// What looking through a chain may take of the host's memory is known when it is opened, before it is taken.
+#[test]
+fn chain_whose_tables_would_fill_the_memory_is_refused() {
+    const LAYERS: u64 = 4;
+    const TABLES: u64 = 128;
+    let lab = Lab::new();
+    for layer in 0..LAYERS {
+        let backing = if layer == 0 { String::new() } else { format!("-u -b {} -F qcow2 ", layer - 1) };
+        lab.img(&format!("create -q -f qcow2 -o cluster_size=2M {backing}{layer} 64T"));
+        let file = fs::File::options().read(true).write(true).open(lab.path(&layer.to_string())).unwrap();
+        let mut place = [0; 8];
+        file.read_exact_at(&mut place, 40).unwrap();
+        let begin = file.metadata().unwrap().len().next_multiple_of(2 << 20);
+        for table in 0..TABLES {
+            let entry = (begin + table * (2 << 20)) | 1 << 63;
+            file.write_all_at(&entry.to_be_bytes(), u64::from_be_bytes(place) + table * 8).unwrap();
+        }
+        // All of them in a hole.
+        file.set_len(begin + TABLES * (2 << 20)).unwrap();
+    }
+    lab.open("2").unwrap();
+    let why = why(lab.open("3"));
+    assert!(why.contains("tables of the 4 files") && why.contains("qemu-img convert"), "{why}");
+}
+
 #[test]
 fn backing_files_that_are_not_plain_named_ones_are_refused() {
     let lab = Lab::new();

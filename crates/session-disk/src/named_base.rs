@@ -79,6 +79,11 @@ impl NamedBase {
         }
     }
 
+    /// The same, with what it is known by from now on. What it has on its medium by then is what was read.
+    pub(crate) fn open_settled(&self, patience: Duration) -> Result<(BaseImage, BaseIdentity), Error> {
+        settled(|| self.open(patience))
+    }
+
     /// What a disk's manifest says of it, when it was [resolved](Self::resolved), opened as `base`, and looked like `identity`.
     pub(crate) fn entry(self, base: &BaseImage, identity: BaseIdentity) -> BaseEntry {
         BaseEntry {
@@ -88,5 +93,56 @@ impl NamedBase {
             root: base.seal().map(Seal::root),
             seal: self.seal,
         }
+    }
+}
+
+/// Opens a base, and takes its identity: its times are to vouch for all that was read of it, and is from now on.
+fn settled(mut open: impl FnMut() -> Result<BaseImage, Error>) -> Result<(BaseImage, BaseIdentity), Error> {
+    let base = open()?;
+    // Before its times are taken, for who still writes it may change it without that.
+    base.sync()?;
+    let identity = base.identity()?;
+    if base.format() == BaseFormat::Raw {
+        return Ok((base, identity));
+    }
+    // Its tables were read when it was opened, which is longer ago than its times are.
+    let again = open()?;
+    again.check(&identity)?;
+    Ok((again, identity))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    /// Invariant 5: an image that somebody changes while it is opened is read as it is known by.
+    #[test]
+    fn image_that_changes_while_it_is_opened_is_read_as_its_identity_says() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        let img = |args: &[&str]| {
+            let done = Command::new("qemu-img").args(args).current_dir(dir.path()).status().unwrap();
+            assert!(done.success());
+        };
+        fs::write(path("data"), vec![7; 1 << 20]).unwrap();
+        img(&["create", "-q", "-f", "qcow2", "base", "1M"]);
+        img(&["convert", "-f", "raw", "-O", "qcow2", "data", "full"]);
+        let mut opened = 0;
+        let (base, identity) = settled(|| {
+            let base = BaseImage::open(&path("base"), Some(BaseFormat::Qcow2), Trust::Directories(&[]))?;
+            opened += 1;
+            if opened == 1 {
+                // In the same file, as whoever heeds no locks does it.
+                fs::write(path("base"), fs::read(path("full")).unwrap()).unwrap();
+            }
+            Ok(base)
+        })
+        .unwrap();
+        base.check(&identity).unwrap();
+        let mut byte = [0];
+        base.read_at(&mut byte, 5000).unwrap();
+        assert_eq!(byte, [7]);
     }
 }

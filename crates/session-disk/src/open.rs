@@ -108,10 +108,10 @@ pub(crate) fn open_base(manifest: &Manifest, patience: Duration) -> Result<BaseI
         BaseLocation::File(path) => BaseImage::open(path, Some(*format), Trust::Recorded(&identity.backing)),
         BaseLocation::Nbd(uri) => BaseImage::connect(uri, Some(*format), Some(identity.size), patience),
     };
-    let path = || location.as_path().to_owned();
     let base = base.map_err(|error| match error {
+        // It may be one of the files that the base is backed by.
         base_image::BaseError::Io(error) if error.is_in_use() => {
-            Error::InUse { path: path(), by: " by a program that may write to it".into() }
+            Error::InUse { path: error.path().to_owned(), by: " by a program that may write to it".into() }
         }
         error => error.into(),
     })?;
@@ -122,9 +122,11 @@ pub(crate) fn open_base(manifest: &Manifest, patience: Duration) -> Result<BaseI
     let found = find_seal(location, manifest.base.seal.as_deref())?;
     match found {
         Some(seal) if seal.root() == *root => Ok(base.sealed(seal)?),
-        found => {
-            Err(Error::OtherSeal { base: path(), found: found.as_ref().map(Seal::root), expected: *root })
-        }
+        found => Err(Error::OtherSeal {
+            base: location.as_path().to_owned(),
+            found: found.as_ref().map(Seal::root),
+            expected: *root,
+        }),
     }
 }
 

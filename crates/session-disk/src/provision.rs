@@ -103,7 +103,7 @@ fn make(options: &ProvisionOptions, made: &mut Made) -> Result<(u64, u64), Error
     let path = &options.disk.disk;
     let (paths, storage) = (options.disk.paths(), Storage::new(options.disk.tape.clone()));
     let named = options.base.resolved()?;
-    let base = named.open(options.disk.base_patience)?;
+    let (base, identity) = named.open_settled(options.disk.base_patience)?;
     let exists = match fs::metadata(path) {
         Ok(_) => true,
         Err(error) if error.kind() == io::ErrorKind::NotFound => false,
@@ -112,9 +112,6 @@ fn make(options: &ProvisionOptions, made: &mut Made) -> Result<(u64, u64), Error
     if exists {
         refuse_disk_of_base(path, &base)?;
     }
-    // Before anything of it is looked at, and durable: its times are to vouch for what is copied from now on.
-    base.sync()?;
-    let identity = base.identity()?;
     let state_before = existing_state(options, &paths)?;
     let before = state_before.as_ref().map(|manifest| manifest.disk);
     // A state that is replaced, and copies of it, are older than the new one, and so are its logs.

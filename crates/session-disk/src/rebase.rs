@@ -16,7 +16,7 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 
-use base_image::{BaseImage, BaseLocation};
+use base_image::{BaseIdentity, BaseImage, BaseLocation};
 use blockio::File;
 use blocks::{BlockSet, Geometry};
 use write_log::{LogHeader, LogWriter};
@@ -105,10 +105,7 @@ pub fn rebase(
         return Err(Error::Held { disk: path.clone(), named: paths.arguments(), reason });
     }
     let named = options.base.resolved()?;
-    let base = open_new_base(&options.disk, &named, *geometry)?;
-    // Its times are to vouch for what is copied from now on.
-    base.sync()?;
-    let identity = base.identity()?;
+    let (base, identity) = open_new_base(&options.disk, &named, *geometry)?;
 
     let live = LivePage::inspect(&paths.live_page(manifest.disk), manifest.disk, file_number(path)?);
     refuse_open_session(paths, live.as_ref(), "changes its base")?;
@@ -167,11 +164,15 @@ fn take(options: &DiskOptions) -> Result<Subject, Error> {
     Ok(Subject { paths, storage, disk, manifest, geometry, _state_lock: state_lock })
 }
 
-fn open_new_base(options: &DiskOptions, named: &NamedBase, geometry: Geometry) -> Result<BaseImage, Error> {
+fn open_new_base(
+    options: &DiskOptions,
+    named: &NamedBase,
+    geometry: Geometry,
+) -> Result<(BaseImage, BaseIdentity), Error> {
     if let BaseLocation::File(path) = &named.location {
         refuse_same_file(&options.disk, path)?;
     }
-    let base = named.open(options.base_patience)?;
+    let (base, identity) = named.open_settled(options.base_patience)?;
     refuse_disk_of_base(&options.disk, &base)?;
     if base.size() > geometry.size() {
         return Err(Error::Refused(format!(
@@ -183,7 +184,7 @@ fn open_new_base(options: &DiskOptions, named: &NamedBase, geometry: Geometry) -
             options.disk.display()
         )));
     }
-    Ok(base)
+    Ok((base, identity))
 }
 
 /// Refuses a disk with a session that may go on: that a server left open whose VM may be alive.

@@ -114,6 +114,7 @@ impl NewGeneration<'_> {
         Delta::new(seal.generation(), generation, self.extents.to_vec())
             .with_parent_path(&place.name_from_here(self.parent.path()))
             .write(&Delta::path_of(place.temporary()))?;
+        place.protect_beside(parent_file)?;
         go_on(stop)?;
         let (path, replaced) = place.publish()?;
         Ok(MadeGeneration { path, generation, way, replaced })

@@ -3,6 +3,7 @@
 use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -113,6 +114,14 @@ impl Place {
             }
             return Ok(self);
         }
+        let of = rustix::fs::fstat(&self.file);
+        let links =
+            of.map_err(|errno| BaseError::manifest("look at", &self.temporary, errno.into()))?.st_nlink;
+        if links != 1 {
+            self.published = true;
+            let what = "it has another name too (a hard link), and would be emptied under both: remove it";
+            return Err(refused(&self.temporary, what));
+        }
         self.replaced.push(self.temporary.clone());
         for path in beside.into_iter().chain(self.temporary_names()) {
             match fs::remove_file(&path) {
@@ -156,17 +165,19 @@ impl Place {
 
     /// Makes the image read-only, for those who may read `parent`, and durable but for its name.
     pub(super) fn protect(&self, parent: &File) -> Result<(), BaseError> {
-        let failed = |errno: Errno| BaseError::manifest("protect", &self.temporary, errno.into());
-        let of = rustix::fs::fstat(parent).map_err(failed)?;
-        let own = rustix::fs::fstat(&self.file).map_err(failed)?;
-        if parent.kind() == FileKind::Regular && (of.st_uid, of.st_gid) != (own.st_uid, own.st_gid) {
-            let (user, group) = (rustix::fs::Uid::from_raw(of.st_uid), rustix::fs::Gid::from_raw(of.st_gid));
-            // Only root can give files away; the others' images are their own.
-            let _ = rustix::fs::fchown(&self.file, Some(user), Some(group));
-        }
-        let mode = Mode::from_raw_mode(of.st_mode & 0o444 | 0o400);
-        rustix::fs::fchmod(&self.file, mode).map_err(failed)?;
+        protect_as(parent, self.file.as_fd(), &self.temporary)?;
         Ok(self.file.sync_all()?)
+    }
+
+    /// The same of what was written beside the image, whose hashes tell of it.
+    pub(super) fn protect_beside(&self, parent: &File) -> Result<(), BaseError> {
+        for path in [Delta::path_of(&self.temporary), manifest_path(&self.temporary)] {
+            let failed = |error| BaseError::manifest("protect", &path, error);
+            let file = fs::File::open(&path).map_err(failed)?;
+            protect_as(parent, file.as_fd(), &path)?;
+            file.sync_all().map_err(failed)?;
+        }
+        Ok(())
     }
 
     /// Gives all that was made its name, the image last. From then on it is there, for good.
@@ -211,6 +222,19 @@ impl Drop for Place {
             }
         }
     }
+}
+
+/// Makes a file read-only, for those who may read `parent`.
+fn protect_as(parent: &File, file: BorrowedFd<'_>, path: &Path) -> Result<(), BaseError> {
+    let failed = |errno: Errno| BaseError::manifest("protect", path, errno.into());
+    let of = rustix::fs::fstat(parent).map_err(failed)?;
+    let own = rustix::fs::fstat(file).map_err(failed)?;
+    if parent.kind() == FileKind::Regular && (of.st_uid, of.st_gid) != (own.st_uid, own.st_gid) {
+        let (user, group) = (rustix::fs::Uid::from_raw(of.st_uid), rustix::fs::Gid::from_raw(of.st_gid));
+        // Only root can give files away; the others' images are their own.
+        let _ = rustix::fs::fchown(file, Some(user), Some(group));
+    }
+    rustix::fs::fchmod(file, Mode::from_raw_mode(of.st_mode & 0o444 | 0o400)).map_err(failed)
 }
 
 fn taken(to: &Path) -> BaseError {

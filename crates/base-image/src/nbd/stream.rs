@@ -136,16 +136,23 @@ fn no_answer() -> io::Error {
 }
 
 fn connect_tcp(host: &str, port: u16, deadline: Instant, hurry: &Hurry) -> io::Result<TcpStream> {
+    connect_any(&addresses(host, port, deadline, hurry)?, deadline, hurry)
+}
+
+/// Tries one address after the other. One that is silent leaves time for those after it.
+fn connect_any(addresses: &[SocketAddr], deadline: Instant, hurry: &Hurry) -> io::Result<TcpStream> {
     let mut error = io::Error::new(io::ErrorKind::NotFound, "its name has no address");
-    for address in addresses(host, port, deadline, hurry)? {
-        match connect_to(address, deadline, hurry) {
+    for (address, remaining) in addresses.iter().zip((1..=addresses.len() as u32).rev()) {
+        let now = Instant::now();
+        let its_end = now + deadline.saturating_duration_since(now) / remaining;
+        match connect_to(*address, its_end, hurry) {
             Ok(socket) => {
                 socket.set_nodelay(true)?;
                 return Ok(socket);
             }
             Err(failed) => error = failed,
         }
-        // None of the others would be waited for either.
+        // If nothing is waited for any more, it is for none of the others either.
         left(deadline, hurry)?;
     }
     Err(if error.kind() == io::ErrorKind::TimedOut { no_answer() } else { error })
@@ -285,6 +292,22 @@ mod tests {
             hurry.set(true);
             assert_eq!(attempt.join().unwrap().unwrap_err().kind(), io::ErrorKind::TimedOut);
         });
+    }
+
+    /// A name may have an address that leads nowhere, as those of IPv6 often do.
+    #[test]
+    fn address_that_is_silent_leaves_time_for_the_next_one() {
+        let (silent, good) =
+            (TcpListener::bind("127.0.0.1:0").unwrap(), TcpListener::bind("127.0.0.1:0").unwrap());
+        listen(&silent, 0).unwrap();
+        let addresses = [&silent, &good].map(|listener| listener.local_addr().unwrap());
+        let hurry = Hurry::default();
+        let mut taken = Vec::new();
+        while let Ok(stream) = connect_to(addresses[0], Instant::now() + LOOK_EVERY, &hurry) {
+            taken.push(stream);
+        }
+        let stream = connect_any(&addresses, Instant::now() + Duration::from_secs(4), &hurry).unwrap();
+        assert_eq!(stream.peer_addr().unwrap(), addresses[1]);
     }
 
     #[test]

@@ -22,6 +22,8 @@ pub(super) struct Header {
     pub(super) l1_offset: u64,
     /// How many of its entries the disk needs.
     pub(super) l1_entries: u64,
+    /// How many it has.
+    pub(super) l1_stated: u64,
 }
 
 fn be32(bytes: &[u8], at: usize) -> u32 {
@@ -69,7 +71,7 @@ impl Header {
         if l1_end.is_none_or(|end| end > file_size) {
             return Err("it is damaged or cut off: its table of tables does not lie inside the file".into());
         }
-        Ok(Self { cluster_bits, size, l1_offset, l1_entries })
+        Ok(Self { cluster_bits, size, l1_offset, l1_entries, l1_stated: stated })
     }
 
     /// Size of a cluster in bytes.
@@ -116,7 +118,8 @@ mod tests {
 
     #[test]
     fn header_that_is_good_says_where_the_tables_are() {
-        let good = Header { cluster_bits: 16, size: 1 << 30, l1_offset: 0x30000, l1_entries: 2 };
+        let good =
+            Header { cluster_bits: 16, size: 1 << 30, l1_offset: 0x30000, l1_entries: 2, l1_stated: 2 };
         assert_eq!(header(2, |_| ()), Ok(good));
         assert_eq!(header(3, |_| ()), Ok(good));
     }

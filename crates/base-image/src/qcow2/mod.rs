@@ -23,6 +23,9 @@ const SECTOR: u64 = 512;
 /// The bits of a table's entry that are an offset.
 const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
 
+/// How many tables imago keeps in memory of an image (0.2.6: the cache of L2 tables that it makes for each).
+const TABLES_KEPT: u64 = 128;
+
 /// An open qcow2 file.
 #[derive(Debug)]
 pub(crate) struct Qcow2 {
@@ -65,6 +68,13 @@ impl Qcow2 {
         };
         let (access, backing) = open().map_err(|error| format!("it can't be read as qcow2: {error}"))?;
         Ok(Self { file, file_size, header, tables, access, backing })
+    }
+
+    /// Bytes of memory that it may take: the table of tables, as it is and as the driver reads it, and the tables that the driver
+    /// keeps.
+    pub(crate) fn memory_max(&self) -> u64 {
+        let used = self.tables.iter().filter(|table| **table != 0).count() as u64;
+        8 * (self.header.l1_entries + self.header.l1_stated) + used.min(TABLES_KEPT) * self.header.cluster()
     }
 
     /// The file itself.

@@ -58,9 +58,11 @@ impl Known {
                 }
                 let forgets = self.forgets.load(Ordering::SeqCst);
                 let Some(found) = look(group, wanted) else { return false };
-                word.store(u64::from(epoch.0) << 32 | u64::from(before | found), Ordering::SeqCst);
+                let now = u64::from(epoch.0) << 32 | u64::from(before | found);
+                // What was forgotten since it was read here must not come back.
+                let is_kept = word.compare_exchange(seen, now, Ordering::SeqCst, Ordering::Relaxed).is_ok();
                 // It may have been punched after the look: then either this is seen, or the store is undone there.
-                if self.forgets.load(Ordering::SeqCst) != forgets {
+                if is_kept && self.forgets.load(Ordering::SeqCst) != forgets {
                     word.store(0, Ordering::SeqCst);
                 }
                 if found & wanted != wanted {
@@ -171,6 +173,24 @@ mod tests {
             assert_eq!(looks, 2, "round {round}");
             known.forget(0..1);
         }
+    }
+
+    /// What was known before is not known any more either when it is forgotten between the count and the end of a look.
+    #[test]
+    fn pages_that_are_forgotten_beside_a_look_at_others_are_looked_at_again() {
+        let known = Known::new(64).unwrap();
+        assert!(known.all_resident(5..6, looked(1), false, |_, _| Some(1 << 5)));
+        known.forgets.fetch_add(1, Ordering::SeqCst);
+        known.all_resident(0..1, looked(1), false, |_, _| {
+            known.words.clear(5..6);
+            Some(1)
+        });
+        let mut looks = 0;
+        known.all_resident(5..6, looked(1), false, |_, _| {
+            looks += 1;
+            Some(1 << 5)
+        });
+        assert_eq!(looks, 1);
     }
 
     /// Only of these it is said that they may be touched.
