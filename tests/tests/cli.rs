@@ -490,3 +490,44 @@ fn hangup_ends_a_server_that_does_not_ignore_it() {
     lab.wait_pristine();
     server.stop();
 }
+
+/// What root does to another user's disk does not lock that user out: all files of its state stay the user's.
+#[test]
+fn root_that_handles_a_users_disk_leaves_it_to_the_user() {
+    const NOBODY: u32 = 65534;
+    let lab = Lab::new();
+    images::dense(&lab.base(), 1 << 20, 119);
+    let give = |path: &Path| std::os::unix::fs::chown(path, Some(NOBODY), Some(NOBODY));
+    if [lab.path(""), lab.runtime().to_owned(), lab.base()].iter().any(|path| give(path).is_err()) {
+        eprintln!("not tested, only root can give files away");
+        return;
+    }
+    let as_nobody = |command: &Command| {
+        let mut demoted = Command::new("setpriv");
+        demoted.args(["--reuid", "65534", "--regid", "65534", "--clear-groups", "--no-new-privs"]);
+        demoted.arg(command.get_program()).args(command.get_args());
+        run(&mut demoted)
+    };
+    as_nobody(lab.pristine("provision", &["--base"]).arg(lab.base())).ok();
+    for round in 0..2 {
+        // Killed in a session, held, and restored, all by root.
+        let server = lab.serve(NONE);
+        let mut client = Remote::connected(&lab.socket(), 1);
+        client.ask("scatter 50 1");
+        server.kill();
+        run(&mut lab.session("hold")).ok();
+        client.kill();
+        lab.serve(NONE).stop();
+        let dirs = [lab.state(), lab.state().join("sessions"), lab.runtime().to_owned()];
+        let mut files = 0;
+        for file in dirs.iter().flat_map(|dir| std::fs::read_dir(dir).unwrap()) {
+            let file = file.unwrap();
+            assert_eq!(file.metadata().unwrap().uid(), NOBODY, "{}", file.path().display());
+            files += 1;
+        }
+        assert!(files > 4, "{files} files, round {round}");
+        as_nobody(&lab.session("release")).ok();
+        as_nobody(&lab.pristine("restore", NONE)).ok();
+        lab.assert_pristine();
+    }
+}

@@ -15,6 +15,7 @@ use rustix::{
     mm::{MapFlags, ProtFlags},
 };
 
+use crate::owner::give_to_owner_of_directory;
 use crate::{
     Error,
     coherence::{TMPFS, file_system},
@@ -94,6 +95,9 @@ impl SharedPage {
         if !made && stat.st_size != PAGE_SIZE as i64 {
             let found = format!("it has {} bytes instead of {PAGE_SIZE}", stat.st_size);
             return Err(Error::new("map", path, std::io::Error::new(std::io::ErrorKind::InvalidData, found)));
+        }
+        if create {
+            give_to_owner_of_directory(&fd, path);
         }
         // Room for the page now: storing into a hole of a full file system would be a SIGBUS.
         match rustix::fs::fallocate(&fd, FallocateFlags::empty(), 0, PAGE_SIZE as u64) {

@@ -35,6 +35,7 @@ use std::{
     sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, compiler_fence},
 };
 
+use crate::owner::give_to_owner_of_directory;
 use rustix::{
     fs::{FallocateFlags, Mode, OFlags},
     io::Errno,
@@ -101,6 +102,7 @@ impl Redo {
         if !rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file() {
             return Err(Error::wrong_type("map", path));
         }
+        give_to_owner_of_directory(&fd, path);
         if stat.st_size == 0 {
             rustix::fs::ftruncate(&fd, FILE_BYTES as u64).map_err(fail)?;
         } else if stat.st_size != FILE_BYTES as i64 {

@@ -15,7 +15,8 @@ use std::sync::Arc;
 use std::{panic, thread};
 
 use blockio::tape::{Io, Tape, TapeEngine, pass};
-use blockio::{Engine, File, OpenOptions, WindowedFile};
+use blockio::{Engine, File, OpenOptions, WindowedFile, give_to_owner_of_directory};
+use rustix::fs::OFlags;
 use write_log::{DiskDir, DiskFile, LogContents, LogDir, LogError, LogFile};
 
 use crate::Error;
@@ -104,11 +105,14 @@ impl Storage {
     pub(crate) fn stage(&self, path: &Path, bytes: &[u8]) -> io::Result<Staged> {
         let new = path.with_extension("new");
         let file = self.pass(Io::Create { path: &new, len: 0 }, || {
-            fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)
+            let mut options = fs::OpenOptions::new();
+            options.write(true).create(true).truncate(true).mode(0o600);
+            options.custom_flags(OFlags::NOFOLLOW.bits() as i32).open(&new)
         });
         // From here on it is removed unless it is placed, also if it could not be made: it may have been there.
         let guard = Unplaced { storage: self.clone(), new, placed: false };
         let mut file = file?;
+        give_to_owner_of_directory(&file, &guard.new);
         let io = Io::Write { path: &guard.new, offset: 0, bytes, durable: false };
         self.pass(io, || file.write_all(bytes))?;
         Ok(Staged { guard, file, path: path.to_owned() })
@@ -270,7 +274,9 @@ impl LogDir for QuickDir {
     }
 
     fn create_new(&self, path: &Path) -> io::Result<Box<dyn LogFile>> {
-        Ok(Box::new(WindowedLog(WindowedFile::new(DiskFile::create_new(path)?))))
+        let file = DiskFile::create_new(path)?;
+        give_to_owner_of_directory(&file, path);
+        Ok(Box::new(WindowedLog(WindowedFile::new(file))))
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {
