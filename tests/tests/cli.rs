@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::fs;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -530,4 +531,31 @@ fn root_that_handles_a_users_disk_leaves_it_to_the_user() {
         as_nobody(&lab.pristine("restore", NONE)).ok();
         lab.assert_pristine();
     }
+}
+
+/// Names that can't be written down are refused where they would have to be, and are no trouble elsewhere.
+#[test]
+fn names_that_are_no_utf_8_are_refused_as_bases_and_work_as_disks() {
+    let lab = Lab::new();
+    images::dense(&lab.base(), 1 << 20, 120);
+    let name = |name: &[u8]| lab.path("").join(OsStr::from_bytes(name));
+    let (base, disk) = (name(b"gol\xff.img"), name(b"vm\xff.img"));
+    fs::copy(lab.base(), &base).unwrap();
+    let of = |words: &[&str], disk: &Path| {
+        let mut command = pristine(words);
+        command.arg("--disk").arg(disk).arg("--runtime-dir").arg(lab.runtime());
+        command
+    };
+    run(of(&["provision"], &lab.disk()).arg("--base").arg(&base)).refused(1, &["gol", "UTF-8"]);
+    assert!(!lab.disk().exists());
+    run(pristine(["base", "seal"]).arg(&base)).refused(1, &["gol", "UTF-8"]);
+    run(of(&["provision", "--lazy"], &disk).arg("--base").arg(lab.base())).ok();
+    let log = fs::read_dir(name(b"vm\xff.img.pristine/sessions")).unwrap().next().unwrap().unwrap().path();
+    let shown = run(pristine(["log", "show", "--json"]).arg(log)).ok().stdout;
+    let report: serde_json::Value = serde_json::from_str(&shown).unwrap();
+    assert_eq!(report["kind"], "pending");
+    run(&mut of(&["restore"], &disk)).ok();
+    fs::write(name(b"old\xff.img.manifest"), "").unwrap();
+    let list = run(pristine(["base", "list", "--dir"]).arg(lab.path(""))).ok();
+    assert!(list.stdout.contains("UTF-8") || list.stderr.contains("UTF-8"), "{list:#?}");
 }

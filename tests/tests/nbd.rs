@@ -472,3 +472,37 @@ fn guest_boots_from_an_export_and_leaves_it_fresh() {
     server.stop();
     lab.assert_pristine_bytes();
 }
+
+/// Who stops a command hears that it was stopped, and not that a base failed which it no longer waits for.
+#[test]
+fn seal_of_an_export_that_is_stopped_says_so() {
+    let (lab, nbd) = served(Kind::Nbdkit, RATE);
+    let manifest = lab.path("golden.manifest");
+    let mut seal = pristine(["base", "seal"]);
+    let mut process = Process::spawn("seal", seal.arg(nbd.uri()).arg("--base-manifest").arg(&manifest));
+    wait_until("the manifest that is being made", || lab.path("golden.manifest.new").exists());
+    process.signal(Signal::TERM);
+    process.wait_line("what became of it", PATIENCE, |line| line.contains("stopped; nothing was changed"));
+    assert_eq!(process.wait(PATIENCE).code(), Some(1));
+    assert!(!process.output().contains("connection lost"), "{}", process.output());
+    assert!(!manifest.exists() && !lab.path("golden.manifest.new").exists());
+}
+
+/// What can't be promoted is not compared first.
+#[test]
+fn promotion_on_an_export_is_refused_at_once() {
+    let (lab, mut nbd) = served(Kind::Nbdkit, 0);
+    provision(&lab, &nbd.uri(), NONE).ok();
+    let server = lab.serve(NONE);
+    let mut client = Remote::connected(&lab.socket(), 1);
+    client.ask("scatter 100 1");
+    run(&mut lab.session("hold")).ok();
+    client.leave();
+    wait_until("end of the session", || lab.status()["state"] == "held");
+    server.stop();
+    nbd.start_again(&lab.base());
+    let to = lab.path("next.raw");
+    lab.run("promote", &["--to", to.to_str().unwrap()])
+        .refused(1, &["over the network", "pristine keep --disk"]);
+    assert!(!to.exists());
+}

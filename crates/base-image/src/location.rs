@@ -26,13 +26,19 @@ impl BaseLocation {
     /// the next boot.
     ///
     /// # Errors
-    /// If there is no such file. No server is asked.
+    /// If there is no such file, or its name can't be written down: it is no UTF-8. No server is asked.
     pub fn resolved(&self) -> io::Result<Self> {
         match self {
             Self::File(path) => {
                 let file = std::fs::canonicalize(path)?;
                 let is_device = std::fs::metadata(&file)?.file_type().is_block_device();
-                Ok(Self::File(if is_device { std::path::absolute(path)? } else { file }))
+                let place = if is_device { std::path::absolute(path)? } else { file };
+                match place.to_str() {
+                    Some(_) => Ok(Self::File(place)),
+                    None => {
+                        Err(io::Error::new(io::ErrorKind::InvalidInput, "its name is no UTF-8, rename it"))
+                    }
+                }
             }
             Self::Nbd(_) => Ok(self.clone()),
         }

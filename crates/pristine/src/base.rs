@@ -13,7 +13,7 @@ use indicatif::BinaryBytes;
 use crate::args::{BaseArgs, BaseCommand, BaseImageArgs, FormatArgs};
 use crate::base_list;
 use crate::commands::{seconds, text, texts};
-use crate::failure::Failure;
+use crate::failure::{Failure, was_stopped};
 use crate::progress::Progress;
 use crate::signals::StopOnSignal;
 
@@ -71,6 +71,11 @@ pub(crate) fn layout(base: &BaseLocation, args: &FormatArgs) -> Result<Layout, F
     open(args, &location, seal.as_ref())?.layout().map_err(|error| failure(&error))
 }
 
+/// The same of what may have been stopped.
+fn failure_unless(stop: &AtomicBool, error: &BaseError) -> Failure {
+    failure(if was_stopped(stop, error) { &BaseError::Stopped } else { error })
+}
+
 fn failure(error: &BaseError) -> Failure {
     match error {
         BaseError::Stopped => Failure::new("stopped; nothing was changed"),
@@ -92,7 +97,7 @@ fn seal(args: &BaseImageArgs) -> Result<ExitCode, Failure> {
         true => base_image::seal_to(&base, &path, &stop, &mut tell),
         false => base_image::seal(&base, &stop, &mut tell),
     };
-    let root = root.map_err(|error| failure(&error))?;
+    let root = root.map_err(|error| failure_unless(&stop, &error))?;
     progress.finish();
     if args.json {
         say!("{}", report(&base, Some(&root.to_string()))?);
@@ -152,7 +157,8 @@ fn verify(args: &BaseImageArgs) -> Result<ExitCode, Failure> {
     })?;
     let base = open(&args.format, &location, Some(&seal))?.sealed(seal).map_err(|error| failure(&error))?;
     let mut progress = Progress::new("verifying", base.size());
-    let bad = base.bad_chunks(&stop, &mut |done| progress.set(done)).map_err(|error| failure(&error))?;
+    let bad = base.bad_chunks(&stop, &mut |done| progress.set(done));
+    let bad = bad.map_err(|error| failure_unless(&stop, &error))?;
     progress.finish();
     if bad.is_empty() && !args.json {
         say!("{}: every byte is as it was sealed", location.display());

@@ -13,7 +13,7 @@ use session_disk::{Basis, Changes, DiskOptions, DiskState, Error, ProvisionOptio
 use crate::args::{ProvisionArgs, ReportArgs, RestoreArgs, VerifyArgs};
 use crate::base;
 use crate::copies::{self, by_way};
-use crate::failure::Failure;
+use crate::failure::{Failure, was_stopped};
 use crate::progress::Progress;
 use crate::session;
 use crate::signals::StopOnSignal;
@@ -157,7 +157,8 @@ pub(crate) fn verify(args: &VerifyArgs) -> Result<ExitCode, Failure> {
     let total = std::fs::metadata(&options.disk).map_or(0, |metadata| metadata.len());
     if deep {
         let mut progress = Progress::new("verifying the base", total);
-        let bad = session_disk::verify_base(&options, &stop, &mut |done| progress.set(done))?;
+        let bad = session_disk::verify_base(&options, &stop, &mut |done| progress.set(done));
+        let bad = bad.map_err(|error| if was_stopped(&stop, &error) { Error::Stopped } else { error })?;
         progress.finish();
         if !bad.is_empty() {
             // What is read of them fails, so there is nothing to compare the disk with.
@@ -166,7 +167,8 @@ pub(crate) fn verify(args: &VerifyArgs) -> Result<ExitCode, Failure> {
         }
     }
     let mut progress = Progress::new("verifying", total);
-    let found = session_disk::verify(&options, &stop, &mut |done| progress.set(done))?;
+    let found = session_disk::verify(&options, &stop, &mut |done| progress.set(done));
+    let found = found.map_err(|error| if was_stopped(&stop, &error) { Error::Stopped } else { error })?;
     progress.finish();
     let disk = options.disk.display();
     if args.json {

@@ -3,6 +3,7 @@
 use std::error::Error as StdError;
 use std::fmt;
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use blockio::in_full;
 
@@ -61,6 +62,15 @@ impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "pristine: error: {}", self.line())
     }
+}
+
+/// Whether what failed was stopped by the operator: a base that is not waited for any more is an error too, for the log then.
+pub(crate) fn was_stopped(stop: &AtomicBool, error: &dyn StdError) -> bool {
+    let stopped = stop.load(Ordering::Acquire);
+    if stopped {
+        log::debug!("{}", in_full(error));
+    }
+    stopped
 }
 
 impl From<control::ClientError> for Failure {

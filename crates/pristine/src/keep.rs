@@ -8,11 +8,11 @@ use std::time::Instant;
 
 use clap::Args;
 use indicatif::BinaryBytes;
-use session_disk::{Error, Portion};
+use session_disk::Portion;
 
 use crate::args::DiskArgs;
 use crate::commands::{amount, seconds, text};
-use crate::failure::Failure;
+use crate::failure::{Failure, was_stopped};
 use crate::progress::Progress;
 use crate::signals::StopOnSignal;
 
@@ -69,7 +69,7 @@ pub(crate) fn keep(args: &KeepArgs) -> Result<ExitCode, Failure> {
     let kept = session_disk::keep(&options, portion, &args.to, &stop, &mut progress);
     drop(bar);
     let kept = kept.map_err(|error| match error {
-        Error::Stopped => Failure::new("stopped; nothing was kept"),
+        error if was_stopped(&stop, &error) => Failure::new("stopped; nothing was kept"),
         error => error.into(),
     })?;
     let bytes = std::fs::metadata(&args.to).map_or(0, |metadata| metadata.len());

@@ -9,11 +9,11 @@ use std::time::Instant;
 use base_image::{BaseFormat, CopyWay, Delta, manifest_path};
 use clap::Args;
 use indicatif::BinaryBytes;
-use session_disk::{Error, PromoteOptions, PromoteStep, Promoted};
+use session_disk::{PromoteOptions, PromoteStep, Promoted};
 
 use crate::args::{DiskArgs, ResetOn, ServeArgs, disk_arguments};
 use crate::commands::{amount, seconds, text, texts};
-use crate::failure::Failure;
+use crate::failure::{Failure, was_stopped};
 use crate::progress::Progress;
 use crate::serve;
 use crate::signals::StopOnSignal;
@@ -94,7 +94,7 @@ pub(crate) fn run(args: &PromoteArgs) -> Result<ExitCode, Failure> {
     drop(shown);
     let made = match result {
         Ok(made) => made,
-        Err(Error::Stopped) => {
+        Err(error) if was_stopped(&stop, &error) => {
             return Err(Failure::new("stopped before the new base was made; what was made of it is removed"));
         }
         Err(error) => return Err(error.into()),

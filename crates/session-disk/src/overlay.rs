@@ -253,8 +253,12 @@ pub(crate) fn lock(disk: &File, server: impl Fn() -> Option<ProcessId>) -> Resul
             Some(_) => DEAD_SERVER_WAIT_MAX,
             None => UNKNOWN_HOLDER_WAIT_MAX,
         };
-        if !error.is_in_use() || started.elapsed() >= limit {
+        if !error.is_in_use() {
             return Err(error.into());
+        }
+        if started.elapsed() >= limit {
+            let by = ": another process has it open, and is not known in this runtime directory".into();
+            return Err(Error::InUse { path: disk.path().to_owned(), by });
         }
         std::thread::sleep(DEAD_SERVER_POLL);
     }

@@ -9,6 +9,7 @@ use base_image::{
     BaseError, BaseFormat, BaseIdentity, BaseImage, CopyWay, Generation, MadeGeneration, NewGeneration, Root,
     Seal, Trust, manifest_path,
 };
+use blockio::FileKind;
 use blocks::{BLOCK_SIZE, Extent};
 
 use crate::changes::ChangedDisk;
@@ -82,6 +83,7 @@ pub fn promote(
             options.to.display()
         )));
     }
+    refuse_parent(options, &changed.base)?;
     let taken = changed.bytes_taken();
     let found = changed.differences(stop, &mut |done| progress(PromoteStep::Comparing, done, taken))?;
     if found.extents.is_empty() {
@@ -123,6 +125,30 @@ pub fn promote(
         way,
         replaced,
     })
+}
+
+/// Refuses what no image can be made beside, before anything is compared.
+fn refuse_parent(options: &PromoteOptions, base: &BaseImage) -> Result<(), Error> {
+    if options.to.to_str().is_none() {
+        return Err(Error::Refused(format!(
+            "{}: the name is no UTF-8, choose another",
+            options.to.display()
+        )));
+    }
+    let (path, disk) = (base.path().display(), options.disk.paths().arguments());
+    match base.file() {
+        None => Err(Error::Refused(format!(
+            "base image {path} is read over the network; a next generation is made where its image lies: keep the changes with \
+             `pristine keep {disk}`, and commit them there with `qemu-img commit`"
+        ))),
+        Some(file) if file.kind() == FileKind::BlockDevice && base.seal().is_none() => {
+            Err(Error::Refused(format!(
+                "base image {path} is a device without a seal; keep the changes with `pristine keep {disk}`. Disks whose base is \
+             named with a seal (`pristine base seal {path} --base-manifest FILE`, then --base-manifest FILE) can be promoted"
+            )))
+        }
+        Some(_) => Ok(()),
+    }
 }
 
 fn stopped(error: BaseError) -> Error {

@@ -76,7 +76,15 @@ pub fn list(dir: &Path) -> Result<Listing, BaseError> {
             listing.half_made.push(dir.join(&name));
             continue;
         }
-        let Some(image) = name.to_str().and_then(|name| name.strip_suffix(MANIFEST)) else { continue };
+        let Some(text) = name.to_str() else {
+            if name.as_encoded_bytes().ends_with(MANIFEST.as_bytes()) {
+                listing
+                    .unreadable
+                    .push((dir.join(&name), "its name is no UTF-8, rename it and its image".into()));
+            }
+            continue;
+        };
+        let Some(image) = text.strip_suffix(MANIFEST) else { continue };
         if half_made_name(image.as_ref()).is_some() {
             continue;
         }

@@ -289,7 +289,8 @@ impl Nbd {
         self.changed.notify_all();
         // What is exported when it is back is only supposed to be the same.
         *self.holes() = Holes::default();
-        if begins {
+        // Who waits for nothing has closed it itself.
+        if begins && !self.hurry.is_set() {
             log::warn!(
                 "{}: connection lost, reads wait for {} s: {why}",
                 self.uri,

@@ -9,11 +9,12 @@ use serde::Serialize;
 use write_log::{LogContents, LogKind};
 
 use super::{LogShowArgs, blocks, print, read};
+use crate::commands::text;
 use crate::failure::Failure;
 
 #[derive(Serialize)]
-struct LogReport<'a> {
-    path: &'a Path,
+struct LogReport {
+    path: String,
     kind: &'static str,
     sequence: u64,
     uuid: uuid::Uuid,
@@ -51,7 +52,7 @@ pub(super) fn kind(contents: &LogContents) -> &'static str {
 fn show_json(out: &mut dyn Write, path: &Path, contents: &LogContents) -> io::Result<()> {
     let (header, blocks) = (&contents.header, blocks(contents));
     let report = LogReport {
-        path,
+        path: text(path),
         kind: kind(contents),
         sequence: header.id.seq,
         uuid: header.id.uuid,
