@@ -480,7 +480,7 @@ fn what_is_held_is_found_by_what_messages_say_and_through_links() {
         report.stdout.contains("\"held\"")
     });
     server.stop();
-    let words = format!("session release --disk {} --state-dir {elsewhere}`", lab.disk().display());
+    let words = format!("session release --disk {} --state-dir {elsewhere} ", lab.disk().display());
     for command in ["restore", "rebase"] {
         let base = lab.base();
         let more: &[&OsStr] = if command == "rebase" { &["--base".as_ref(), base.as_ref()] } else { &[] };

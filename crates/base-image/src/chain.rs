@@ -9,11 +9,13 @@ use std::fmt;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use blockio::{DataRanges, File, FileKind, ImageAccess, OpenOptions};
 
+use crate::device;
 use crate::error::BaseError;
 use crate::format::BaseFormat;
 use crate::identity::{BackingIdentity, FileIdentity};
@@ -64,6 +66,10 @@ impl fmt::Debug for Chain {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_list().entries(self.layers.iter().map(|layer| layer.file().path())).finish()
     }
+}
+
+fn is_device(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|found| found.file_type().is_block_device())
 }
 
 /// Opens a file to read it, as all bases are.
@@ -207,6 +213,8 @@ impl Chain {
         match trust {
             Trust::Recorded(files) => match files.get(self.layers.len() - 1) {
                 Some(file) if file.path == path && file.format == format => {}
+                // Devices have other names after a reboot. Whether it is the same one, its identity says.
+                Some(file) if file.device.is_some() && file.format == format && is_device(&path) => {}
                 _ => {
                     return Err(refused(format!(
                         "it is backed by {} ({format}) now, which it was not before",
@@ -275,6 +283,7 @@ impl Chain {
                     FileKind::Regular => Some(FileIdentity::of(&file.identity()?)),
                     FileKind::BlockDevice => None,
                 },
+                device: (file.kind() == FileKind::BlockDevice).then(|| device::name_of(file)).flatten(),
             })
         };
         self.layers.iter().skip(1).map(identify).collect()

@@ -24,9 +24,13 @@ pub(crate) fn name_of(file: &File) -> Option<String> {
 }
 
 fn name_in(dir: &Path) -> Option<String> {
-    NAMES.iter().find_map(|name| {
+    let read = |name: &str| {
         let text = fs::read_to_string(dir.join(name)).ok()?;
-        let text = text.trim();
-        (!text.is_empty()).then(|| format!("{name} {text}"))
-    })
+        Some(text.trim().to_owned()).filter(|text| !text.is_empty())
+    };
+    let (name, text) = NAMES.iter().find_map(|name| Some((name, read(name)?)))?;
+    // A loop device may have a part of its file.
+    let offset =
+        read("loop/offset").filter(|offset| offset != "0").map(|offset| format!(" from {offset} on"));
+    Some(format!("{name} {text}{}", offset.unwrap_or_default()))
 }

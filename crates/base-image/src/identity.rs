@@ -41,6 +41,9 @@ pub struct BackingIdentity {
     pub size: u64,
     /// The witnesses of a regular file; `None` for a block device.
     pub file: Option<FileIdentity>,
+    /// As [`BaseIdentity::device`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
 }
 
 /// A regular file's witnesses, as `statx(2)` reports them.
@@ -129,22 +132,30 @@ impl BaseIdentity {
         if let Some(change) = change(self.size, self.file.as_ref(), now.size, now.file.as_ref()) {
             return Some(change);
         }
-        if let (Some(before), Some(now)) = (&self.device, &now.device)
-            && before != now
-        {
-            return Some(Change::Device(before.clone(), now.clone()));
+        if let Some(change) = change_of_device(self.device.as_ref(), now.device.as_ref()) {
+            return Some(change);
         }
         if self.backing.len() != now.backing.len() {
             return Some(Change::Chain);
         }
         self.backing.iter().zip(&now.backing).find_map(|(before, now)| {
-            if before.path != now.path || before.format != now.format {
+            // A device that is the same one may have another name by now.
+            let is_device = before.device.is_some() && before.device == now.device;
+            if before.path != now.path && !is_device || before.format != now.format {
                 return Some(Change::Chain);
             }
-            let change = change(before.size, before.file.as_ref(), now.size, now.file.as_ref())?;
+            let change = change(before.size, before.file.as_ref(), now.size, now.file.as_ref())
+                .or_else(|| change_of_device(before.device.as_ref(), now.device.as_ref()))?;
             Some(Change::Backing(now.path.clone(), Box::new(change)))
         })
     }
+}
+
+fn change_of_device(before: Option<&String>, now: Option<&String>) -> Option<Change> {
+    let unknown = || "one of which the kernel knows nothing".to_owned();
+    // What was not known before tells nothing.
+    let before = before.filter(|before| Some(*before) != now)?;
+    Some(Change::Device(before.clone(), now.cloned().unwrap_or_else(unknown)))
 }
 
 fn change(
@@ -162,5 +173,38 @@ fn change(
         (Some(a), Some(b)) if a != b => Some(Change::Times),
         (Some(_), Some(_)) => None,
         _ => Some(Change::Kind),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn device(name: Option<&str>) -> BaseIdentity {
+        BaseIdentity { device: name.map(str::to_owned), ..BaseIdentity::of_size(4096) }
+    }
+
+    fn on(path: &str, name: Option<&str>) -> BaseIdentity {
+        let device = name.map(str::to_owned);
+        let backing =
+            BackingIdentity { path: path.into(), format: BaseFormat::Raw, size: 4096, file: None, device };
+        BaseIdentity { backing: vec![backing], ..BaseIdentity::of_size(4096) }
+    }
+
+    /// A device of which nothing is known is not the one that was known; what was not known before is any.
+    #[test]
+    fn device_that_was_known_is_the_same_only_if_it_is_known_as_that() {
+        let (golden, other, unknown) = (device(Some("dm/uuid 1")), device(Some("dm/uuid 2")), device(None));
+        assert_eq!(golden.change_to(&golden), None);
+        assert_eq!(unknown.change_to(&golden), None);
+        assert_eq!(unknown.change_to(&unknown), None);
+        let changed = golden.change_to(&other).unwrap();
+        assert_eq!(changed.to_string(), "it was the device \"dm/uuid 1\" and is \"dm/uuid 2\"");
+        assert!(matches!(golden.change_to(&unknown), Some(Change::Device(..))));
+        // The same beneath an image; then the device may have another name, if it is known by something better.
+        assert_eq!(on("/dev/dm-3", Some("dm/uuid 1")).change_to(&on("/dev/dm-4", Some("dm/uuid 1"))), None);
+        assert_eq!(on("/dev/sda", None).change_to(&on("/dev/sdb", None)), Some(Change::Chain));
+        let changed = on("/dev/dm-3", Some("dm/uuid 1")).change_to(&on("/dev/dm-3", Some("dm/uuid 2")));
+        assert!(matches!(changed, Some(Change::Backing(_, change)) if matches!(*change, Change::Device(..))));
     }
 }

@@ -6,6 +6,7 @@
 use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, UNIX_EPOCH};
 
 use base_image::{BaseFormat, BaseIdentity, BaseLocation, FileIdentity, Root};
 use blockio::File;
@@ -95,11 +96,11 @@ impl Stopped {
         let is_exact =
             rustix::fs::fstatfs(disk).is_ok_and(|of| TIMES_ARE_EXACT.contains(&(of.f_type as u64)));
         Ok(match now.filter(|_| is_exact) {
-            // Where inodes are small, ext4 keeps seconds only: a write in the same one would not be seen.
-            Some(FileIdentity { mtime_ns, .. }) if mtime_ns % 1_000_000_000 != 0 => {
+            Some(FileIdentity { mtime_ns, .. }) => {
+                wait_for_other_times(mtime_ns);
                 Some(Self { boot: boot_id()?, mtime_ns })
             }
-            _ => None,
+            None => None,
         })
     }
 
@@ -107,6 +108,22 @@ impl Stopped {
     /// not have become durable: an older one tells nothing then.
     pub(crate) fn may_be(self, mtime_ns: i64, boot: Uuid) -> bool {
         mtime_ns == self.mtime_ns || (boot != self.boot && mtime_ns < self.mtime_ns)
+    }
+}
+
+/// Where inodes are small, ext4 keeps whole seconds: returns when a file that is written from now on has another time than
+/// `mtime_ns`, which takes a second at most.
+pub(crate) fn wait_for_other_times(mtime_ns: i64) {
+    const SECOND: Duration = Duration::from_secs(1);
+    // The kernel's clock for such times ticks every 10 ms at most.
+    const TICK: Duration = Duration::from_millis(10);
+    let Ok(mtime) = u64::try_from(mtime_ns) else { return };
+    if !mtime.is_multiple_of(SECOND.as_nanos() as u64) {
+        return;
+    }
+    let since = UNIX_EPOCH.elapsed().unwrap_or_default().checked_sub(Duration::from_nanos(mtime));
+    if let Some(left) = since.and_then(|since| (SECOND + TICK).checked_sub(since)) {
+        std::thread::sleep(left);
     }
 }
 

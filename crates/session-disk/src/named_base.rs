@@ -46,7 +46,7 @@ impl NamedBase {
 
     /// Opens it, and takes its seal for good, if it has one: who sealed it has said its format. A read waits for `patience`
     /// for a server that is away.
-    pub(crate) fn open(&self, patience: Duration) -> Result<BaseImage, Error> {
+    fn open(&self, patience: Duration) -> Result<BaseImage, Error> {
         let seal = find_seal(&self.location, self.seal.as_deref())?;
         let base = match &self.location {
             BaseLocation::File(path) => {
@@ -56,32 +56,40 @@ impl NamedBase {
             // What was sealed may have been the image that the server takes apart.
             BaseLocation::Nbd(uri) => BaseImage::connect(uri, self.format, None, patience)?,
         };
-        match (seal, &self.location) {
-            (Some(seal), _) => Ok(base.sealed(seal)?),
-            (None, BaseLocation::File(path)) => {
-                if base.file().is_some_and(|file| file.kind() == FileKind::BlockDevice) {
-                    log::warn!(
-                        "{path}: a change of what is on a device is not noticed without a seal; make one with `pristine base seal \
-                         {path} --base-manifest FILE`, and name it with --base-manifest",
-                        path = path.display()
-                    );
-                }
-                Ok(base)
-            }
-            (None, BaseLocation::Nbd(uri)) => {
+        match seal {
+            Some(seal) => Ok(base.sealed(seal)?),
+            None => Ok(base),
+        }
+    }
+
+    /// Says, once, when a base is chosen, of which one a change will not be noticed.
+    fn warn_of_changes(&self, base: &BaseImage, identity: &BaseIdentity) {
+        if base.seal().is_some() {
+            return;
+        }
+        let is_device = base.file().is_some_and(|file| file.kind() == FileKind::BlockDevice);
+        match &self.location {
+            BaseLocation::Nbd(uri) => log::warn!(
+                "{uri}: a change of what is exported under this name is noticed only if its size changes; make a seal \
+                 with `pristine base seal '{uri}' --base-manifest FILE`, or copy the one of the image, and name it \
+                 with --base-manifest"
+            ),
+            BaseLocation::File(path) if is_device || identity.backing.iter().any(|of| of.file.is_none()) => {
                 log::warn!(
-                    "{uri}: a change of what is exported under this name is noticed only if its size changes; make a seal \
-                     with `pristine base seal '{uri}' --base-manifest FILE`, or copy the one of the image, and name it \
-                     with --base-manifest"
-                );
-                Ok(base)
+                    "{path}: a change of what is on a device is not noticed without a seal; make one with `pristine base seal \
+                 {path} --base-manifest FILE`, and name it with --base-manifest",
+                    path = path.display()
+                )
             }
+            BaseLocation::File(_) => {}
         }
     }
 
     /// The same, with what it is known by from now on. What it has on its medium by then is what was read.
     pub(crate) fn open_settled(&self, patience: Duration) -> Result<(BaseImage, BaseIdentity), Error> {
-        settled(|| self.open(patience))
+        let (base, identity) = settled(|| self.open(patience))?;
+        self.warn_of_changes(&base, &identity);
+        Ok((base, identity))
     }
 
     /// What a disk's manifest says of it, when it was [resolved](Self::resolved), opened as `base`, and looked like `identity`.

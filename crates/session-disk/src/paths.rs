@@ -5,6 +5,7 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{Mode, OFlags};
 use uuid::Uuid;
 
 use crate::Error;
@@ -35,14 +36,18 @@ impl Paths {
         &self.disk
     }
 
-    /// How the disk is named as arguments of a command: `--disk DISK`, `--state-dir DIR` if it is not at its default place.
+    /// How the disk is named as arguments of a command: `--disk DISK`, and `--state-dir DIR` and `--runtime-dir DIR` if they are
+    /// not at their default places.
     pub fn arguments(&self) -> String {
-        let state = if self.state == default_state_dir(&self.disk) {
-            String::new()
-        } else {
-            format!(" --state-dir {}", self.state.display())
+        let unless = |option: &str, dir: &Path, default: PathBuf| {
+            if dir == default { String::new() } else { format!(" {option} {}", dir.display()) }
         };
-        format!("--disk {}{state}", self.disk.display())
+        format!(
+            "--disk {}{}{}",
+            self.disk.display(),
+            unless("--state-dir", &self.state, default_state_dir(&self.disk)),
+            unless("--runtime-dir", &self.runtime, default_runtime_dir())
+        )
     }
 
     /// The state directory.
@@ -90,6 +95,9 @@ impl Paths {
     pub(crate) fn create_state_dirs(&self, storage: &Storage, made: &mut Vec<PathBuf>) -> Result<(), Error> {
         for dir in [self.state.clone(), self.sessions()] {
             if create_private(storage, &dir)? {
+                if dir != self.state {
+                    give_away(&dir);
+                }
                 made.push(dir);
             }
         }
@@ -98,7 +106,19 @@ impl Paths {
 
     /// Makes the runtime directory if it is missing.
     pub(crate) fn create_runtime_dir(&self) -> Result<(), Error> {
-        create_private(&Storage::default(), &self.runtime).map(|_| ())
+        if create_private(&Storage::default(), &self.runtime)? {
+            give_away(&self.runtime);
+        }
+        Ok(())
+    }
+}
+
+/// Leaves a directory that was just made to whom the one belongs in which it lies. (Not that of the state, which belongs to whoever
+/// provisions.)
+fn give_away(dir: &Path) {
+    let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    if let Ok(opened) = rustix::fs::open(dir, flags, Mode::empty()) {
+        blockio::give_to_owner_of_directory(&opened, dir);
     }
 }
 

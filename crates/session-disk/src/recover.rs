@@ -116,11 +116,14 @@ pub(crate) fn conclude(manifest: &Manifest, geometry: Geometry, evidence: Eviden
         pending.insert(geometry.all());
         Verdict { pending, basis: Basis::Everything(why), sealed: false, session: None }
     };
-    if manifest.file != evidence.disk_now.and_then(DiskFile::of) {
-        return everything(Distrust::AnotherFile);
-    }
-    if evidence.generation.is_some_and(|named| manifest.generation < named) {
+    let is_another = manifest.file != evidence.disk_now.and_then(DiskFile::of);
+    let is_older = evidence.generation.is_some_and(|named| manifest.generation < named);
+    // Of what is kept the latter says more: that it is not to be believed, wherever the file was moved to.
+    if is_older && (manifest.kept || !is_another) {
         return everything(Distrust::OlderState);
+    }
+    if is_another {
+        return everything(Distrust::AnotherFile);
     }
     let times = evidence.disk_now.and_then(|now| now.file.as_ref());
     if let (Some(stopped), Some(now)) = (manifest.stopped, times)

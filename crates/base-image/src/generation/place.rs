@@ -4,11 +4,11 @@ use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use blockio::{File, FileKind, OpenOptions};
-use rustix::fs::{CWD, Mode, RenameFlags};
+use rustix::fs::{CWD, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 
 use super::refused;
@@ -173,7 +173,17 @@ impl Place {
     pub(super) fn protect_beside(&self, parent: &File) -> Result<(), BaseError> {
         for path in [Delta::path_of(&self.temporary), manifest_path(&self.temporary)] {
             let failed = |error| BaseError::manifest("protect", &path, error);
-            let file = fs::File::open(&path).map_err(failed)?;
+            let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
+            let file = fs::File::options()
+                .read(true)
+                .custom_flags(flags.bits() as i32)
+                .open(&path)
+                .map_err(failed)?;
+            // Whoever may write in the directory could have put something else in its place since it was written.
+            let found = file.metadata().map_err(failed)?;
+            if !found.is_file() || found.nlink() != 1 || found.uid() != rustix::process::geteuid().as_raw() {
+                return Err(refused(&path, "it was replaced while the new base was made"));
+            }
             protect_as(parent, file.as_fd(), &path)?;
             file.sync_all().map_err(failed)?;
         }

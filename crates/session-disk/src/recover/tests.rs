@@ -1,5 +1,7 @@
 use super::*;
-use crate::manifest::{BaseEntry, EntryKind, MANIFEST_VERSION, Stopped};
+use std::time::UNIX_EPOCH;
+
+use crate::manifest::{BaseEntry, EntryKind, MANIFEST_VERSION, Stopped, wait_for_other_times};
 
 const SIZE: u64 = 1 << 20;
 
@@ -84,4 +86,24 @@ fn time_of_the_disk_is_as_it_was_left() {
     let stopped = Stopped { boot, mtime_ns: 100 };
     let seen = [99, 100, 101].map(|now| (stopped.may_be(now, boot), stopped.may_be(now, later)));
     assert_eq!(seen, [(false, true), (true, true), (false, false)]);
+}
+
+/// Where times are whole seconds, none is noted in which somebody else could still write.
+#[test]
+fn time_of_whole_seconds_is_noted_when_it_is_over() {
+    let second = UNIX_EPOCH.elapsed().unwrap().as_secs();
+    wait_for_other_times(second as i64 * 1_000_000_000);
+    assert!(UNIX_EPOCH.elapsed().unwrap().as_secs() > second);
+}
+
+/// A state that is older is known as such also where the disk was moved to another file meanwhile: what is kept then is not
+/// believed.
+#[test]
+fn state_of_another_file_that_is_also_older_is_older() {
+    let mut moved = manifest(7, true);
+    moved.file = Some(DiskFile { inode: 5, birth_ns: None });
+    assert_eq!(basis(&moved, Some(8)), Basis::Everything(Distrust::AnotherFile));
+    moved.kept = true;
+    assert_eq!(basis(&moved, Some(7)), Basis::Everything(Distrust::AnotherFile));
+    assert_eq!(basis(&moved, Some(8)), Basis::Everything(Distrust::OlderState));
 }
