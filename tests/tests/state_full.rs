@@ -271,3 +271,17 @@ fn session_whose_log_can_no_longer_be_written_is_refused_new_blocks() {
     server.kill();
     client.kill();
 }
+
+/// File systems in memory have the same inode numbers: who serves a disk whose state is in one does not serve that of another.
+#[test]
+fn server_of_a_disk_is_not_taken_for_that_of_another_in_memory() {
+    let (Some(one), Some(two)) = (Full::new("0"), Full::new("0")) else { return };
+    let inode = |full: &Full| {
+        let sessions = full.mounts.outside(&full.state.join("sessions"));
+        std::os::unix::fs::MetadataExt::ino(&std::fs::metadata(sessions).unwrap())
+    };
+    assert_eq!(inode(&one), inode(&two));
+    let server = one.serve();
+    assert_eq!(two.status()["silent_pid"], serde_json::Value::Null);
+    server.stop();
+}

@@ -127,10 +127,11 @@ fn locker(dir: &Path) -> Option<u32> {
     let found = fs::metadata(dir).ok()?;
     let device = format!("{:02x}:{:02x}", major(found.dev()), minor(found.dev()));
     let inode = found.ino().to_string();
-    // Without a device of its own a file system may go by several numbers (btrfs).
+    // Without a device of its own a file system may go by several numbers (btrfs), and others have the same inode numbers.
     let has_device = major(found.dev()) != 0;
-    let is_dir = |file: &str| {
-        let is_same = |of: &str| of == device || !has_device && of.starts_with("00:");
+    let is_dir = |file: &str, pid: u32| {
+        let is_same =
+            |of: &str| of == device || !has_device && of.starts_with("00:") && has_open(pid, dir, &found);
         file.rsplit_once(':').is_some_and(|(of, number)| number == inode && is_same(of))
     };
     let locks = fs::read_to_string("/proc/locks").ok()?;
@@ -139,7 +140,18 @@ fn locker(dir: &Path) -> Option<u32> {
         let mut words = line.split_ascii_whitespace().skip(1).filter(|word| *word != "->");
         let is_flock = words.next() == Some("FLOCK");
         let pid = words.nth(2)?.parse().ok()?;
-        (is_flock && words.next().is_some_and(is_dir)).then_some(pid)
+        (is_flock && words.next().is_some_and(|file| is_dir(file, pid))).then_some(pid)
+    })
+}
+
+/// Whether a process has the directory `dir`, which is `found`, open; as far as that can be seen.
+fn has_open(pid: u32, dir: &Path, found: &fs::Metadata) -> bool {
+    let Ok(open) = fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
+    open.flatten().map(|entry| entry.path()).any(|entry| {
+        // Its name first: to look at any other file may take long.
+        let is_named = fs::read_link(&entry).is_ok_and(|link| link.file_name() == dir.file_name());
+        is_named
+            && fs::metadata(&entry).is_ok_and(|open| (open.dev(), open.ino()) == (found.dev(), found.ino()))
     })
 }
 
