@@ -381,18 +381,20 @@ fn message_about_a_missing_manifest_names_the_state_directory() {
     lab.run("restore", &["--state-dir", &elsewhere]).refused(1, &[&words]);
 }
 
-/// A disk that is held because the log of a session was damaged under its VM, which lives.
-fn held_by_damage(lab: &Lab) -> (Server, Remote) {
+/// A disk that is held because the log of a session was damaged under its VM, which lives. Also the hash of what the disk held
+/// before the server that holds it was started.
+fn held_by_damage(lab: &Lab) -> (Server, Remote, String) {
     let (server, mut client) = in_session(lab);
     server.kill();
     let log = fs::File::options().read(true).write(true).open(session_log(lab)).unwrap();
     let mut byte = [0];
     log.read_exact_at(&mut byte, 4096 + 17).unwrap();
     log.write_all_at(&[byte[0] ^ 1], 4096 + 17).unwrap();
+    let written = images::sha256(&lab.disk());
     let mut server = lab.serve(NONE);
     assert!(client.try_ask("connect 1").is_err());
     server.0.wait_line("a refusal", pristine_tests::PATIENCE, |line| line.contains("can't go on"));
-    (server, client)
+    (server, client, written)
 }
 
 /// Invariants 3 and 6: the log is damaged while the server is down and the VM lives. The session can't go
@@ -400,8 +402,7 @@ fn held_by_damage(lab: &Lab) -> (Server, Remote) {
 #[test]
 fn session_whose_log_is_damaged_under_a_living_vm_is_held_until_the_vm_is_gone() {
     let lab = provisioned();
-    let (server, client) = held_by_damage(&lab);
-    let written = images::sha256(&lab.disk());
+    let (server, client, written) = held_by_damage(&lab);
     let status = lab.status();
     assert_eq!((&status["state"], &status["held"]["reason"]), (&"held".into(), &"untrusted".into()));
     assert!(status["distrust"].is_string() || status["held"]["why"].is_string(), "{status}");
@@ -420,8 +421,7 @@ fn session_whose_log_is_damaged_under_a_living_vm_is_held_until_the_vm_is_gone()
 fn hold_by_the_operator_outlasts_the_vm_whose_session_could_not_go_on() {
     for served in [true, false] {
         let lab = provisioned();
-        let (server, client) = held_by_damage(&lab);
-        let written = images::sha256(&lab.disk());
+        let (server, client, written) = held_by_damage(&lab);
         let server = if served {
             Some(server)
         } else {
@@ -449,7 +449,7 @@ fn hold_by_the_operator_outlasts_the_vm_whose_session_could_not_go_on() {
 fn hold_that_is_over_can_be_released_and_adopted() {
     for adopt in [true, false] {
         let lab = provisioned();
-        let (server, client) = held_by_damage(&lab);
+        let (server, client, _) = held_by_damage(&lab);
         server.kill();
         client.kill();
         if adopt {

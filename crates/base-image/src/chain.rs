@@ -9,7 +9,6 @@ use std::fmt;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -66,10 +65,6 @@ impl fmt::Debug for Chain {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_list().entries(self.layers.iter().map(|layer| layer.file().path())).finish()
     }
-}
-
-fn is_device(path: &Path) -> bool {
-    fs::metadata(path).is_ok_and(|found| found.file_type().is_block_device())
 }
 
 /// Opens a file to read it, as all bases are.
@@ -214,7 +209,10 @@ impl Chain {
             Trust::Recorded(files) => match files.get(self.layers.len() - 1) {
                 Some(file) if file.path == path && file.format == format => {}
                 // Devices have other names after a reboot. Whether it is the same one, its identity says.
-                Some(file) if file.device.is_some() && file.format == format && is_device(&path) => {}
+                Some(file)
+                    if file.device.is_some()
+                        && file.format == format
+                        && device::is_at(&path).unwrap_or(false) => {}
                 _ => {
                     return Err(refused(format!(
                         "it is backed by {} ({format}) now, which it was not before",
@@ -275,15 +273,16 @@ impl Chain {
     pub(crate) fn backing(&self) -> Result<Vec<BackingIdentity>, BaseError> {
         let identify = |layer: &Layer| -> Result<BackingIdentity, BaseError> {
             let file = layer.file();
+            let (of_file, device) = match file.kind() {
+                FileKind::Regular => (Some(FileIdentity::of(&file.identity()?)), None),
+                FileKind::BlockDevice => (None, device::name_of(file)),
+            };
             Ok(BackingIdentity {
                 path: file.path().to_owned(),
                 format: layer.format(),
                 size: file.size()?,
-                file: match file.kind() {
-                    FileKind::Regular => Some(FileIdentity::of(&file.identity()?)),
-                    FileKind::BlockDevice => None,
-                },
-                device: (file.kind() == FileKind::BlockDevice).then(|| device::name_of(file)).flatten(),
+                file: of_file,
+                device,
             })
         };
         self.layers.iter().skip(1).map(identify).collect()

@@ -1,6 +1,8 @@
 //! What the kernel knows a block device by. Names such as `/dev/sdb` and `/dev/dm-3` are given anew at each boot.
 
 use std::fs;
+use std::io;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use blockio::File;
@@ -9,6 +11,11 @@ use rustix::fs::{fstat, major, minor};
 /// Where sysfs says who a device is, the best first: what made a mapping (LVM: the UUID of the volume), what a disk says of itself,
 /// what a loop device is made of.
 const NAMES: [&str; 6] = ["dm/uuid", "md/uuid", "wwid", "device/wwid", "serial", "loop/backing_file"];
+
+/// Whether the file at `path`, links followed, is a block device.
+pub(crate) fn is_at(path: &Path) -> io::Result<bool> {
+    Ok(fs::metadata(path)?.file_type().is_block_device())
+}
 
 /// The device that is open as `file`, as such a line; `None` if the kernel knows nothing of it but numbers.
 pub(crate) fn name_of(file: &File) -> Option<String> {

@@ -39,6 +39,7 @@ pub use error::BaseError;
 pub use format::BaseFormat;
 pub use generation::{
     CopyWay, Listed, Listing, MadeGeneration, NewGeneration, Node, Parent, list as list_generations,
+    parent_file,
 };
 pub use identity::{BackingIdentity, BaseIdentity, Change, FileIdentity};
 pub use image::{BadChunk, BaseImage, Content};

@@ -2,11 +2,11 @@
 
 use std::fmt;
 use std::io;
-use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::device;
 use crate::nbd::NbdUri;
 
 /// Where a base is. Written as a path or as a URI; a path is never taken for a URI once it is
@@ -31,8 +31,7 @@ impl BaseLocation {
         match self {
             Self::File(path) => {
                 let file = std::fs::canonicalize(path)?;
-                let is_device = std::fs::metadata(&file)?.file_type().is_block_device();
-                let place = if is_device { std::path::absolute(path)? } else { file };
+                let place = if device::is_at(&file)? { std::path::absolute(path)? } else { file };
                 match place.to_str() {
                     Some(_) => Ok(Self::File(place)),
                     None => {

@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 
 use base_image::{
     BaseError, BaseFormat, BaseIdentity, BaseImage, CopyWay, Generation, MadeGeneration, NewGeneration, Root,
-    Seal, Trust, manifest_path,
+    Seal, Trust, manifest_path, parent_file,
 };
 use blockio::FileKind;
 use blocks::{BLOCK_SIZE, Extent};
@@ -136,19 +136,18 @@ fn refuse_parent(options: &PromoteOptions, base: &BaseImage) -> Result<(), Error
         )));
     }
     let (path, disk) = (base.path().display(), options.disk.paths().arguments());
-    match base.file() {
-        None => Err(Error::Refused(format!(
-            "base image {path} is read over the network; a next generation is made where its image lies: keep the changes with \
-             `pristine keep {disk}`, and commit them there with `qemu-img commit`"
-        ))),
-        Some(file) if file.kind() == FileKind::BlockDevice && base.seal().is_none() => {
-            Err(Error::Refused(format!(
-                "base image {path} is a device without a seal; keep the changes with `pristine keep {disk}`. Disks whose base is \
+    let file = parent_file(base).map_err(|error| {
+        Error::Refused(format!(
+            "{error}: keep the changes with `pristine keep {disk}`, and commit them there with `qemu-img commit`"
+        ))
+    })?;
+    if file.kind() == FileKind::BlockDevice && base.seal().is_none() {
+        return Err(Error::Refused(format!(
+            "base image {path} is a device without a seal; keep the changes with `pristine keep {disk}`. Disks whose base is \
              named with a seal (`pristine base seal {path} --base-manifest FILE`, then --base-manifest FILE) can be promoted"
-            )))
-        }
-        Some(_) => Ok(()),
+        )));
     }
+    Ok(())
 }
 
 fn stopped(error: BaseError) -> Error {

@@ -19,6 +19,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use blockio::File;
 use blocks::{BLOCK_SIZE, Extent};
 
 use self::image::NewImage;
@@ -67,6 +68,15 @@ fn refused(path: &Path, what: impl Into<String>) -> BaseError {
     BaseError::Refused { path: path.to_owned(), what: what.into() }
 }
 
+/// The file of a base of which a next generation can be made.
+///
+/// # Errors
+/// If it is read over the network.
+pub fn parent_file(parent: &BaseImage) -> Result<&File, BaseError> {
+    let what = "it is read over the network; a next generation is made where its image lies";
+    parent.file().map(AsRef::as_ref).ok_or_else(|| refused(parent.path(), what))
+}
+
 impl NewGeneration<'_> {
     /// Makes it: the image, its seal and its delta; or nothing. `progress` is told how many bytes are done, and of how
     /// many.
@@ -82,11 +92,7 @@ impl NewGeneration<'_> {
         let Some(seal) = self.parent.seal() else {
             return Err(refused(self.parent.path(), "it is not sealed; seal it with `pristine base seal`"));
         };
-        let Some(parent_file) = self.parent.file() else {
-            let what = "it is read over the network; a next generation is made where its image lies: keep the changes with \
-                        `pristine keep`, and commit them there with `qemu-img commit`";
-            return Err(refused(self.parent.path(), what));
-        };
+        let parent_file = parent_file(self.parent)?;
         if self.size < self.parent.size() {
             return Err(refused(self.parent.path(), format!("it does not fit into {} bytes", self.size)));
         }
