@@ -145,21 +145,32 @@ impl Intents {
         Ok(blocks)
     }
 
+    /// Whether the regions of `blocks` are durable.
+    pub(crate) fn covers(&self, blocks: Extent) -> bool {
+        cfg!(feature = "test-no-intents") || self.durable.contains_all(regions_of(blocks))
+    }
+
     /// Returns when the regions of `blocks` are durable: at once, but for a region's first time.
     pub(crate) fn ensure(&self, blocks: Extent) -> Result<(), Error> {
-        if cfg!(feature = "test-no-intents") {
-            return Ok(());
-        }
-        let regions = regions_of(blocks);
-        if self.durable.contains_all(regions) {
+        self.ensure_all(&[blocks])
+    }
+
+    /// The same for all of `extents`, with one write for each sector of the file that changes.
+    pub(crate) fn ensure_all(&self, extents: &[Extent]) -> Result<(), Error> {
+        if extents.iter().all(|blocks| self.covers(*blocks)) {
             return Ok(());
         }
         let file = self.file.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let missing = BlockSet::new(self.durable.bound());
+        // What another one has noted meanwhile is not written again.
+        for blocks in extents.iter().filter(|blocks| !self.covers(**blocks)) {
+            missing.insert(regions_of(*blocks));
+        }
         let wanted = BlockSet::new(self.durable.bound());
         wanted.insert_set(&self.durable);
-        wanted.insert(regions);
-        self.write(&file, &wanted, regions)?;
-        self.durable.insert(regions);
+        wanted.insert_set(&missing);
+        self.write(&file, &wanted, &missing)?;
+        self.durable.insert_set(&missing);
         Ok(())
     }
 
@@ -169,15 +180,21 @@ impl Intents {
         if self.durable.is_empty() {
             return Ok(());
         }
-        let all = Extent::new(0, self.durable.bound());
+        let all = BlockSet::new(self.durable.bound());
+        all.insert(Extent::new(0, all.bound()));
         // What is forgotten here must not be taken for durable by a writer that comes meanwhile.
         self.durable.clear();
-        self.write(&file, &BlockSet::new(self.durable.bound()), all)
+        self.write(&file, &BlockSet::new(self.durable.bound()), &all)
     }
 
-    fn write(&self, file: &fs::File, set: &BlockSet, regions: Extent) -> Result<(), Error> {
+    /// Writes the sectors that have any of the regions in `changed`.
+    fn write(&self, file: &fs::File, set: &BlockSet, changed: &BlockSet) -> Result<(), Error> {
         let bytes = set.to_bytes();
-        for index in regions.first() / SECTOR_BITS..regions.end().div_ceil(SECTOR_BITS) {
+        for index in 0..set.bound().div_ceil(SECTOR_BITS) {
+            let first = index * SECTOR_BITS;
+            if !changed.intersects(Extent::new(first, SECTOR_BITS)) {
+                continue;
+            }
             let sector = encode_sector(&bytes, index as usize);
             self.storage
                 .write_durably(file, &self.path, &sector, index * SECTOR as u64)
@@ -189,6 +206,12 @@ impl Intents {
 
 #[cfg(test)]
 impl Intents {
+    /// Calls `wait` while no region can be noted.
+    pub(crate) fn hold(&self, wait: impl FnOnce()) {
+        let _file = self.file.lock().unwrap();
+        wait();
+    }
+
     /// Makes every write to the file fail, or work again.
     pub(crate) fn set_broken(&self, broken: bool) {
         let mut options = fs::OpenOptions::new();
@@ -204,6 +227,29 @@ mod tests {
 
     fn disk() -> Geometry {
         Geometry::new(5000 * REGION_SIZE).unwrap()
+    }
+
+    /// All of them are noted, those that are far from each other too, and what was noted stays.
+    #[test]
+    fn regions_ensured_together_are_all_noted() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("intents");
+        let disk = Geometry::new(13000 * REGION_SIZE).unwrap();
+        Intents::create(&Storage::default(), &path, disk, false).unwrap();
+        let intents = Intents::open(&Storage::default(), &path, disk).unwrap();
+        let block_of = |region: u64| Extent::new(region * REGION_BLOCKS, 1);
+        intents.ensure(block_of(12999)).unwrap();
+        intents.ensure_all(&[1, 4063, 3, 12999].map(block_of)).unwrap();
+        let noted = |path: &Path| {
+            let blocks = Intents::read_blocks(&Storage::default(), path, disk).unwrap();
+            blocks.runs().map(|run| (run.first() / REGION_BLOCKS, run.count() / REGION_BLOCKS)).collect()
+        };
+        let all: Vec<(u64, u64)> = noted(&path);
+        assert_eq!(all, [(1, 1), (3, 1), (4063, 1), (12999, 1)]);
+        assert!([1, 3, 4063, 12999].map(block_of).iter().all(|blocks| intents.covers(*blocks)));
+        assert!(
+            !intents.covers(block_of(2)) && !intents.covers(Extent::new(REGION_BLOCKS, REGION_BLOCKS + 1))
+        );
     }
 
     #[test]

@@ -44,13 +44,18 @@ fn session(lazy: bool) -> (Bench, Arc<SessionDisk>, DiskQueue, Plan) {
     (bench, disk, queue, Plan(plan))
 }
 
-fn push_write(disk: &SessionDisk, queue: &mut DiskQueue, sector: u64, bytes: &[u8]) {
+/// Pushes a write and goes on until some of it is held.
+fn push_write(disk: &SessionDisk, queue: &mut DiskQueue, plan: &Plan, sector: u64, bytes: &[u8]) {
     let buf = GuestBuf::zeroed(bytes.len());
     buf.copy_in(0, bytes);
     let range = disk.geometry().sectors_at(sector, bytes.len() as u64).unwrap();
     queue.push(1, Request::Write { range, buf, durable: false });
     queue.submit();
-    queue.reap(&mut Vec::new());
+    let mut done = Vec::new();
+    while plan.held() == 0 {
+        queue.reap(&mut done);
+        assert!(done.is_empty(), "nothing is held");
+    }
 }
 
 /// What the open session's log says: the youngest that the manifest names.
@@ -66,7 +71,7 @@ fn logged(bench: &Bench) -> BlockSet {
 fn clean_block_is_logged_before_its_data_is_submitted() {
     let (bench, disk, mut queue, plan) = session(false);
     plan.on_every(OpClass::Write, Fault::HoldBefore);
-    push_write(&disk, &mut queue, 24, &[0x77; 4096]);
+    push_write(&disk, &mut queue, &plan, 24, &[0x77; 4096]);
     assert_eq!(plan.held(), 1);
     assert!(logged(&bench).contains_all(Extent::new(3, 1)));
     let intents = std::fs::read(bench.options.paths().intents()).unwrap();
@@ -85,16 +90,12 @@ fn pending_block_is_logged_after_its_data_is_written() {
     for (sector, len) in [(24, 4096), (25, 512)] {
         let (bench, disk, mut queue, plan) = session(true);
         plan.on_every(OpClass::Write, Fault::HoldAfter);
-        push_write(&disk, &mut queue, sector, &vec![0x77; len]);
-        // A part of a block is read from the base first.
-        let mut done = Vec::new();
-        while plan.held() == 0 {
-            queue.reap(&mut done);
-        }
+        push_write(&disk, &mut queue, &plan, sector, &vec![0x77; len]);
         assert!(!logged(&bench).contains_all(Extent::new(3, 1)));
         let pending = disk.pending_blocks();
         plan.clear();
         plan.release_all();
+        let mut done = Vec::new();
         queue.quiesce(&mut done);
         assert!(done.iter().all(|done| done.result.is_ok()));
         assert!(logged(&bench).contains_all(Extent::new(3, 1)));

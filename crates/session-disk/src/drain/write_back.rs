@@ -15,19 +15,19 @@ use crate::helper::{Helper, Hint};
 /// A hint for the kernel: that a sync comes, and vouches, is up to the drain.
 #[derive(Debug)]
 pub(super) struct WriteBack {
-    helper: Option<Helper>,
+    helper: Option<Helper<BlockRange>>,
     /// What is to be asked for when the helper is free, oldest first.
     windows: VecDeque<BlockRange>,
     /// How it is asked for, and who does that; tests have others.
     begin: Hint,
-    make: fn(&Arc<File>, Hint) -> Option<Helper>,
+    make: fn(&Arc<File>, Hint) -> Option<Helper<BlockRange>>,
 }
 
 impl Default for WriteBack {
     fn default() -> Self {
         let begin = |disk: &File, window: BlockRange| disk.start_write_back(window.offset(), window.len());
         // It takes a window only when it has done with the one before.
-        let make = |disk: &Arc<File>, begin| Helper::new("write-back", disk, 0, begin);
+        let make = |disk: &Arc<File>, begin| Helper::for_hints("write-back", disk, 0, begin);
         Self { helper: None, windows: VecDeque::new(), begin, make }
     }
 }

@@ -19,6 +19,8 @@
 //! operation: no lock, no allocation.
 
 mod ahead;
+mod prepare;
+mod read;
 mod slots;
 mod write;
 mod zeroed;
@@ -30,11 +32,12 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use base_image::Urgency;
-use blockio::{AlignedBuf, Buffer, Completion, Engine, File, GuestBuf, GuestView, Op, Quick, Zeroing};
-use blocks::{BLOCK_SIZE, BlockRange, Extent};
+use blockio::{AlignedBuf, Buffer, Completion, Engine, GuestView, Op, Quick, Zeroing};
+use blocks::{BlockRange, Extent};
 use rustix::event::{PollFd, PollFlags, poll};
 
-use self::ahead::{Ahead, Window};
+use self::ahead::Ahead;
+use self::prepare::Preparation;
 use self::slots::Slots;
 use self::write::Bounce;
 use self::zeroed::ZeroedReads;
@@ -42,15 +45,14 @@ use crate::Error;
 use crate::claims::Waker;
 use crate::helper::Helper;
 use crate::request::{Data, Done, Request, Write};
-use crate::shared::{BASE, DISK, FlushPolicy, QueueCounters, Shared};
+use crate::shared::{DISK, FlushPolicy, QueueCounters, Shared};
 
 /// Set in the token of an operation that reads into a bounce buffer; the rest is its number.
 const BOUNCE: u64 = 1 << 63;
 /// The token of the sync that reads of zeroes wait for.
 const SYNC: u64 = 1 << 62;
 
-/// What may not be durable is read so much at a time, and no further request is begun while more than so much is being read.
-const BOUNCE_BLOCKS_MAX: u64 = (256 << 10) / BLOCK_SIZE;
+/// When more than so much is being read into bounce buffers, no further request is begun.
 const BOUNCED_BYTES_MAX: usize = 4 << 20;
 
 /// When more operations are on their way, no further request is begun: one request over blocks that are
@@ -60,11 +62,7 @@ const OPERATIONS_MAX: usize = 4096;
 /// When requests about more bytes have been begun, no further one is: who ends a connection waits for them.
 const BYTES_MAX: u64 = 256 << 20;
 
-/// Windows that wait to be read ahead: more than there are sequences would be late.
-const WINDOWS_MAX: usize = 4;
-
-/// The data path of one virtqueue. Used by one thread at a time. Waits for I/O in [`DiskQueue::quiesce`], and with a session's
-/// first writes for what has to be durable before them.
+/// The data path of one virtqueue. Used by one thread at a time. Waits for I/O in [`DiskQueue::quiesce`] only.
 ///
 /// A pass is: any number of requests, each done [at once](Self::read_now) or [pushed](Self::push), one [`submit`](Self::submit), one
 /// [`reap`](Self::reap). When a descriptor of [`wait_fds`](Self::wait_fds) becomes readable, `reap`
@@ -90,6 +88,8 @@ pub struct DiskQueue {
     /// Slots whose writes wait for claims, oldest first.
     parked: VecDeque<usize>,
     waker: Arc<Waker>,
+    /// Writes that wait for what has to be durable before.
+    preparation: Preparation,
     /// Reads of zeroes that wait for a sync.
     zeroed_reads: ZeroedReads,
     /// Requests that wait until fewer operations are on their way.
@@ -104,7 +104,7 @@ pub struct DiskQueue {
     /// Where reading ahead is up to us.
     ahead: Option<Ahead>,
     /// Who asks the kernel for it: that can take as long as a read of the disk. Made when there is something to ask for.
-    reader: Option<Helper>,
+    reader: Option<Helper<BlockRange>>,
     /// Whether something was taken since the last [`reap`](Self::reap).
     in_pass: bool,
 }
@@ -119,8 +119,8 @@ impl DiskQueue {
         shared.disk.map_resident(shared.redo.as_ref());
         // An engine that waits would not show which reads have to: there the kernel goes on to read ahead.
         let ahead = (shared.is_asynchronous() && shared.disk.keep_folios_small()).then(Ahead::default);
-        let waker =
-            Waker::new().map_err(|error| Error::state("make a wake-up for", shared.disk.path(), error))?;
+        let no_waker = |error| Error::state("make a wake-up for", shared.disk.path(), error);
+        let (waker, preparation) = (Waker::new().map_err(no_waker)?, Preparation::new().map_err(no_waker)?);
         Ok(Self {
             shared,
             counters,
@@ -135,6 +135,7 @@ impl DiskQueue {
             staged: Vec::new(),
             parked: VecDeque::new(),
             waker,
+            preparation,
             zeroed_reads: ZeroedReads::default(),
             deferred: VecDeque::new(),
             to_take: Vec::new(),
@@ -191,7 +192,10 @@ impl DiskQueue {
     /// the log has not all of it, and can be asked again after [`log_announced`](Self::log_announced).
     pub fn announce(&mut self, range: BlockRange) -> bool {
         let touched = range.touched();
-        let is_first = self.enter() && self.is_clean(touched) && !self.shared.owned.contains_all(touched);
+        let is_first = self.enter()
+            && self.is_clean(touched)
+            && !self.shared.owned.contains_all(touched)
+            && self.is_prepared(touched);
         if is_first {
             let missing = self.shared.owned.mixed_runs(touched).filter(|(owned, _)| !owned);
             self.announced.extend(missing.map(|(_, run)| run));
@@ -303,6 +307,7 @@ impl DiskQueue {
 
     /// Ends a pass: one append to the log for all first touches, then one submission of everything.
     pub fn submit(&mut self) {
+        self.begin_preparing();
         if !self.staged.is_empty() {
             self.log_first_touches();
         }
@@ -324,12 +329,13 @@ impl DiskQueue {
             {
                 self.start(slot, request);
             }
+            self.take_prepared();
             if !self.parked.is_empty() && self.waker.consume() {
                 self.retry_parked();
             }
             self.take_blocks();
             // What was finished last may have made room for what waits.
-            let can_start = !self.deferred.is_empty() && !self.is_full();
+            let can_start = !self.deferred.is_empty() && !self.is_full() || self.preparation.is_wanted();
             if !self.unsubmitted && self.staged.is_empty() && !can_start {
                 break;
             }
@@ -344,10 +350,11 @@ impl DiskQueue {
         self.slots.in_use() + self.ready.len() + usize::from(self.in_pass)
     }
 
-    /// Fails every write that waits for claims. Claims of other queues are only given back when those
-    /// are reaped, so when nobody does that any more, waiting would never end.
+    /// Fails every write that waits for claims, or may have to when it is prepared. Claims of other queues are only given back
+    /// when those are reaped, so when nobody does that any more, waiting would never end.
     pub fn cancel_parked(&mut self) {
-        while let Some(slot) = self.parked.pop_front() {
+        let unprepared = self.preparation.cancel();
+        for slot in self.parked.drain(..).chain(unprepared).collect::<Vec<_>>() {
             if let Some(state) = self.slots.get_mut(slot) {
                 state.parked = None;
             }
@@ -375,93 +382,11 @@ impl DiskQueue {
 
     /// Readable when [`reap`](Self::reap) has something to do.
     pub fn wait_fds(&self) -> Vec<BorrowedFd<'_>> {
-        self.engine.completion_fd().into_iter().chain([self.waker.as_fd()]).collect()
-    }
-
-    fn read(&mut self, slot: usize, range: BlockRange, buf: GuestBuf) {
-        if buf.len() as u64 != range.len() {
-            return self.fail(slot, failed(io::ErrorKind::InvalidInput));
-        }
-        let touched = range.touched();
-        if self.is_clean(touched) {
-            self.read_disk(slot, range, buf);
-            let window = self.ahead.as_mut().and_then(|ahead| ahead.missed(range.offset(), range.len()));
-            return self.read_ahead(window);
-        }
-        // P only shrinks: what is not pending now stays readable from the disk, what is pending now
-        // has the base's content for whoever asks now, even if somebody takes it meanwhile.
-        let shared = Arc::clone(&self.shared);
-        for (pending, run) in shared.pending.mixed_runs(touched) {
-            let Some(part) = range.within(run) else { continue };
-            let Some(buf) = buf.slice((part.offset() - range.offset()) as usize, part.len() as usize) else {
-                return self.fail(slot, failed(io::ErrorKind::InvalidInput));
-            };
-            if pending {
-                self.read_base(slot, part, buf);
-            } else {
-                self.read_disk(slot, part, buf);
-            }
-        }
-    }
-
-    /// Reads what is not pending.
-    fn read_disk(&mut self, slot: usize, range: BlockRange, buf: GuestBuf) {
-        if !self.shared.unsynced.intersects(range.touched()) {
-            let op = Op::Read { file: DISK, offset: range.offset(), buf: Buffer::Guest(buf) };
-            return self.push_part(slot, op);
-        }
-        let touched = range.touched();
-        for first in (touched.first()..touched.end()).step_by(BOUNCE_BLOCKS_MAX as usize) {
-            let Some(range_part) = range.within(Extent::new(first, BOUNCE_BLOCKS_MAX)) else { continue };
-            let (from, len) = (range_part.offset() - range.offset(), range_part.len() as usize);
-            let Some(buf) = buf.slice(from as usize, len) else {
-                return self.fail(slot, failed(io::ErrorKind::InvalidInput));
-            };
-            if let Some(state) = self.slots.get_mut(slot) {
-                state.parts += 1;
-            }
-            let bounce = AlignedBuf::new_zeroed(len);
-            self.push_bounced(
-                Bounce::Read { slot, range: range_part, buf },
-                DISK,
-                range_part.offset(),
-                bounce,
-            );
-        }
-    }
-
-    /// Has the kernel begin to read what guests will ask for next. A hint: it vouches for nothing, and has no effect on pending
-    /// blocks, for these are read from the base. Nor does it matter if it is lost.
-    fn read_ahead(&mut self, window: Option<Window>) {
-        let Some(Window { offset, len }) = window else { return };
-        // It may end behind the disk, this does not.
-        let range =
-            self.shared.geometry.bytes_of(Extent::between(offset / BLOCK_SIZE, (offset + len) / BLOCK_SIZE));
-        let Some(range) = range.filter(|range| self.is_clean(range.touched())) else { return };
-        if self.reader.is_none() {
-            let read = |disk: &File, range: BlockRange| disk.read_ahead(range.offset(), range.len());
-            self.reader = Helper::new("read-ahead", &self.shared.disk, WINDOWS_MAX, read);
-        }
-        if let Some(reader) = &self.reader {
-            let _ = reader.offer(range);
-        }
-    }
-
-    fn read_base(&mut self, slot: usize, range: BlockRange, buf: GuestBuf) {
-        if !self.shared.base_is_good() {
-            return self.fail(slot, failed(io::ErrorKind::StaleNetworkFileHandle));
-        }
-        let inside = self.shared.base.bytes_inside(range.offset(), range.len()) as usize;
-        buf.fill_zero(inside, buf.len() - inside);
-        match buf.slice(0, inside) {
-            Some(buf) if !buf.is_empty() => {
-                self.push_part(
-                    slot,
-                    Op::Read { file: BASE, offset: range.offset(), buf: Buffer::Guest(buf) },
-                );
-            }
-            _ => {}
-        }
+        self.engine
+            .completion_fd()
+            .into_iter()
+            .chain([self.waker.as_fd(), self.preparation.as_fd()])
+            .collect()
     }
 
     /// Step 4: gives up whole blocks that the session owns. Anything else would make the disk dirty

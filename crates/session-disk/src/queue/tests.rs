@@ -4,11 +4,13 @@
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
+use blockio::GuestBuf;
 use write_log::{DiskFile, LogFile, LogWriter};
 
 use super::*;
 use crate::{DiskOptions, ProvisionOptions, SessionDisk, provision};
 
+mod preparing;
 mod reading_ahead;
 
 const SIZE: usize = 1 << 20;

@@ -33,7 +33,7 @@ pub(super) struct Fill {
 }
 
 impl DiskQueue {
-    /// Begins a write, or parks it until the claims that it needs are free.
+    /// Begins a write, or parks it until it is prepared.
     pub(super) fn start_write(&mut self, slot: usize, write: Write) {
         if write.durable
             && self.shared.flush == FlushPolicy::Always
@@ -41,6 +41,16 @@ impl DiskQueue {
         {
             state.sync_after = true;
         }
+        let touched = write.range.touched();
+        if self.shared.owned.contains_all(touched) || self.is_prepared(touched) {
+            self.start_prepared(slot, write);
+        } else {
+            self.park_unprepared(slot, write);
+        }
+    }
+
+    /// Begins a write, or parks it until the claims that it needs are free.
+    pub(super) fn start_prepared(&mut self, slot: usize, write: Write) {
         let touched = write.range.touched();
         let shared = Arc::clone(&self.shared);
         if self.is_clean(touched) {
@@ -83,7 +93,7 @@ impl DiskQueue {
             let Some(write) = self.slots.get_mut(slot).and_then(|state| state.parked.take()) else {
                 continue;
             };
-            self.start_write(slot, write);
+            self.start_prepared(slot, write);
             self.part_done(slot, Ok(()));
         }
         self.wait_no_more();

@@ -144,7 +144,7 @@ fn with_answers_that_wait() -> Scene {
     scene.vring.set_queue_info(0, AVAIL, USED_AWAY).unwrap();
     let (without, _) = scene.memory.remove_region(GuestAddress(DATA), Scene::DATA_LEN as u64).unwrap();
     scene.backend.shared_memory().lock().unwrap().replace(without);
-    scene.offer(VIRTIO_BLK_T_OUT, 0..3);
+    scene.offer(VIRTIO_BLK_T_IN, 0..3);
     scene.backend.serve_queue(0, &scene.vring);
     scene
 }
@@ -164,7 +164,7 @@ fn waiting(scene: &Scene) -> usize {
 fn answers_that_cannot_be_published_are_when_the_memory_is_there_again() {
     let mut scene = with_answers_that_wait();
     assert_eq!(waiting(&scene), 3);
-    scene.offer(VIRTIO_BLK_T_OUT, 0..32);
+    scene.offer(VIRTIO_BLK_T_IN, 0..32);
     scene.backend.serve_queue(0, &scene.vring);
     assert_eq!((waiting(&scene), used_away(&scene)), (3, 0));
     scene.backend.shared_memory().lock().unwrap().replace(scene.memory.clone());
