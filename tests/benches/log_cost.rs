@@ -68,6 +68,33 @@ fn main() {
     println!("| directory | depth 1, us | first touch of a region | of a block | later writes |");
     println!("| --- | --- | --- | --- | --- |");
     touches.iter().for_each(|line| println!("{line}"));
+    println!();
+    println!(
+        "| directory | longest read beside a session's first write, us | beside a region's | that write |"
+    );
+    println!("| --- | --- | --- | --- |");
+    options.dirs.iter().for_each(|dir| println!("{}", beside_in(dir, &options)));
+}
+
+/// The row of reads beside first writes.
+fn beside_in(dir: &Path, options: &Options) -> String {
+    let lab = Lab::in_dir(dir);
+    images::dense(&lab.base(), options.size, 1);
+    let disk = Subject::new(&lab);
+    let columns = medians(options.rounds, |round| disk.ask(true, &format!("beside {round}")));
+    let [session, region, write] = columns;
+    format!("| {} | {session:.1} | {region:.1} | {write:.1} |", kind_of(dir))
+}
+
+/// The medians of the three numbers that each round has for an answer.
+fn medians(rounds: usize, answer: impl Fn(usize) -> String) -> [f64; 3] {
+    let mut columns: [Vec<f64>; 3] = Default::default();
+    for answer in (0..rounds).map(answer) {
+        for (column, word) in columns.iter_mut().zip(answer.split(' ')) {
+            column.push(word.parse().unwrap());
+        }
+    }
+    columns.map(median)
 }
 
 /// Prints a row for each depth; returns the rows of single writes.
@@ -98,14 +125,8 @@ fn compare_in(dir: &Path, options: &Options, depths: &[usize], control: bool) ->
         );
     }
     let single = |log| {
-        let mut touches: [Vec<f64>; 3] = Default::default();
-        for round in 0..options.rounds {
-            let answer = disk.ask(log, &format!("touches {round}"));
-            for (times, word) in touches.iter_mut().zip(answer.split(' ')) {
-                times.push(word.parse().unwrap());
-            }
-        }
-        let [region, block, steady] = touches.map(median);
+        let [region, block, steady] =
+            medians(options.rounds, |round| disk.ask(log, &format!("touches {round}")));
         let name = if log { "log" } else { "no log" };
         format!("| {} | {name} | {region:.1} | {block:.1} | {steady:.1} |", kind_of(dir))
     };

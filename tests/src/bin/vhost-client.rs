@@ -24,6 +24,7 @@
 //! passes DEPTH COUNT SEED      ok FIRST STEADY    writes a second into COUNT blocks, and then into the same
 //! first DEPTH COUNT SEED       ok RATE            the first of these alone
 //! warm                         ok                 reads all of the disk, in order
+//! beside SEED                  ok SESSION REGION WRITE                    microseconds of reads beside first writes, and of these
 //! touches SEED                 ok REGION BLOCK STEADY                       microseconds of a single write
 //! ```
 
@@ -34,8 +35,8 @@ use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::Duration;
 
 use pristine_tests::client::{
-    Client, Done, Endure, Limit, Load, Loop, Pattern, Plan, Request, Shape, run_first, run_load, run_model,
-    run_passes, run_touches, run_warm,
+    Client, Done, Endure, Limit, Load, Loop, Pattern, Plan, Request, Shape, run_beside, run_first, run_load,
+    run_model, run_passes, run_touches, run_warm,
 };
 use pristine_tests::random::{Random, contents, scattered};
 use sha2::{Digest, Sha256};
@@ -186,6 +187,10 @@ impl Session {
                     .map(|rate| format!("{rate:.0}"))
             }
             ("warm", []) => run_warm(&self.socket).map(|()| String::new()),
+            ("beside", [seed]) => {
+                let times = run_beside(&self.socket, number(seed)?)?;
+                Ok(format!("{:.2} {:.2} {:.2}", times.session, times.region, times.write))
+            }
             ("touches", [seed]) => {
                 let touches = run_touches(&self.socket, number(seed)?)?;
                 Ok(format!("{:.2} {:.2} {:.2}", touches.region, touches.block, touches.steady))

@@ -141,3 +141,62 @@ pub fn run_touches(socket: &Path, seed: u64) -> Result<Touches, String> {
     });
     Ok(Touches { region, block, steady })
 }
+
+/// What reads of a queue wait for while a write needs something that is not durable yet, in microseconds.
+#[derive(Clone, Copy, Debug)]
+pub struct Beside {
+    /// The longest read beside the session's first write.
+    pub session: f64,
+    /// The longest read beside the first write into a region, the median of the other regions.
+    pub region: f64,
+    /// How long these writes take, the median.
+    pub write: f64,
+}
+
+/// Times reads of one block, one after the other, while single writes are done, the first in each region of the disk.
+pub fn run_beside(socket: &Path, seed: u64) -> Result<Beside, String> {
+    const READER: usize = 0;
+    const WRITER: usize = 1;
+    let mut client = connected(socket, 2)?;
+    let regions = client.capacity() / REGION;
+    let mut lane = lane_of(&mut client, 2)?;
+    let mut done = Vec::with_capacity(2);
+    let mut longest_read_and_write = |write_at: Option<u64>| {
+        let (mut longest, mut write, begin) = (0.0f64, 0.0, Instant::now());
+        if let Some(offset) = write_at {
+            lane.write(WRITER, offset);
+        }
+        let micros = |since: Instant| since.elapsed().as_secs_f64() * 1e6;
+        loop {
+            let begun = Instant::now();
+            lane.read(READER, REGION - LEN as u64);
+            while !done.contains(&READER) {
+                lane.wait(&mut done)?;
+                if done.contains(&WRITER) {
+                    write = micros(begin);
+                }
+            }
+            longest = longest.max(micros(begun));
+            done.clear();
+            if lane.in_flight() == 0 {
+                return Ok::<_, String>((longest, write));
+            }
+        }
+    };
+    // So that nothing is new to the reader.
+    longest_read_and_write(None)?;
+    let mut random = Random::new(seed);
+    let mut first_write = |region: u64| {
+        // Not the block that is read.
+        let block = random.below(REGION / LEN as u64 - 1);
+        longest_read_and_write(Some(region * REGION + block * LEN as u64))
+    };
+    let (session, _) = first_write(0)?;
+    let times = (1..regions).map(first_write).collect::<Result<Vec<_>, _>>()?;
+    let (reads, writes) = times.into_iter().unzip::<_, _, Vec<f64>, Vec<f64>>();
+    let median = |mut times: Vec<f64>| {
+        times.sort_by(f64::total_cmp);
+        times.get(times.len() / 2).copied().unwrap_or_default()
+    };
+    Ok(Beside { session, region: median(reads), write: median(writes) })
+}
