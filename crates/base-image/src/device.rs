@@ -18,7 +18,7 @@ pub(crate) fn is_at(path: &Path) -> io::Result<bool> {
 }
 
 /// The device that is open as `file`, as such a line; `None` if the kernel knows nothing of it but numbers.
-pub(crate) fn name_of(file: &File) -> Option<String> {
+pub fn name_of(file: &File) -> Option<String> {
     let number = fstat(file).ok()?.st_rdev;
     let dir = PathBuf::from(format!("/sys/dev/block/{}:{}", major(number), minor(number)));
     let dir = fs::canonicalize(dir).ok()?;

@@ -35,6 +35,7 @@ mod store;
 
 pub use chain::Trust;
 pub use delta::{DELTA_EXTENTS_MAX, Delta, Generation};
+pub use device::name_of as device_name;
 pub use error::BaseError;
 pub use format::BaseFormat;
 pub use generation::{

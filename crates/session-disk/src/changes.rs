@@ -9,7 +9,7 @@ use blocks::{BLOCK_SIZE, BlockSet, Extent, Geometry};
 
 use crate::live::{Before, LivePage, heed_sync};
 use crate::manifest::Manifest;
-use crate::open::{check_size, file_number, identity_of, judge, lock_state_dir, open_base};
+use crate::open::{check_disk, file_number, identity_of, judge, lock_state_dir, open_base};
 use crate::overlay::{last_session_of, lock};
 use crate::recover::{Basis, Distrust, Verdict};
 use crate::storage::Storage;
@@ -65,7 +65,7 @@ impl ChangedDisk {
         })?;
         let state_lock = lock_state_dir(&paths)?;
         let manifest = Manifest::load_from(&storage, &paths)?;
-        let geometry = check_size(&file, &manifest)?;
+        let geometry = check_disk(&file, &manifest)?;
         let live = look(manifest.disk);
         refuse_open_session(options, live.as_ref())?;
         let base = open_base(&manifest, options.base_patience)?;

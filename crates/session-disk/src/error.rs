@@ -83,6 +83,16 @@ pub enum Error {
         /// Its size when it was provisioned, in bytes.
         expected: u64,
     },
+    /// Another disk than its state is about, of which nothing says that it may be overwritten.
+    #[error("{path} is {found}, and its state is about {expected}")]
+    AnotherDisk {
+        /// The disk.
+        path: PathBuf,
+        /// What it is.
+        found: String,
+        /// What it should be.
+        expected: String,
+    },
     /// A size that can't be a disk's.
     #[error("{path}: {source}")]
     Geometry {
@@ -163,6 +173,10 @@ impl Error {
             Self::DamagedManifest { .. } => Some(format!(
                 "no block of the disk can be trusted: `pristine provision --adopt --base BASE {disk}` \
                  restores all of it"
+            )),
+            Self::AnotherDisk { .. } => Some(format!(
+                "see that it is the disk that you mean (names such as /dev/sdb are given anew at each boot, those in \
+                 /dev/disk/by-id stay); if it is, `pristine provision --adopt --base BASE {disk}` replaces all of its contents"
             )),
             Self::Kept { .. } => Some(format!(
                 "go on with them with `pristine serve --reset-on never {disk}`, or give them up with \

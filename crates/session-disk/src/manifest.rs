@@ -42,6 +42,9 @@ pub struct Manifest {
     pub size: u64,
     /// Which file the disk is: a copy of it is another disk. `None` for a block device.
     pub file: Option<DiskFile>,
+    /// What the kernel knows a block device by, whatever its name is in this boot. `None` for a file, and where that is not known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
     /// The base and what it looked like when the disk was provisioned from it.
     pub base: BaseEntry,
     /// Sequence number for the next log.
@@ -327,6 +330,7 @@ mod tests {
             disk: Uuid::from_u128(1),
             size: 1 << 20,
             file: Some(DiskFile { inode: 7, birth_ns: None }),
+            device: None,
             base: BaseEntry {
                 path: Path::new("/images/golden.raw").into(),
                 format: BaseFormat::Qcow2,

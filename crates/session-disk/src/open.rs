@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use base_image::{BaseIdentity, BaseImage, BaseLocation, Seal, Trust};
+use base_image::{BaseIdentity, BaseImage, BaseLocation, Seal, Trust, device_name};
 use blockio::{File, FileKind, ImageAccess, OpenOptions, in_full};
 use blocks::Geometry;
 use write_log::{LogContents, LogError, LogId, LogKind};
@@ -16,12 +16,12 @@ use write_log::{LogContents, LogError, LogId, LogKind};
 use crate::Error;
 use crate::intents::Intents;
 use crate::live::{Before, LivePage};
-use crate::manifest::{BaseEntry, LogEntry, Manifest};
+use crate::manifest::{BaseEntry, DiskFile, LogEntry, Manifest};
 use crate::paths::Paths;
 use crate::process::boot_id;
 use crate::recover::{Evidence, FoundLog, Verdict, conclude};
 use crate::storage::Storage;
-use crate::witness;
+use crate::{DiskOptions, witness};
 
 /// How long to wait for the I/O of a server that died: its lock is held until the last of it has landed.
 pub(crate) const DEAD_SERVER_WAIT_MAX: Duration = Duration::from_secs(30);
@@ -82,8 +82,9 @@ pub(crate) fn refuse_same_file(disk: &Path, base: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-/// The size of a disk, which must be what the manifest says.
-pub(crate) fn check_size(disk: &File, manifest: &Manifest) -> Result<Geometry, Error> {
+/// The size of a disk, which must be what the manifest says, and not be another device under the same name.
+pub(crate) fn check_disk(disk: &File, manifest: &Manifest) -> Result<Geometry, Error> {
+    check_device(disk, manifest)?;
     let geometry = Geometry::new(manifest.size)
         .map_err(|source| Error::Geometry { path: disk.path().to_owned(), source })?;
     let found = disk.size()?;
@@ -96,6 +97,47 @@ pub(crate) fn check_size(disk: &File, manifest: &Manifest) -> Result<Geometry, E
     } else {
         Err(Error::DiskSize { path: disk.path().to_owned(), found, expected: manifest.size })
     }
+}
+
+/// Fails if the disk is another device than the manifest is about. What is on a device is nobody's to overwrite only because it
+/// has the name now that the disk had before the host was started.
+fn check_device(disk: &File, manifest: &Manifest) -> Result<(), Error> {
+    let another = |found: String, expected: &str| {
+        let (path, expected) = (disk.path().to_owned(), expected.to_owned());
+        Err(Error::AnotherDisk { path, found, expected })
+    };
+    match (disk.kind(), &manifest.file, &manifest.device) {
+        (FileKind::BlockDevice, Some(_), _) => another("a device".into(), "a file"),
+        (FileKind::Regular, None, _) => another("a file".into(), "a device"),
+        (FileKind::BlockDevice, None, Some(expected)) => match device_name(disk) {
+            Some(found) if found == *expected => Ok(()),
+            Some(found) => another(format!("the device \"{found}\""), &format!("\"{expected}\"")),
+            None => another(
+                "a device of which the kernel knows nothing but numbers".into(),
+                &format!("the device \"{expected}\""),
+            ),
+        },
+        _ => Ok(()),
+    }
+}
+
+/// Fails if a state directory that was named is about another file, and nothing says that the disk ever was a session disk. A
+/// copy of one, or one from a backup, has its attribute, or the state beside it: there all of it is pending.
+pub(crate) fn refuse_unrelated(
+    storage: &Storage,
+    disk: &File,
+    manifest: &Manifest,
+    options: &DiskOptions,
+) -> Result<(), Error> {
+    let (Some(state), Some(now)) = (&options.state_dir, disk_witness(disk)?) else { return Ok(()) };
+    if manifest.file == DiskFile::of(&now) || witness::generation(storage, disk)?.is_some() {
+        return Ok(());
+    }
+    Err(Error::AnotherDisk {
+        path: disk.path().to_owned(),
+        found: "a file that never was a session disk, or a copy that says nothing of it".into(),
+        expected: format!("another file, in {}", state.display()),
+    })
 }
 
 /// Opens the base of a manifest; fails if it changed. A sealed one may look different, as a copy does: nothing is

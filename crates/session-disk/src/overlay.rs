@@ -18,7 +18,7 @@ use crate::live::{Before, LivePage, heed_sync};
 use crate::manifest::{EntryKind, Manifest};
 use crate::new_file::NewFile;
 use crate::open::{
-    DEAD_SERVER_POLL, DEAD_SERVER_WAIT_MAX, UNKNOWN_HOLDER_WAIT_MAX, check_size, file_number, identity_of,
+    DEAD_SERVER_POLL, DEAD_SERVER_WAIT_MAX, UNKNOWN_HOLDER_WAIT_MAX, check_disk, file_number, identity_of,
     judge, open_base,
 };
 use crate::process::ProcessId;
@@ -153,7 +153,7 @@ impl<'a> Disk<'a> {
                  ends it"
             )));
         }
-        let geometry = check_size(&file, &manifest)?;
+        let geometry = check_disk(&file, &manifest)?;
         if locked {
             redo::finish_for_reader(&Storage::default(), &paths, &manifest, geometry, &file, live.as_ref())?;
         }

@@ -4,7 +4,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use base_image::{BaseImage, Content};
+use base_image::{BaseImage, Content, device_name};
 use blockio::{File, FileKind, OpenOptions};
 use blocks::{BLOCK_SIZE, BlockSet, Extent, Geometry};
 use uuid::Uuid;
@@ -161,6 +161,7 @@ fn make(options: &ProvisionOptions, made: &mut Made) -> Result<(u64, u64), Error
         disk: id,
         size,
         file: disk_witness(&disk)?.as_ref().and_then(DiskFile::of),
+        device: device_name(&disk),
         base: named.entry(&base, identity.clone()),
         next_sequence,
         logs: Vec::new(),

@@ -27,8 +27,8 @@ use crate::live::{Before, LivePage, heed_sync};
 use crate::manifest::{BaseEntry, DiskFile, EntryKind, Manifest, Stopped};
 use crate::named_base::NamedBase;
 use crate::open::{
-    check_size, disk_witness, file_number, judge, lock_state_dir, open_disk, prune_logs, refuse_disk_of_base,
-    refuse_same_file, remove_unnamed_logs, with_room,
+    check_disk, disk_witness, file_number, judge, lock_state_dir, open_disk, prune_logs, refuse_disk_of_base,
+    refuse_same_file, refuse_unrelated, remove_unnamed_logs, with_room,
 };
 use crate::process::ProcessId;
 use crate::recover::Basis;
@@ -160,7 +160,8 @@ fn take(options: &DiskOptions) -> Result<Subject, Error> {
     paths.create_state_dirs(&storage, &mut Vec::new())?;
     let state_lock = lock_state_dir(&paths)?;
     let manifest = Manifest::load_from(&storage, &paths)?;
-    let geometry = check_size(&disk, &manifest)?;
+    let geometry = check_disk(&disk, &manifest)?;
+    refuse_unrelated(&storage, &disk, &manifest, options)?;
     Ok(Subject { paths, storage, disk, manifest, geometry, _state_lock: state_lock })
 }
 

@@ -13,7 +13,7 @@ use serde::Serialize;
 
 use crate::live::{Before, LivePage};
 use crate::manifest::Manifest;
-use crate::open::{check_size, file_number, judge, open_base};
+use crate::open::{check_disk, file_number, judge, open_base};
 use crate::process::ProcessId;
 use crate::recover::{Basis, Verdict};
 use crate::storage::Storage;
@@ -163,7 +163,7 @@ pub fn status(options: &DiskOptions) -> Result<Status, Error> {
     let paths = options.paths();
     let manifest = Manifest::load(&paths)?;
     let disk = File::open(&options.disk, OpenOptions { write: false, direct: false, exclusive: false })?;
-    let geometry = check_size(&disk, &manifest)?;
+    let geometry = check_disk(&disk, &manifest)?;
     let mut status = Status {
         state: DiskState::Pristine,
         dirty_blocks: 0,

@@ -7,7 +7,7 @@ use blockio::{AlignedBuf, DataRanges, File, OpenOptions};
 use blocks::{BLOCK_SIZE, Extent, Geometry};
 
 use crate::manifest::Manifest;
-use crate::open::{check_size, identity_of, open_base};
+use crate::open::{check_disk, identity_of, open_base};
 use crate::{DiskOptions, Error};
 
 /// Bytes that are compared at once.
@@ -133,7 +133,7 @@ pub fn verify(
             error.into()
         }
     })?;
-    let geometry = check_size(&disk, &manifest)?;
+    let geometry = check_disk(&disk, &manifest)?;
     let base = open_base(&manifest, options.base_patience)?;
     let identity = identity_of(&base, &manifest)?;
     let mut comparison = Comparison { blocks: geometry.blocks(), ..Comparison::default() };

@@ -81,3 +81,58 @@ fn device_of_large_sectors_serves_small_ones_through_the_page_cache() {
         drop(disk);
     }
 }
+
+/// Invariants 2 and 5: a name such as /dev/sdb is another device's after a boot. That one is neither read as pristine nor
+/// restored, and keeps its contents; the disk is known again by whatever name.
+#[test]
+fn other_device_under_the_same_name_is_refused_and_left_alone() {
+    const SIZE: usize = 256 << 10;
+    let made = Bench::new(SIZE, None, true, EngineKind::Sync);
+    let dir = made.dir.path();
+    let backing = |name: &str, byte: u8| {
+        let path = dir.join(name);
+        std::fs::write(&path, vec![byte; 1 << 20]).unwrap();
+        path
+    };
+    let (own, other) = (backing("own", 0xaa), backing("other", 0xbb));
+    let (Some(own), Some(device)) = (Loop::attach(&own, 512), Loop::attach(&other, 512)) else { return };
+    let name = dir.join("sdb");
+    let call = |device: &std::path::Path| {
+        let _ = std::fs::remove_file(&name);
+        std::os::unix::fs::symlink(device, &name).unwrap();
+    };
+    call(&own.0);
+    let options = DiskOptions {
+        state_dir: Some(dir.join("state")),
+        runtime_dir: Some(dir.join("run")),
+        engine: Some(EngineKind::Sync),
+        ..DiskOptions::new(&name)
+    };
+    let new = ProvisionOptions { adopt: true, ..ProvisionOptions::new(made.base_path(), options.clone()) };
+    provision(&new).unwrap();
+    for drained in [false, true] {
+        call(&device.0);
+        let tell = |error: Error| match &error {
+            Error::AnotherDisk { .. } => {
+                let text = error.to_string();
+                assert!(text.contains("/own") && text.contains("/other"), "{text}");
+                assert!(error.hint("--disk D").unwrap().contains("/dev/disk/by-id"));
+            }
+            error => panic!("{error}"),
+        };
+        tell(session_disk::SessionDisk::open(&options).unwrap_err());
+        tell(session_disk::status(&options).unwrap_err());
+        assert!(std::fs::read(&other).unwrap() == vec![0xbb; 1 << 20], "drained: {drained}");
+        // A file is none either.
+        std::fs::remove_file(&name).unwrap();
+        std::fs::write(&name, vec![0xcc; SIZE]).unwrap();
+        let error = session_disk::SessionDisk::open(&options).unwrap_err();
+        assert!(error.to_string().ends_with("is a file, and its state is about a device"), "{error}");
+        assert!(std::fs::read(&name).unwrap() == vec![0xcc; SIZE]);
+        call(&own.0);
+        let disk = common::open(&options);
+        disk.drain(&AtomicBool::new(false), &mut |_| ()).unwrap();
+        assert!(std::fs::read(&own.0).unwrap()[..SIZE] == made.base);
+        disk.stop().unwrap();
+    }
+}

@@ -362,6 +362,45 @@ fn copy_of_a_disk_with_its_state_is_wholly_pending() {
     assert_eq!(std::fs::read(&copy).unwrap(), bench.base);
 }
 
+/// A state directory that is named may be another disk's by mistake. A file that never was a session disk is not overwritten for
+/// that, whatever the state says; one that was is, for nothing of it is anybody's.
+#[test]
+fn file_that_never_was_a_session_disk_is_not_restored_by_the_state_of_another() {
+    let bench = Bench::new(MIB, None, false, EngineKind::IoUring);
+    let own =
+        session_disk::DiskOptions { state_dir: Some(suffixed(&bench.options.disk)), ..bench.options.clone() };
+    let options = |name: &str| session_disk::DiskOptions { disk: bench.dir.path().join(name), ..own.clone() };
+    let precious = options("precious.raw");
+    std::fs::write(&precious.disk, vec![0x99; MIB]).unwrap();
+    let end_a_session = |write: bool| {
+        let disk = common::open(&own);
+        disk.begin_session(None).unwrap();
+        let mut queue = disk.queue(8).unwrap();
+        if write {
+            common::try_write(&disk, &mut queue, 0, &[0x11; 4096]).unwrap();
+        }
+        common::end(&disk, queue);
+    };
+    for dirty in [false, true] {
+        end_a_session(dirty);
+        let rebase = session_disk::RebaseOptions::new(bench.base_path(), precious.clone());
+        let errors = [
+            session_disk::SessionDisk::open(&precious).map(drop).unwrap_err(),
+            session_disk::rebase(&rebase, &AtomicBool::new(false), &mut |_| ()).map(drop).unwrap_err(),
+        ];
+        for error in errors {
+            assert!(matches!(error, Error::AnotherDisk { .. }), "{error}");
+            assert!(error.to_string().contains("never was a session disk"), "{error}");
+        }
+        assert!(std::fs::read(&precious.disk).unwrap() == vec![0x99; MIB]);
+    }
+    // A copy that says that it was one.
+    let copy = options("copy.raw");
+    let status = std::process::Command::new("cp").arg("-a").args([&own.disk, &copy.disk]).status().unwrap();
+    assert!(status.success());
+    assert_eq!(*common::open(&copy).basis(), Basis::Everything(Distrust::AnotherFile));
+}
+
 fn suffixed(disk: &std::path::Path) -> std::path::PathBuf {
     disk.with_extension("raw.pristine")
 }

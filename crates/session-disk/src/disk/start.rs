@@ -4,6 +4,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, UNIX_EPOCH};
 
+use base_image::device_name;
 use blockio::{EngineKind, File, in_full};
 use write_log::LogWriter;
 
@@ -12,8 +13,8 @@ use crate::intents::Intents;
 use crate::live::LivePage;
 use crate::manifest::{DiskFile, Manifest};
 use crate::open::{
-    check_size, disk_witness, file_number, identity_of, judge, lock_state_dir, open_base, open_disk,
-    open_for_sync, refuse_disk_of_base, remove_logs_to_come,
+    check_disk, disk_witness, file_number, identity_of, judge, lock_state_dir, open_base, open_disk,
+    open_for_sync, refuse_disk_of_base, refuse_unrelated, remove_logs_to_come,
 };
 use crate::process::ProcessId;
 use crate::recover::{Basis, Distrust, GoesOn};
@@ -44,7 +45,8 @@ impl SessionDisk {
         let state_lock = lock_state_dir(&paths)?;
         let mut manifest = Manifest::load_from(&storage, &paths)?;
         let disk_id = manifest.disk;
-        let geometry = check_size(&disk, &manifest)?;
+        let geometry = check_disk(&disk, &manifest)?;
+        refuse_unrelated(&storage, &disk, &manifest, options)?;
         if u64::from(disk.alignment().offset) > 512
             && !geometry.size().is_multiple_of(disk.alignment().offset.into())
         {
@@ -88,6 +90,7 @@ impl SessionDisk {
             None => best_engine(&disk),
         };
         manifest.file = disk_witness(&disk)?.as_ref().and_then(DiskFile::of);
+        manifest.device = device_name(&disk).or(manifest.device);
         let left = manifest.left.take();
         let stopped = manifest.stopped.take();
         let is_untouched = left.is_some() && before.same_boot || was_open;

@@ -149,7 +149,7 @@ impl Scene {
         let read = |path: &Path| {
             if path == self.log { write_log::read_from(log, path) } else { write_log::read(path) }
         };
-        let geometry = check_size(&self.disk, &self.manifest).unwrap();
+        let geometry = check_disk(&self.disk, &self.manifest).unwrap();
         let (storage, paths) = (Storage::default(), self.options.paths());
         judge_logs(&storage, &paths, &self.manifest, geometry, &self.disk, self.before, &read).unwrap()
     }

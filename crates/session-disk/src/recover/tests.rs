@@ -13,6 +13,7 @@ fn manifest(generation: u64, has_log: bool) -> Manifest {
         disk: Uuid::from_u128(1),
         size: SIZE,
         file: None,
+        device: None,
         base: BaseEntry {
             path: std::path::Path::new("/images/golden.raw").into(),
             format: base_image::BaseFormat::Raw,
