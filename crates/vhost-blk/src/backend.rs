@@ -170,11 +170,6 @@ impl Backend {
         self.device.stopping.store(true, Ordering::Relaxed);
     }
 
-    /// Has workers go on that a frontend, which is gone, keeps waiting in an interrupt.
-    pub(crate) fn free(&self) {
-        self.rings.iter().filter_map(OnceLock::get).for_each(Vring::make_room);
-    }
-
     /// Waits for all I/O in flight of all queues, and publishes the answers. All at once: a write of one
     /// queue may wait for blocks that a finished write of another holds until it is answered.
     pub(crate) fn drain(&self) {

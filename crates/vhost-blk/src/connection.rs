@@ -5,7 +5,7 @@ use std::{
     collections::VecDeque,
     io,
     os::{
-        fd::{AsFd, AsRawFd, OwnedFd},
+        fd::{AsFd, AsRawFd},
         unix::net::{UnixListener, UnixStream},
     },
     sync::{
@@ -27,7 +27,7 @@ use crate::{
     disk::{AnyError, Disk},
     handover::HandOver,
     relay::Relay,
-    vring,
+    vring::{self, Vring},
     wire::Message,
 };
 
@@ -42,6 +42,8 @@ type Daemon = VhostUserDaemon<Arc<Backend>>;
 pub(crate) struct Connection {
     pub(crate) relay: Relay,
     pub(crate) queues: Queues,
+    /// All of them, whether they were ever started or not.
+    rings: Vec<Vring>,
     daemon: Daemon,
 }
 
@@ -88,7 +90,7 @@ impl Connection {
         let library = connect_privately(&mut daemon)?;
         let mut relay = Relay::new(arrival.frontend, library);
         relay.replay(arrival.setup);
-        Ok(Self { relay, queues, daemon })
+        Ok(Self { relay, queues, rings, daemon })
     }
 
     /// Takes the connection down. When this returns without an error, its threads are gone, and no
@@ -97,7 +99,7 @@ impl Connection {
     ///
     /// Storage that does not answer is waited for as long as the server is not to `stop`: another one could do no more.
     pub(crate) fn close(self, stop: &dyn Fn() -> bool) -> io::Result<(Option<String>, Option<HandOver>)> {
-        let Self { relay, queues: Queues { backend, threads }, mut daemon } = self;
+        let Self { relay, queues: Queues { backend, threads }, rings, mut daemon } = self;
         drop(threads);
         backend.stop();
         let handover = relay.hand_over();
@@ -114,7 +116,8 @@ impl Connection {
             match ended.recv_timeout(TEARDOWN_LOOK) {
                 Ok(complaint) => break complaint,
                 Err(RecvTimeoutError::Timeout) if patience.is_over() => return Err(patience.lost()),
-                Err(RecvTimeoutError::Timeout) => backend.free(),
+                // The library's thread, or a queue's, may wait in an interrupt of a frontend that is gone.
+                Err(RecvTimeoutError::Timeout) => rings.iter().for_each(Vring::make_room),
                 Err(RecvTimeoutError::Disconnected) => {
                     return Err(io::Error::other("the threads of a connection have ended in disorder"));
                 }
@@ -222,7 +225,7 @@ fn connect_privately(daemon: &mut Daemon) -> Result<UnixStream, AnyError> {
 }
 
 /// Makes reads and writes of `fd` return instead of waiting.
-pub(crate) fn set_nonblocking(fd: &OwnedFd) -> rustix::io::Result<()> {
-    let flags = rustix::fs::fcntl_getfl(fd.as_fd())?;
-    rustix::fs::fcntl_setfl(fd.as_fd(), flags | rustix::fs::OFlags::NONBLOCK)
+pub(crate) fn set_nonblocking(fd: impl AsFd) -> rustix::io::Result<()> {
+    let flags = rustix::fs::fcntl_getfl(&fd)?;
+    rustix::fs::fcntl_setfl(&fd, flags | rustix::fs::OFlags::NONBLOCK)
 }

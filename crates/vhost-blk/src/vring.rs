@@ -19,13 +19,13 @@ use std::{
 use rustix::{
     event::{PollFd, PollFlags, Timespec},
     fs::OFlags,
-    io::ReadWriteFlags,
+    io::{Errno, ReadWriteFlags},
 };
 use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutGuard, VringT};
 use virtio_queue::{Error as QueueError, QueueT};
 use vm_memory::GuestMemoryAtomic;
 
-use crate::request::Memory;
+use crate::{connection::set_nonblocking, request::Memory};
 
 /// A guest's memory, which its frontend may replace at any time.
 pub(crate) type SharedMemory = GuestMemoryAtomic<Memory>;
@@ -53,8 +53,9 @@ struct Flags {
     call_never_waits: AtomicI32,
     /// The call descriptor, if it had room when it was last looked at; -1: it had none. Nobody fills it but us, one by one.
     call_has_room: AtomicI32,
-    /// The call descriptor once more, for who can't have the ring's lock.
-    call: Mutex<Option<File>>,
+    /// The call descriptor once more, for who can't have the ring's lock: any by which an interrupt may be on its way, the last
+    /// one last.
+    calls: Mutex<Vec<File>>,
     /// Has the worker's thread no longer listen to a kick.
     ignore_kick: OnceLock<Box<dyn Fn(RawFd) + Send + Sync>>,
 }
@@ -73,8 +74,8 @@ pub(crate) fn made_by<T>(make: impl FnOnce() -> T) -> (T, Vec<Vring>) {
 }
 
 impl Flags {
-    fn call(&self) -> MutexGuard<'_, Option<File>> {
-        self.call.lock().unwrap_or_else(PoisonError::into_inner)
+    fn calls(&self) -> MutexGuard<'_, Vec<File>> {
+        self.calls.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -133,17 +134,10 @@ impl Vring {
     /// Has an interrupt that waits go on, when the frontend has no use for it any more: takes what the descriptor has counted,
     /// if it is full. Needs no lock of the ring, which who waits holds.
     pub(crate) fn make_room(&self) {
-        if let Some(call) = self.flags.call().as_ref()
-            && has_room(call.as_fd()).is_ok_and(|has_room| !has_room)
-        {
-            let mut count = [0; 8];
-            // Does not wait, should the frontend have been there first.
-            let _ = rustix::io::preadv2(
-                call,
-                &mut [IoSliceMut::new(&mut count)],
-                u64::MAX,
-                ReadWriteFlags::NOWAIT,
-            );
+        for call in self.flags.calls().iter() {
+            if has_room(call.as_fd()).is_ok_and(|has_room| !has_room) {
+                let _ = take_count(call.as_fd());
+            }
         }
     }
 
@@ -160,6 +154,13 @@ impl Vring {
         self.flags.waiting.fetch_sub(1, Ordering::Relaxed);
         result
     }
+}
+
+/// Takes what an event descriptor has counted. Never waits, should somebody else have been there first: what the descriptor's
+/// flags say of that is the frontend's to change at any time.
+fn take_count(fd: BorrowedFd<'_>) -> rustix::io::Result<()> {
+    let mut count = [0; 8];
+    rustix::io::preadv2(fd, &mut [IoSliceMut::new(&mut count)], u64::MAX, ReadWriteFlags::NOWAIT).map(|_| ())
 }
 
 /// Whether a write to an event descriptor would not wait.
@@ -258,11 +259,8 @@ impl VringT<SharedMemory> for Vring {
 
     fn set_kick(&self, file: Option<File>) {
         if let Some(file) = &file {
-            // Only ever written by the frontend, so it does not notice; our reads must not block.
-            let flags = rustix::fs::fcntl_getfl(file);
-            if let Ok(flags) = flags.map(|flags| flags | OFlags::NONBLOCK) {
-                let _ = rustix::fs::fcntl_setfl(file, flags);
-            }
+            // Only ever written by the frontend, so it does not notice.
+            let _ = set_nonblocking(file);
         }
         {
             let mut state = self.get_ref();
@@ -271,10 +269,9 @@ impl VringT<SharedMemory> for Vring {
             if let (Some(old), Some(ignore)) = (state.get_kick(), self.flags.ignore_kick.get()) {
                 ignore(old.as_raw_fd());
             }
-            // The library registers the kick of a ring only when it starts. A kick that was
+            // The library registers the kick of a ring only when it starts. A kick that is
             // pending on the old one is not lost: a start looks at the ring in any case.
             if file.is_some() && state.get_queue().ready() {
-                drain(&state);
                 state.get_queue_mut().set_ready(false);
             }
         }
@@ -291,9 +288,16 @@ impl VringT<SharedMemory> for Vring {
         let flags = file.as_ref().map(rustix::fs::fcntl_getfl);
         let never_waits = matches!(flags, Some(Ok(flags)) if flags.contains(OFlags::NONBLOCK));
         let again = file.as_ref().and_then(|file| file.try_clone().ok());
+        let count = usize::from(again.is_some());
+        // The worker may wait in an interrupt by the old one, which is in our way, or, as soon as it is set, by the new one.
+        self.flags.calls().extend(again);
         self.control(|state| state.set_call(file));
         let state = self.get_ref();
-        *self.flags.call() = again;
+        {
+            let mut calls = self.flags.calls();
+            let old = calls.len().saturating_sub(count);
+            calls.drain(..old);
+        }
         // As long as that is not said, nothing is known of the new one, whose number is another.
         let call = state.get_call().as_ref().map_or(-1, |call| call.as_raw_fd());
         self.flags.call_never_waits.store(if never_waits { call } else { -1 }, Ordering::Relaxed);
@@ -312,8 +316,17 @@ impl VringT<SharedMemory> for Vring {
 }
 
 /// Takes a pending kick, if there is one. It only says that it is worth looking at the ring.
+///
+/// Never waits: who waited would have the ring's lock, and so would hold up the library's thread and the end of the
+/// connection, for as long as the frontend likes.
 fn drain(state: &VringState<SharedMemory>) {
-    if let Some(kick) = state.get_kick() {
+    let Some(kick) = state.get_kick() else { return };
+    // SAFETY: the descriptor is open as long as `kick`, which `state` owns, is borrowed.
+    let fd = unsafe { BorrowedFd::borrow_raw(kick.as_raw_fd()) };
+    if take_count(fd) == Err(Errno::OPNOTSUPP) {
+        // Linux before 5.8. Not taken, it would wake the worker's thread to no end; so the frontend would have to take away both
+        // the flag and the kick between these two calls.
+        let _ = set_nonblocking(fd);
         let _ = kick.consume();
     }
 }
@@ -389,6 +402,52 @@ mod tests {
         };
         assert!(outcome);
         assert_eq!(counted(&call), 1);
+    }
+
+    /// A new descriptor comes only when the interrupt by the old one has ended.
+    #[test]
+    fn interrupt_that_waits_goes_on_while_another_descriptor_comes() {
+        let (vring, call) = ring_with(EventfdFlags::empty(), 0);
+        rustix::io::write(&call, &(u64::MAX - 2).to_ne_bytes()).unwrap();
+        let (told, done) = channel();
+        let (of_worker, told_by_worker) = (vring.clone(), told.clone());
+        let worker = std::thread::spawn(move || {
+            let state = of_worker.lock();
+            told_by_worker.send("it has the lock").unwrap();
+            of_worker.signal(&state).unwrap();
+        });
+        assert_eq!(done.recv(), Ok("it has the lock"));
+        let next = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+        let (of_library, file) = (vring.clone(), File::from(next.try_clone().unwrap()));
+        std::thread::spawn(move || {
+            of_library.set_call(Some(file));
+            told.send("it is set").unwrap();
+        });
+        let begin = std::time::Instant::now();
+        while done.recv_timeout(Duration::from_millis(10)).is_err() {
+            vring.make_room();
+            assert!(begin.elapsed() < Duration::from_secs(60), "the interrupt waits");
+        }
+        worker.join().unwrap();
+        assert_eq!(counted(&next), 1);
+    }
+
+    /// Invariant 8: whoever waited for a kick would have the ring's lock.
+    #[test]
+    fn kick_is_read_and_replaced_without_waiting_whatever_the_frontend_makes_of_it() {
+        let (vring, _call) = ring_with(EventfdFlags::empty(), 0);
+        let kick = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+        vring.set_kick(Some(File::from(kick.try_clone().unwrap())));
+        vring.set_queue_ready(true);
+        rustix::fs::fcntl_setfl(&kick, OFlags::empty()).unwrap();
+        let (told, done) = channel();
+        std::thread::spawn(move || {
+            vring.read_kick().unwrap();
+            vring.set_kick(Some(File::from(eventfd(0, EventfdFlags::CLOEXEC).unwrap())));
+            told.send(vring.lock().get_queue().ready()).unwrap();
+        });
+        let ready = done.recv_timeout(Duration::from_secs(20)).expect("a kick is waited for");
+        assert!(!ready, "the library would not listen to it");
     }
 
     #[test]

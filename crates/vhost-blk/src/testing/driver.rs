@@ -7,7 +7,7 @@ use std::{
         unix::{fs::FileExt, net::UnixStream},
     },
     path::Path,
-    sync::atomic::Ordering,
+    sync::atomic::{AtomicBool, Ordering},
     time::{Duration, Instant},
 };
 
@@ -272,6 +272,16 @@ impl Driver {
         old
     }
 
+    /// Whether the server has not read the queue's kick yet.
+    pub(crate) fn kick_is_pending(&self, queue: usize) -> bool {
+        is_readable(&self.queues[queue].kick, Duration::ZERO)
+    }
+
+    /// Has a read of the queue's kick wait for the next one: the server has the same open file.
+    pub(crate) fn let_reads_of_the_kick_wait(&self, queue: usize) {
+        rustix::fs::fcntl_setfl(fd_of(&self.queues[queue].kick), rustix::fs::OFlags::empty()).unwrap();
+    }
+
     /// Says that the queue has no kick descriptor any more.
     pub(crate) fn take_kick(&mut self, queue: usize) {
         let words = [FrontendReq::SET_VRING_KICK as u32, 1, 8, 0x100 | queue as u32, 0];
@@ -335,10 +345,37 @@ impl Driver {
         let call = &self.queues[queue].call;
         let _ = call.read();
         call.write(u64::MAX - 1).unwrap();
-        // SAFETY: open as long as `call` is borrowed.
-        let fd = unsafe { BorrowedFd::borrow_raw(call.as_raw_fd()) };
-        rustix::fs::fcntl_setfl(fd, rustix::fs::OFlags::empty()).unwrap();
+        rustix::fs::fcntl_setfl(fd_of(call), rustix::fs::OFlags::empty()).unwrap();
         self.want_interrupt(queue);
+    }
+
+    /// Has the server wait in an interrupt of a queue that was never started, which it gives to each new descriptor: one that is
+    /// full, and refuses what does not fit when it is looked at, and does not when it is written. Then hangs up.
+    pub(crate) fn jam_first_interrupt(self, queue: usize) {
+        let call = self.queues[queue].call.try_clone().unwrap();
+        call.write(u64::MAX - 1).unwrap();
+        let connection = self.stream.try_clone().unwrap();
+        let (set, sets) = std::sync::mpsc::channel();
+        let setter = std::thread::spawn(move || {
+            while self.frontend.set_vring_call(queue, &self.queues[queue].call).is_ok() {
+                let _ = set.send(());
+            }
+        });
+        let ended = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !ended.load(Ordering::Relaxed) {
+                    for flags in [rustix::fs::OFlags::empty(), rustix::fs::OFlags::NONBLOCK] {
+                        rustix::fs::fcntl_setfl(fd_of(&call), flags).unwrap();
+                    }
+                }
+            });
+            let start = Instant::now();
+            while sets.recv_timeout(Duration::from_millis(500)).is_ok() && start.elapsed() < PATIENCE {}
+            ended.store(true, Ordering::Relaxed);
+        });
+        connection.shutdown(std::net::Shutdown::Both).unwrap();
+        setter.join().unwrap();
     }
 
     /// Waits for the next used element by interrupt, and returns its length.
@@ -358,11 +395,7 @@ impl Driver {
     /// Whether an interrupt comes within `limit`.
     pub(crate) fn wait_call(&self, queue: usize, limit: Duration) -> bool {
         let call = &self.queues[queue].call;
-        // SAFETY: open as long as `call` is borrowed.
-        let fd = unsafe { BorrowedFd::borrow_raw(call.as_raw_fd()) };
-        let mut fds = [rustix::event::PollFd::from_borrowed_fd(fd, rustix::event::PollFlags::IN)];
-        let timeout = rustix::event::Timespec::try_from(limit).unwrap();
-        rustix::event::poll(&mut fds, Some(&timeout)).unwrap();
+        is_readable(call, limit);
         call.read().is_ok()
     }
 
@@ -411,6 +444,18 @@ impl Driver {
     pub(crate) fn flush(&mut self, queue: usize) -> u8 {
         self.request(queue, VIRTIO_BLK_T_FLUSH, 0, (0, 0, false)).0
     }
+}
+
+fn fd_of(event: &EventFd) -> BorrowedFd<'_> {
+    // SAFETY: open as long as `event` is borrowed.
+    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
+}
+
+/// Whether an event can be read, now or within `limit`.
+fn is_readable(event: &EventFd, limit: Duration) -> bool {
+    let mut fds = [rustix::event::PollFd::from_borrowed_fd(fd_of(event), rustix::event::PollFlags::IN)];
+    let timeout = rustix::event::Timespec::try_from(limit).unwrap();
+    rustix::event::poll(&mut fds, Some(&timeout)).unwrap() > 0
 }
 
 fn state_avail(queue: &Queue) -> u16 {

@@ -367,6 +367,35 @@ fn kick_that_was_replaced_is_not_listened_to() {
     assert!(!is_busy(&server, &driver));
 }
 
+/// Invariant 8: nothing comes by the old one any more, and who waited for it would have the ring's lock for good.
+#[test]
+fn kick_that_is_made_to_wait_and_is_replaced_holds_nobody_up() {
+    let server = Running::new(|config| config.device.polling = Polling::Fixed(Duration::ZERO));
+    let mut driver = Driver::start(&server.path, 1);
+    assert_eq!(driver.write(0, 0, &[1; 512]), 0);
+    wait_until("the kick was taken", || !driver.kick_is_pending(0));
+    driver.let_reads_of_the_kick_wait(0);
+    let (done, answered) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        driver.replace_kick(0);
+        done.send(driver.write(0, 0, &[2; 512])).unwrap();
+    });
+    assert_eq!(answered.recv_timeout(PATIENCE), Ok(0), "the ring's lock is taken for good");
+    server.wait_for("left, open: true");
+}
+
+/// Invariant 8: the library's own thread waits, for a frontend that is gone.
+#[test]
+fn frontend_that_keeps_the_interrupt_of_a_ring_waiting_that_never_starts_is_got_rid_of() {
+    let server = Running::new(|_| {});
+    let mut driver = Driver::connect(&server.path, 1);
+    driver.negotiate(|offered| offered).unwrap();
+    driver.jam_first_interrupt(0);
+    server.wait_for("left, open: false");
+    let mut driver = Driver::start(&server.path, 1);
+    assert_eq!(driver.write(0, 0, &[1; 512]), 0);
+}
+
 /// Invariant 8, and the ring goes on when it is given one again.
 #[test]
 fn kick_that_was_taken_away_is_not_listened_to_before_and_after_the_ring_is_stopped() {
