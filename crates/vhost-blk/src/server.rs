@@ -185,6 +185,7 @@ impl Server {
             self.watch_hold();
             self.watch_held();
             self.accept()?;
+            self.turn_held_away();
             if let Some(reason) = self.boundary.tick(Instant::now()) {
                 self.end_session(reason)?;
             }
@@ -386,6 +387,17 @@ impl Server {
         if rustix::event::poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) != Ok(0) {
             self.held = None;
             self.boundary.stranger_left();
+        }
+    }
+
+    /// Lets go of a held frontend for which no session could begin: the open one is not to end for its sake.
+    fn turn_held_away(&mut self) {
+        if self.held.is_some()
+            && let Some(why) = self.disk.turns_away()
+        {
+            self.boundary.stranger_left();
+            self.refuse(&why);
+            self.held = None;
         }
     }
 

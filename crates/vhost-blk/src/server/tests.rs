@@ -464,6 +464,35 @@ fn frontend_of_a_disk_that_turns_away_is_refused_unless_it_owns_the_session() {
     assert_eq!(driver.read(0, 0, 512), Ok(vec![0; 512]));
 }
 
+/// Whoever could get no session does not end that of another VM, not even if the disk is held only while it waits.
+#[test]
+fn stranger_of_a_disk_that_turns_away_leaves_the_session_open() {
+    let server = Running::new(|config| config.reconnect_grace = Duration::from_secs(2));
+    let mut child = server.child("leave");
+    server.wait_for("left, open: true");
+    let connect = || {
+        let stream = UnixStream::connect(&server.path).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream
+    };
+    let is_closed = |mut stream: UnixStream| io::Read::read(&mut stream, &mut [0; 1]).unwrap() == 0;
+    server.disk.turn_away(true);
+    assert!(is_closed(connect()));
+    assert_eq!(server.events.all(), ["start 1", "left, open: true", "refused: the disk is held"]);
+    server.disk.turn_away(false);
+    let held = connect();
+    // The first one waits when the second one is refused for it.
+    assert!(is_closed(connect()));
+    server.disk.turn_away(true);
+    assert!(is_closed(held));
+    let refused = ["another frontend is waiting for the session to end", "the disk is held"];
+    assert_eq!(server.events.all()[3..], refused.map(|why| format!("refused: {why}")));
+    assert!(server.disk.session_is_open());
+    child.kill().unwrap();
+    child.wait().unwrap();
+    server.wait_for("end 1 OwnerExited");
+}
+
 #[test]
 fn connections_leave_no_descriptors_behind() {
     let server = Running::new(|_| {});
