@@ -73,6 +73,7 @@ impl Queues {
 impl Connection {
     /// Serves `frontend` with a device on `disk`.
     pub(crate) fn open(disk: &dyn Disk, config: DeviceConfig, arrival: Arrival) -> Result<Self, AnyError> {
+        let ring_size_max = config.queue_size;
         let backend = Arc::new(Backend::new(disk, config)?);
         let (daemon, rings) =
             vring::made_by(|| Daemon::new("vhost-user".to_owned(), backend.clone(), backend.shared_memory()));
@@ -88,7 +89,7 @@ impl Connection {
             });
         }
         let library = connect_privately(&mut daemon)?;
-        let mut relay = Relay::new(arrival.frontend, library);
+        let mut relay = Relay::new(arrival.frontend, library, ring_size_max);
         relay.replay(arrival.setup);
         Ok(Self { relay, queues, rings, daemon })
     }

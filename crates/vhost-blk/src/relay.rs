@@ -97,6 +97,8 @@ pub(crate) struct Relay {
     /// Rings were started with that table elsewhere: it belongs to rings that run.
     brought: bool,
     regions: Regions,
+    /// Most elements of a ring.
+    ring_size_max: u32,
     /// What the frontend has set up, if somebody wants to know.
     setup: Option<Setup>,
     /// What it had set up with a server before, to be said again before it says more.
@@ -106,8 +108,9 @@ pub(crate) struct Relay {
 }
 
 impl Relay {
-    pub(crate) fn new(frontend: UnixStream, library: UnixStream) -> Self {
+    pub(crate) fn new(frontend: UnixStream, library: UnixStream, ring_size_max: u16) -> Self {
         Self {
+            ring_size_max: u32::from(ring_size_max),
             setup: None,
             replay: VecDeque::new(),
             stale: 0,
@@ -308,6 +311,17 @@ impl Relay {
     /// Looks at a request before it is forwarded.
     fn inspect(&mut self, message: &Message, gate: &mut dyn Gate) -> Result<(), Ending> {
         match FrontendReq::try_from(message.request()) {
+            Ok(FrontendReq::SET_VRING_NUM) => {
+                let (ring, size, max) =
+                    (message.payload_word(0), message.payload_word(1), self.ring_size_max);
+                // Of some of them the library would keep the old one, and say so in the log each time.
+                if size.is_power_of_two() && size <= max {
+                    return Ok(());
+                }
+                let why =
+                    format!("ring {ring} is to have {size} elements, expected a power of two up to {max}");
+                Err(Ending::Refused(why))
+            }
             Ok(FrontendReq::SET_VRING_BASE) => {
                 let (ring, base) = (message.payload_word(0), message.payload_word(1));
                 // The library refuses ring numbers that there are not.

@@ -10,6 +10,8 @@ use rustix::{
 
 use super::*;
 
+const RING_SIZE_MAX: u16 = 256;
+
 struct Recorder {
     starts: Vec<bool>,
     tables: Vec<Uuid>,
@@ -37,7 +39,7 @@ fn open_gate() -> Recorder {
 fn relay() -> (Relay, UnixStream, UnixStream) {
     let (frontend, near) = UnixStream::pair().unwrap();
     let (far, library) = UnixStream::pair().unwrap();
-    (Relay::new(near, far), frontend, library)
+    (Relay::new(near, far, RING_SIZE_MAX), frontend, library)
 }
 
 fn bytes(request: FrontendReq, payload: &[u32]) -> Vec<u8> {
@@ -222,6 +224,24 @@ fn relay_whose_frontend_is_gone_and_whose_library_does_not_read_ends() {
     drop(frontend);
     assert!(is_woken(&relay));
     assert_eq!(relay.forward(&mut open_gate()), Some(Ending::Frontend));
+}
+
+/// Invariant 8: the library would keep the old size, and write a line to the log for each message.
+#[test]
+fn relay_given_an_impossible_ring_size_refuses() {
+    for size in [1, 2, 128, 256] {
+        let (mut relay, frontend, library) = relay();
+        send(&frontend, FrontendReq::SET_VRING_NUM, &[1, size], &[]);
+        assert_eq!(relay.forward(&mut open_gate()), None, "{size}");
+        assert!(matches!(Reader::default().read(&library), Received::Message(_)));
+    }
+    for size in [0, 3, 100, 257, 512, 0x1_0000, 0x1_0100, u32::MAX] {
+        let (mut relay, frontend, library) = relay();
+        send(&frontend, FrontendReq::SET_VRING_NUM, &[1, size], &[]);
+        let why = format!("ring 1 is to have {size} elements, expected a power of two up to 256");
+        assert_eq!(relay.forward(&mut open_gate()), Some(Ending::Refused(why)));
+        assert!(matches!(Reader::default().read(&library), Received::Wait | Received::End));
+    }
 }
 
 /// A region's address, size, user address and offset in its file, in words.
