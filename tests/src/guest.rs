@@ -59,11 +59,13 @@ pub struct Options {
     pub reconnects: bool,
     /// Whether QEMU stays when the guest powers off, as with `-no-shutdown`.
     pub stays: bool,
+    /// Whether the upper half of its memory lies above 4 GiB, as that of large guests does: two regions of one file.
+    pub split: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { queues: 2, reboots: false, reconnects: false, stays: false }
+        Self { queues: 2, reboots: false, reconnects: false, stays: false, split: false }
     }
 }
 
@@ -97,12 +99,13 @@ impl Guest {
         let initrd = dir.path().join("initramfs");
         archive.write(&initrd).unwrap();
         let reconnect = if options.reconnects { ",reconnect=1" } else { "" };
+        let machine = if options.split { "pc,max-ram-below-4g=128M" } else { "pc" };
         let accel = std::env::var("PRISTINE_TEST_ACCEL").unwrap_or_else(|_| "tcg,thread=single".into());
         let mut qemu = Command::new("qemu-system-x86_64");
         qemu.args(["-nodefaults", "-display", "none", "-serial", "stdio", "-m", "256"])
             // Linux uses no more queues than it has processors.
             .args(["-smp", &options.queues.max(2).to_string()])
-            .args(["-machine", "pc", "-accel", &accel, "-cpu", "max"])
+            .args(["-machine", machine, "-accel", &accel, "-cpu", "max"])
             .args(["-object", "memory-backend-memfd,id=mem,size=256M,share=on", "-numa", "node,memdev=mem"])
             .args([
                 "-append",

@@ -10,6 +10,7 @@ use std::os::unix::net::UnixDatagram;
 use std::path::PathBuf;
 use std::process::Command;
 
+use rustix::fs::{FileType, fstat};
 use rustix::io::FdFlags;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use tempfile::TempDir;
@@ -50,13 +51,39 @@ impl ServiceManager {
             let name = state.lines().find_map(|line| line.strip_prefix("FDNAME=")).unwrap_or("").to_owned();
             for message in control.drain() {
                 let RecvAncillaryMessage::ScmRights(fds) = message else { continue };
-                self.kept.extend(fds.map(|fd| (name.clone(), fd)));
+                fds.for_each(|fd| self.keep(&name, fd));
             }
             if state.starts_with("FDSTOREREMOVE=1") {
                 self.kept.retain(|(kept, _)| *kept != name);
             } else if !state.starts_with("FDSTORE=1") {
                 self.states.push(state);
             }
+        }
+    }
+
+    /// Listens while something is done: a service may have more to say than is kept for a manager that does not listen.
+    pub fn listen_while<T: Send>(&mut self, act: impl FnOnce() -> T + Send) -> T {
+        std::thread::scope(|scope| {
+            let acting = scope.spawn(act);
+            crate::wait_until("what the service manager waits for", || {
+                self.listen();
+                acting.is_finished()
+            });
+            acting.join().unwrap()
+        })
+    }
+
+    /// Keeps a descriptor, but none of an open file twice, whatever its name: as systemd does, which asks the kernel
+    /// (`same_fd`). Here it is the same file in memory or on a disk; of other kinds two are taken for two.
+    fn keep(&mut self, name: &str, fd: OwnedFd) {
+        let file = |fd: &OwnedFd| {
+            let stat = fstat(fd).unwrap();
+            let is_file = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
+            is_file.then_some((stat.st_dev, stat.st_ino))
+        };
+        let this = file(&fd);
+        if this.is_none() || self.kept.iter().all(|(_, kept)| file(kept) != this) {
+            self.kept.push((name.to_owned(), fd));
         }
     }
 

@@ -22,6 +22,7 @@ mod hugepages;
 mod inflight;
 mod interrupts;
 mod limit;
+mod open_file;
 mod peer;
 mod poll;
 mod regions;

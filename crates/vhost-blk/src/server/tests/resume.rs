@@ -163,13 +163,15 @@ fn frontend_that_was_handed_over_gets_its_answers() {
     let first = std::thread::spawn(move || first.run().map(|_| first.hand_over()));
     let mut driver = Driver::connect(&path, 2);
     driver.negotiate(|offered| offered).unwrap();
+    // Another region of the same file.
+    driver.change_regions(1, true).unwrap();
     driver.set_up_inflight().unwrap();
     driver.start_queues().unwrap();
     assert_eq!(driver.write(0, 0, &[1; 512]), 0);
     stop.stop();
     let handover = first.join().unwrap().unwrap().expect("the frontend was not left connected");
     let mut next = server(MemoryDisk::in_session(DISK_LEN, driver.token()));
-    next.take_over(handover);
+    next.take_over(HandOver::from_fds(handover.into_fds().unwrap()).unwrap());
     let stop = next.stop_handle();
     let next = std::thread::spawn(move || next.run());
     let (done, answered) = std::sync::mpsc::channel();
