@@ -195,3 +195,19 @@ fn base_without_a_seal_is_said_to_have_none() {
     let image = lab.base();
     lab.run("provision", &["--base", image.to_str().unwrap()]).refused(1, &["base.img.manifest", "damaged"]);
 }
+
+/// A slip of the hand costs no disk: only a manifest is replaced by one.
+#[test]
+fn seal_with_the_name_of_another_file_is_refused_and_that_file_stays() {
+    let (lab, root) = sealed();
+    images::dense(&lab.disk(), 1 << 20, 4);
+    let before = [lab.base(), lab.disk()].map(|path| images::sha256(&path));
+    for (named, words) in [
+        (lab.disk(), ["disk.img", "no manifest of a base", "name another file"]),
+        (lab.base(), ["base.img", "file of the base", "name another file"]),
+    ] {
+        base("seal", &lab.base(), &["--base-manifest", named.to_str().unwrap()]).refused(1, &words);
+    }
+    assert_eq!([lab.base(), lab.disk()].map(|path| images::sha256(&path)), before);
+    assert_eq!(seal(&lab.base(), NONE), root);
+}

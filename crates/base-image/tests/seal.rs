@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use base_image::{
-    BaseError, BaseImage, CHUNK_SIZE, Content, Root, Seal, Trust, Urgency, manifest_path, seal,
+    BaseError, BaseImage, CHUNK_SIZE, Content, Root, Seal, Trust, Urgency, manifest_path, seal, seal_to,
 };
 use blockio::{AlignedBuf, Buffer, EngineKind, FileIndex, Op, new_engine};
 
@@ -233,4 +233,66 @@ fn seal_that_is_stopped_or_fails_leaves_the_old_manifest() {
     smaller.set_len(SIZE - 512).unwrap();
     let error = open(&path).sealed(Seal::of(&path).unwrap().unwrap()).unwrap_err();
     assert!(text(&error).contains("seal it again"), "{error}");
+}
+
+/// Invariant 5, and nobody else's file is lost: what is named as a manifest's place is replaced only if it is one. Whatever else
+/// is there stays as it is, and so does what has the name that the new manifest has meanwhile.
+#[test]
+fn seal_replaces_a_manifest_and_nothing_else() {
+    let lab = Lab::new();
+    let (base, manifest) = (lab.path("one.raw"), lab.path("named"));
+    mixed(&base, SIZE, 6);
+    let seal_to = |path: &Path| seal_to(&open(&base), path, &never(), &mut |_| ());
+    let root = seal_to(&manifest).unwrap();
+    assert_eq!(seal_to(&manifest).unwrap(), root);
+    let (disk, link, fifo) = (lab.path("disk.raw"), lab.path("link"), lab.path("fifo"));
+    mixed(&disk, 1 << 20, 7);
+    std::os::unix::fs::symlink(&manifest, &link).unwrap();
+    rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+    fs::hard_link(&base, lab.path("other name")).unwrap();
+    let before: Vec<_> = [&base, &disk, &manifest].map(|path| fs::read(path).unwrap()).into();
+    let names = || fs::read_dir(lab.path("")).unwrap().count();
+    let count = names();
+    for (path, word) in [
+        (&base, "file of the base"),
+        (&lab.path("other name"), "file of the base"),
+        (&disk, "no manifest of a base"),
+        (&link, "no regular file"),
+        (&lab.path(""), "no regular file"),
+        (&fifo, "no regular file"),
+    ] {
+        let error = text(&seal_to(path).unwrap_err());
+        assert!(error.contains(word) && error.contains(path.to_str().unwrap()), "{error}");
+    }
+    fs::rename(&disk, lab.path("named.new")).unwrap();
+    let error = text(&seal_to(&manifest).unwrap_err());
+    assert!(error.contains("named.new") && error.contains("no manifest of a base"), "{error}");
+    fs::rename(lab.path("named.new"), &disk).unwrap();
+    let after: Vec<_> = [&base, &disk, &manifest].map(|path| fs::read(path).unwrap()).into();
+    assert!(before == after && link.is_symlink() && names() == count);
+}
+
+/// What a guest has had written at its disk's beginning makes no manifest of the base.
+#[test]
+fn base_that_begins_as_a_manifest_is_not_replaced_by_its_own() {
+    let lab = Lab::new();
+    let base = lab.path("one.raw");
+    fs::write(&base, [b"PRISTINE BASE 1\n".as_slice(), &[0; 8192 - 16]].concat()).unwrap();
+    let error = text(&seal_to(&open(&base), &base, &never(), &mut |_| ()).unwrap_err());
+    assert!(error.contains("file of the base"), "{error}");
+    assert_eq!(fs::metadata(&base).unwrap().len(), 8192);
+}
+
+/// A manifest that a kill has left half-made, as it is in the middle, goes when it is made again.
+#[test]
+fn manifest_that_was_left_half_made_is_made_again() {
+    let lab = Lab::new();
+    let (base, new) = (lab.path("one.raw"), lab.path("one.raw.manifest.new"));
+    mixed(&base, SIZE, 6);
+    let mut left = Vec::new();
+    let root = seal(&open(&base), &never(), &mut |_| left = fs::read(&new).unwrap()).unwrap();
+    assert!(!new.exists() && !left.is_empty());
+    fs::write(&new, left).unwrap();
+    assert_eq!(make(&base), root);
+    assert!(!new.exists());
 }

@@ -29,7 +29,8 @@ use blocks::{BLOCK_SIZE, Extent, Geometry};
 use super::{DELTA_EXTENTS_MAX, Delta, Generation, blocks_of};
 use crate::seal::Root;
 
-const MAGIC: &[u8; 16] = b"PRISTINE DELTA 1";
+/// How a delta begins.
+pub(super) const MAGIC: &[u8; 16] = b"PRISTINE DELTA 1";
 const VERSION: u32 = 1;
 const HEADER_LEN: usize = 120;
 const EXTENT_LEN: usize = 16;

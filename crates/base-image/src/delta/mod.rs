@@ -13,11 +13,14 @@ use blockio::{File, OpenOptions};
 use blocks::{BLOCK_SIZE, Extent};
 
 use crate::error::BaseError;
-use crate::replace::Replacement;
+use crate::replace::{Kind, Replacement};
 use crate::seal::{CHUNK_SIZE, GROUP_CHUNKS, Root, Seal};
 
 /// No delta has more extents, which is 64 MiB of them; where there would be more, the nearest are joined.
 pub const DELTA_EXTENTS_MAX: usize = 1 << 22;
+
+/// What a delta takes the place of: another one.
+const KIND: Kind = Kind { magic: format::MAGIC, name: "delta of a base" };
 
 /// What an image is, by its seal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -119,9 +122,9 @@ impl Delta {
     /// Writes it to `path`, durably, in the place of what may be there: that holds until this one is durable.
     ///
     /// # Errors
-    /// If it can't be written; then nothing is left of it.
+    /// If it can't be written, or there is something else than a delta; then nothing is left of it.
     pub fn write(&self, path: &Path) -> Result<(), BaseError> {
-        let new = Replacement::begin(path)?;
+        let new = Replacement::begin(path, KIND)?;
         let mut file = new.file();
         let written = file.write_all(&format::to_bytes(self)).and_then(|()| file.sync_all());
         written.map_err(|source| BaseError::manifest("write", path, source))?;

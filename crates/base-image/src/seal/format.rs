@@ -32,7 +32,8 @@ pub(super) const HEADER_LEN: usize = 128;
 /// Bytes of a hash.
 pub(super) const HASH_LEN: usize = 32;
 
-const MAGIC: &[u8; 16] = b"PRISTINE BASE 1\n";
+/// How a manifest begins.
+pub(super) const MAGIC: &[u8; 16] = b"PRISTINE BASE 1\n";
 const ROOT_CONTEXT: &str = "pristine 2026-11 root hash of a base image";
 
 /// A hash.

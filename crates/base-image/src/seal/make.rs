@@ -1,20 +1,25 @@
 //! Making a seal: every chunk is read and hashed, by all processors.
 
-use std::os::unix::fs::FileExt;
+use std::fs;
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::thread;
 use std::time::Duration;
 
-use super::format::{CHUNK_SIZE, GROUP_CHUNKS, HASH_LEN, HEADER_LEN, Hash, Header, hash};
+use super::format::{CHUNK_SIZE, GROUP_CHUNKS, HASH_LEN, HEADER_LEN, Hash, Header, MAGIC, hash};
 use super::{Root, manifest_path, refused};
 use crate::error::BaseError;
 use crate::image::{BaseImage, Content};
-use crate::replace::Replacement;
+use crate::replace::{Kind, Replacement};
 
 /// How often progress is told.
 const TELL_EVERY: Duration = Duration::from_millis(100);
+
+/// What a manifest takes the place of: another one.
+const KIND: Kind = Kind { magic: MAGIC, name: "manifest of a base" };
 
 /// Hashes all of a base and writes its manifest beside it, as [`seal_to`] does.
 ///
@@ -29,11 +34,12 @@ pub fn seal(base: &BaseImage, stop: &AtomicBool, progress: &mut dyn FnMut(u64)) 
 }
 
 /// Hashes all of a base and writes its manifest to `path`, in the place of one that may be there: the old one holds until the
-/// new one is durable. `progress` is told how many bytes are done. A base that has a seal is read past it.
+/// new one is durable. Nothing but a manifest is replaced. `progress` is told how many bytes are done. A base that has a seal is
+/// read past it.
 ///
 /// # Errors
-/// If the base can't be read, or changes meanwhile; if the manifest can't be written, or another process is at it; if `stop` is set
-/// ([`BaseError::Stopped`]).
+/// If something else is at `path` than a manifest; if the base can't be read, or changes meanwhile; if the manifest can't be
+/// written, or another process is at it; if `stop` is set ([`BaseError::Stopped`]).
 pub fn seal_to(
     base: &BaseImage,
     path: &Path,
@@ -41,11 +47,26 @@ pub fn seal_to(
     progress: &mut dyn FnMut(u64),
 ) -> Result<Root, BaseError> {
     let before = base.identity()?;
-    let new = Replacement::begin(path)?;
+    refuse_own_file(base, path)?;
+    let new = Replacement::begin(path, KIND)?;
     let root = write(base, &new, stop, progress)?;
     base.check(&before)?;
     new.publish()?;
     Ok(root)
+}
+
+/// Fails if `path` is one of the files that the base is made of, whatever they begin with: a guest may have written that.
+fn refuse_own_file(base: &BaseImage, path: &Path) -> Result<(), BaseError> {
+    let Ok(named) = fs::metadata(path) else { return Ok(()) };
+    for own in base.paths()? {
+        let of = fs::metadata(&own).map_err(|source| BaseError::manifest("look at", &own, source))?;
+        if (of.dev(), of.ino()) == (named.dev(), named.ino()) {
+            let what = "it is a file of the base that is to be sealed; name another file";
+            let source = io::Error::new(io::ErrorKind::AlreadyExists, what);
+            return Err(BaseError::manifest("replace", path, source));
+        }
+    }
+    Ok(())
 }
 
 fn write(
