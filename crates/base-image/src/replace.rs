@@ -60,12 +60,13 @@ impl Replacement {
         &self.new
     }
 
-    /// Puts it in the place of what may be there, durably. The caller has synced it.
+    /// Puts it in the place of what may be there, durably. The caller has synced it. Returns it, for what is left to do to that file
+    /// and no other that may get its name.
     ///
     /// # Errors
     /// If it can't be renamed, or something else has come there meanwhile; then nothing is left of it. Or if its directory
     /// can't be synced.
-    pub(crate) fn publish(mut self) -> Result<(), BaseError> {
+    pub(crate) fn publish(mut self) -> Result<File, BaseError> {
         let failed = |source| BaseError::manifest("replace", &self.path, source);
         if !is_at(&self.file, &self.new).unwrap_or(false) {
             // Somebody else has put his there. That is not ours to remove.
@@ -74,11 +75,13 @@ impl Replacement {
             return Err(error);
         }
         check_replaceable(&self.path, self.kind).map_err(failed)?;
+        let file = self.file.try_clone().map_err(failed)?;
         fs::rename(&self.new, &self.path).map_err(failed)?;
         self.published = true;
         let dir = self.path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let synced = File::open(dir).and_then(|dir| dir.sync_all());
-        synced.map_err(|source| BaseError::manifest("sync directory", dir, source))
+        synced.map_err(|source| BaseError::manifest("sync directory", dir, source))?;
+        Ok(file)
     }
 }
 
@@ -166,7 +169,8 @@ fn lock(file: &File) -> io::Result<Lock> {
     }
 }
 
-fn is_at(file: &File, path: &Path) -> io::Result<bool> {
+/// Whether `path` is a name of this very file.
+pub(crate) fn is_at(file: &File, path: &Path) -> io::Result<bool> {
     let (open, named) = (file.metadata()?, fs::symlink_metadata(path)?);
     Ok((open.dev(), open.ino()) == (named.dev(), named.ino()))
 }

@@ -6,6 +6,7 @@
 
 mod format;
 
+use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
@@ -124,6 +125,11 @@ impl Delta {
     /// # Errors
     /// If it can't be written, or there is something else than a delta; then nothing is left of it.
     pub fn write(&self, path: &Path) -> Result<(), BaseError> {
+        self.write_open(path).map(drop)
+    }
+
+    /// The same; returns the file that was written.
+    pub(crate) fn write_open(&self, path: &Path) -> Result<fs::File, BaseError> {
         let new = Replacement::begin(path, KIND)?;
         let mut file = new.file();
         let written = file.write_all(&format::to_bytes(self)).and_then(|()| file.sync_all());
@@ -186,8 +192,6 @@ fn join_nearest(extents: &mut Vec<Extent>, max: usize) {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
-
     use proptest::prelude::*;
 
     use super::*;

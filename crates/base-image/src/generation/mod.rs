@@ -113,14 +113,14 @@ impl NewGeneration<'_> {
         }
         image.finish()?;
         place.protect(parent_file)?;
-        let root = next.write(&manifest_path(place.temporary()), self.format)?;
+        let (root, manifest) = next.write(&manifest_path(place.temporary()), self.format)?;
         self.prove(&place, &next, stop)?;
         self.parent.check(&before)?;
         let generation = Generation { root, size: self.size };
-        Delta::new(seal.generation(), generation, self.extents.to_vec())
+        let delta = Delta::new(seal.generation(), generation, self.extents.to_vec())
             .with_parent_path(&place.name_from_here(self.parent.path()))
-            .write(&Delta::path_of(place.temporary()))?;
-        place.protect_beside(parent_file)?;
+            .write_open(&Delta::path_of(place.temporary()))?;
+        place.protect_beside(parent_file, &delta, &manifest)?;
         go_on(stop)?;
         let (path, replaced) = place.publish()?;
         Ok(MadeGeneration { path, generation, way, replaced })

@@ -4,16 +4,17 @@ use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use blockio::{File, FileKind, OpenOptions};
-use rustix::fs::{CWD, Mode, OFlags, RenameFlags};
+use rustix::fs::{CWD, Mode, RenameFlags};
 use rustix::io::Errno;
 
 use super::refused;
 use crate::delta::Delta;
 use crate::error::BaseError;
+use crate::replace::is_at;
 use crate::seal::manifest_path;
 
 const SUFFIX: &str = ".promoting";
@@ -169,23 +170,26 @@ impl Place {
         Ok(self.file.sync_all()?)
     }
 
-    /// The same of what was written beside the image, whose hashes tell of it.
-    pub(super) fn protect_beside(&self, parent: &File) -> Result<(), BaseError> {
-        for path in [Delta::path_of(&self.temporary), manifest_path(&self.temporary)] {
-            let failed = |error| BaseError::manifest("protect", &path, error);
-            let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
-            let file = fs::File::options()
-                .read(true)
-                .custom_flags(flags.bits() as i32)
-                .open(&path)
-                .map_err(failed)?;
-            // Whoever may write in the directory could have put something else in its place since it was written.
-            let found = file.metadata().map_err(failed)?;
-            if !found.is_file() || found.nlink() != 1 || found.uid() != rustix::process::geteuid().as_raw() {
+    /// The same of what was written beside the image, whose hashes tell of it: of these two files, and no other.
+    ///
+    /// # Errors
+    /// If one of them does not have its name any more, or can't be changed.
+    pub(super) fn protect_beside(
+        &self,
+        parent: &File,
+        delta: &fs::File,
+        manifest: &fs::File,
+    ) -> Result<(), BaseError> {
+        for (file, path) in
+            [(delta, Delta::path_of(&self.temporary)), (manifest, manifest_path(&self.temporary))]
+        {
+            // Whoever may write in the directory could have put something else in its place since it was written. Whose
+            // it is says nothing: some file systems (NFS, FUSE) know other owners than we are.
+            if !is_at(file, &path).map_err(|error| BaseError::manifest("look at", &path, error))? {
                 return Err(refused(&path, "it was replaced while the new base was made"));
             }
             protect_as(parent, file.as_fd(), &path)?;
-            file.sync_all().map_err(failed)?;
+            file.sync_all().map_err(|error| BaseError::manifest("protect", &path, error))?;
         }
         Ok(())
     }
@@ -268,4 +272,68 @@ fn rename_to_free(from: &Path, to: &Path) -> Result<(), BaseError> {
         io::ErrorKind::AlreadyExists => taken(to),
         _ => BaseError::manifest("give its name to", to, error),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{PermissionsExt, chown, symlink};
+
+    use super::*;
+
+    /// A place, what was written beside its image, and a base that only its owner's group may read.
+    fn place(dir: &Path) -> (Place, [fs::File; 2], File) {
+        let base = dir.join("base.raw");
+        fs::write(&base, "a base").unwrap();
+        fs::set_permissions(&base, fs::Permissions::from_mode(0o640)).unwrap();
+        let place = Place::take(&dir.join("new.raw")).unwrap();
+        let beside = [Delta::path_of(place.temporary()), manifest_path(place.temporary())];
+        let written = beside.map(|path| fs::File::create_new(path).unwrap());
+        (place, written, File::open(&base, OpenOptions::default()).unwrap())
+    }
+
+    fn owner_and_mode(file: &fs::Metadata) -> (u32, u32) {
+        (file.uid(), file.mode() & 0o7777)
+    }
+
+    /// Where another file has the name of one that was written, that is not given away, nor is it opened to those who may read the
+    /// base: whether it is a link's target or has only that name, and whoever owns it.
+    #[test]
+    fn file_that_took_the_place_of_a_written_one_is_not_changed() {
+        type Put = fn(&Path, &Path) -> io::Result<()>;
+        let puts: [Put; 3] = [
+            |from, to| symlink(from, to),
+            |from, to| fs::hard_link(from, to),
+            |from, to| fs::rename(from, to),
+        ];
+        for (put, which) in puts.into_iter().flat_map(|put| [(put, 0), (put, 1)]) {
+            let dir = tempfile::tempdir().unwrap();
+            let (place, [delta, manifest], base) = place(dir.path());
+            let theirs = dir.path().join("theirs");
+            fs::write(&theirs, "theirs").unwrap();
+            fs::set_permissions(&theirs, fs::Permissions::from_mode(0o604)).unwrap();
+            let open = fs::File::open(&theirs).unwrap();
+            let before = owner_and_mode(&open.metadata().unwrap());
+            let name = [Delta::path_of(place.temporary()), manifest_path(place.temporary())][which].clone();
+            fs::remove_file(&name).unwrap();
+            put(&theirs, &name).unwrap();
+            let error = place.protect_beside(&base, &delta, &manifest).unwrap_err().to_string();
+            assert!(error.contains("was replaced") && error.contains(name.to_str().unwrap()), "{error}");
+            assert_eq!(owner_and_mode(&open.metadata().unwrap()), before);
+        }
+    }
+
+    /// On a file system that maps owners what is written does not belong to who wrote it.
+    #[test]
+    fn file_that_was_written_is_protected_whoever_owns_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let (place, [delta, manifest], base) = place(dir.path());
+        if chown(manifest_path(place.temporary()), Some(54321), None).is_err() {
+            println!("skipped: files can't be given away here");
+        }
+        place.protect_beside(&base, &delta, &manifest).unwrap();
+        let owner = fs::metadata(dir.path().join("base.raw")).unwrap().uid();
+        for file in [delta, manifest] {
+            assert_eq!(owner_and_mode(&file.metadata().unwrap()), (owner, 0o440));
+        }
+    }
 }

@@ -64,11 +64,11 @@ impl<'a> NextSeal<'a> {
         }
     }
 
-    /// Writes the manifest of an image of that disk to `path`, durably but for its name.
+    /// Writes the manifest of an image of that disk to `path`, durably but for its name. Returns the file that was written, too.
     ///
     /// # Errors
     /// If the parent's manifest can't be read, or the new one can't be written.
-    pub(crate) fn write(&self, path: &Path, format: BaseFormat) -> Result<Root, BaseError> {
+    pub(crate) fn write(&self, path: &Path, format: BaseFormat) -> Result<(Root, fs::File), BaseError> {
         let failed =
             |operation: &'static str| move |source: io::Error| BaseError::manifest(operation, path, source);
         // One that was left goes, and no link that somebody has put there is followed.
@@ -93,6 +93,6 @@ impl<'a> NextSeal<'a> {
         let root = Header::root_of(self.size, &groups);
         let header = Header { size: self.size, format, root }.to_bytes();
         file.write_all_at(&header, 0).and_then(|()| file.sync_all()).map_err(failed("write"))?;
-        Ok(Root(root))
+        Ok((Root(root), file))
     }
 }
