@@ -28,6 +28,7 @@ pub mod layout;
 mod location;
 mod nbd;
 mod pool;
+mod protect;
 mod qcow2;
 mod replace;
 mod seal;

@@ -33,17 +33,19 @@ pub(crate) struct Replacement {
 }
 
 impl Replacement {
-    /// Begins the file that is to be at `path`. One that a killed process has left half-made goes.
+    /// Begins the file that is to be at `path`, with the mode `mode` as far as the umask lets it have that. One that a killed
+    /// process has left half-made goes.
     ///
     /// # Errors
     /// If it can't be made, or another process is at it; if there is something at one of its two names that is neither empty
     /// nor of that kind.
-    pub(crate) fn begin(path: &Path, kind: Kind) -> Result<Self, BaseError> {
+    pub(crate) fn begin(path: &Path, kind: Kind, mode: u32) -> Result<Self, BaseError> {
         check_replaceable(path, kind).map_err(|source| BaseError::manifest("replace", path, source))?;
         let mut new = OsString::from(path);
         new.push(".new");
         let new = PathBuf::from(new);
-        let file = create_anew(&new, kind).map_err(|source| BaseError::manifest("make", &new, source))?;
+        let file =
+            create_anew(&new, kind, mode).map_err(|source| BaseError::manifest("make", &new, source))?;
         let begun = Self { path: path.to_owned(), new, kind, file, published: false };
         let marked = begun.file.write_all_at(kind.magic, 0);
         marked.map_err(|source| BaseError::manifest("write", &begun.new, source))?;
@@ -95,8 +97,8 @@ impl Drop for Replacement {
 
 /// Makes a file that was not there, and locks it. One that is there and that nobody has locked was left by a process
 /// that is gone, if it looks like one.
-fn create_anew(path: &Path, kind: Kind) -> io::Result<File> {
-    let create = || File::options().write(true).create_new(true).open(path);
+fn create_anew(path: &Path, kind: Kind, mode: u32) -> io::Result<File> {
+    let create = || File::options().write(true).create_new(true).mode(mode).open(path);
     let file = match create() {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
             remove_left(path, kind)?;
@@ -192,7 +194,7 @@ mod tests {
     const KIND: Kind = Kind { magic: b"A KIND\n", name: "file of a kind" };
 
     fn begin(path: &Path) -> Result<Replacement, BaseError> {
-        Replacement::begin(path, KIND)
+        Replacement::begin(path, KIND, 0o644)
     }
 
     fn finish(new: Replacement, text: &str) {

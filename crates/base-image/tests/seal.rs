@@ -296,3 +296,28 @@ fn manifest_that_was_left_half_made_is_made_again() {
     assert_eq!(make(&base), root);
     assert!(!new.exists());
 }
+
+/// Who may not read a base learns nothing of it by its manifest, neither when it is whole nor before; who may read it may use it.
+#[test]
+fn manifest_is_readable_for_those_who_may_read_the_base() {
+    use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+    let lab = Lab::new();
+    let (base, manifest) = (lab.path("one.raw"), lab.path("one.raw.manifest"));
+    mixed(&base, SIZE, 6);
+    let given = chown(&base, Some(54321), Some(54322)).is_ok();
+    if !given {
+        println!("skipped: files can't be given away here");
+    }
+    for (mode, expected) in [(0o600, 0o600), (0o640, 0o640), (0o444, 0o644), (0o666, 0o644), (0o660, 0o640)] {
+        fs::set_permissions(&base, fs::Permissions::from_mode(mode)).unwrap();
+        let mut meanwhile = 0;
+        seal(&open(&base), &never(), &mut |_| {
+            meanwhile |= fs::metadata(lab.path("one.raw.manifest.new")).unwrap().mode() & 0o777;
+        })
+        .unwrap();
+        let made = fs::metadata(&manifest).unwrap();
+        assert_eq!((made.mode() & 0o777, meanwhile), (expected, 0o600), "{mode:o}");
+        assert!(!given || (made.uid(), made.gid()) == (54321, 54322));
+        fs::remove_file(&manifest).unwrap();
+    }
+}

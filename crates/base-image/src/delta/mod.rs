@@ -120,7 +120,8 @@ impl Delta {
         format::parse(&bytes).map_err(refused)
     }
 
-    /// Writes it to `path`, durably, in the place of what may be there: that holds until this one is durable.
+    /// Writes it to `path`, durably, in the place of what may be there: that holds until this one is durable. Only its owner can
+    /// read it.
     ///
     /// # Errors
     /// If it can't be written, or there is something else than a delta; then nothing is left of it.
@@ -130,7 +131,7 @@ impl Delta {
 
     /// The same; returns the file that was written.
     pub(crate) fn write_open(&self, path: &Path) -> Result<fs::File, BaseError> {
-        let new = Replacement::begin(path, KIND)?;
+        let new = Replacement::begin(path, KIND, 0o600)?;
         let mut file = new.file();
         let written = file.write_all(&format::to_bytes(self)).and_then(|()| file.sync_all());
         written.map_err(|source| BaseError::manifest("write", path, source))?;

@@ -3,17 +3,17 @@
 use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use blockio::{File, FileKind, OpenOptions};
+use blockio::{File, OpenOptions};
 use rustix::fs::{CWD, Mode, RenameFlags};
 use rustix::io::Errno;
 
 use super::refused;
 use crate::delta::Delta;
 use crate::error::BaseError;
+use crate::protect::protect_as;
 use crate::replace::is_at;
 use crate::seal::manifest_path;
 
@@ -166,7 +166,7 @@ impl Place {
 
     /// Makes the image read-only, for those who may read `parent`, and durable but for its name.
     pub(super) fn protect(&self, parent: &File) -> Result<(), BaseError> {
-        protect_as(parent, self.file.as_fd(), &self.temporary)?;
+        protect_as(parent, &self.file, Mode::empty(), &self.temporary)?;
         Ok(self.file.sync_all()?)
     }
 
@@ -188,7 +188,7 @@ impl Place {
             if !is_at(file, &path).map_err(|error| BaseError::manifest("look at", &path, error))? {
                 return Err(refused(&path, "it was replaced while the new base was made"));
             }
-            protect_as(parent, file.as_fd(), &path)?;
+            protect_as(parent, file, Mode::empty(), &path)?;
             file.sync_all().map_err(|error| BaseError::manifest("protect", &path, error))?;
         }
         Ok(())
@@ -236,19 +236,6 @@ impl Drop for Place {
             }
         }
     }
-}
-
-/// Makes a file read-only, for those who may read `parent`.
-fn protect_as(parent: &File, file: BorrowedFd<'_>, path: &Path) -> Result<(), BaseError> {
-    let failed = |errno: Errno| BaseError::manifest("protect", path, errno.into());
-    let of = rustix::fs::fstat(parent).map_err(failed)?;
-    let own = rustix::fs::fstat(file).map_err(failed)?;
-    if parent.kind() == FileKind::Regular && (of.st_uid, of.st_gid) != (own.st_uid, own.st_gid) {
-        let (user, group) = (rustix::fs::Uid::from_raw(of.st_uid), rustix::fs::Gid::from_raw(of.st_gid));
-        // Only root can give files away; the others' images are their own.
-        let _ = rustix::fs::fchown(file, Some(user), Some(group));
-    }
-    rustix::fs::fchmod(file, Mode::from_raw_mode(of.st_mode & 0o444 | 0o400)).map_err(failed)
 }
 
 fn taken(to: &Path) -> BaseError {

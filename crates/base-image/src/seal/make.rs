@@ -9,10 +9,13 @@ use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::thread;
 use std::time::Duration;
 
+use rustix::fs::Mode;
+
 use super::format::{CHUNK_SIZE, GROUP_CHUNKS, HASH_LEN, HEADER_LEN, Hash, Header, MAGIC, hash};
 use super::{Root, manifest_path, refused};
 use crate::error::BaseError;
 use crate::image::{BaseImage, Content};
+use crate::protect::protect_as;
 use crate::replace::{Kind, Replacement};
 
 /// How often progress is told.
@@ -26,16 +29,22 @@ const KIND: Kind = Kind { magic: MAGIC, name: "manifest of a base" };
 /// # Errors
 /// As [`seal_to`], and if it is no regular file, which has nothing beside it.
 pub fn seal(base: &BaseImage, stop: &AtomicBool, progress: &mut dyn FnMut(u64)) -> Result<Root, BaseError> {
-    if base.file().is_none_or(|file| file.kind() != blockio::FileKind::Regular) {
+    if regular_file(base).is_none() {
         let what = "it is no regular file, so it has no place for a manifest beside it; name one with --base-manifest";
         return Err(refused(base.path(), what));
     }
     seal_to(base, &manifest_path(base.path()), stop, progress)
 }
 
+/// The file of a base, if it is a regular one, whose mode says who may read it.
+fn regular_file(base: &BaseImage) -> Option<&blockio::File> {
+    base.file().map(AsRef::as_ref).filter(|file| file.kind() == blockio::FileKind::Regular)
+}
+
 /// Hashes all of a base and writes its manifest to `path`, in the place of one that may be there: the old one holds until the
-/// new one is durable. Nothing but a manifest is replaced. `progress` is told how many bytes are done. A base that has a seal is
-/// read past it.
+/// new one is durable. Nothing but a manifest is replaced. Those who may read the base's file may read it; of a device or an
+/// export that is not known, and it has the mode that all new files have. `progress` is told how many bytes are done. A base
+/// that has a seal is read past it.
 ///
 /// # Errors
 /// If something else is at `path` than a manifest; if the base can't be read, or changes meanwhile; if the manifest can't be
@@ -48,8 +57,13 @@ pub fn seal_to(
 ) -> Result<Root, BaseError> {
     let before = base.identity()?;
     refuse_own_file(base, path)?;
-    let new = Replacement::begin(path, KIND)?;
+    let file = regular_file(base);
+    let new = Replacement::begin(path, KIND, if file.is_some() { 0o600 } else { 0o666 })?;
     let root = write(base, &new, stop, progress)?;
+    if let Some(file) = file {
+        protect_as(file, new.file(), Mode::WUSR, new.name())?;
+    }
+    new.file().sync_all().map_err(|source| BaseError::manifest("write", new.name(), source))?;
     base.check(&before)?;
     new.publish()?;
     Ok(root)
@@ -125,11 +139,7 @@ fn write(
     }
     let root = Header::root_of(size, &groups);
     let header = Header { size, format: base.format(), root }.to_bytes();
-    let finish = || {
-        file.write_all_at(&header, 0)?;
-        file.sync_all()
-    };
-    finish().map_err(|source| BaseError::manifest("write", path, source))?;
+    file.write_all_at(&header, 0).map_err(|source| BaseError::manifest("write", path, source))?;
     Ok(Root(root))
 }
 

@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
 use super::format::{CHUNK_SIZE, GROUP_CHUNKS, HASH_LEN, HEADER_LEN, Hash, Header, hash};
@@ -64,7 +64,8 @@ impl<'a> NextSeal<'a> {
         }
     }
 
-    /// Writes the manifest of an image of that disk to `path`, durably but for its name. Returns the file that was written, too.
+    /// Writes the manifest of an image of that disk to `path`, durably but for its name. Only its owner can read it. Returns the
+    /// file that was written, too.
     ///
     /// # Errors
     /// If the parent's manifest can't be read, or the new one can't be written.
@@ -76,7 +77,8 @@ impl<'a> NextSeal<'a> {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed("remove")(error)),
             _ => {}
         }
-        let file = fs::File::options().write(true).create_new(true).open(path).map_err(failed("make"))?;
+        let file = fs::File::options().write(true).create_new(true).mode(0o600).open(path);
+        let file = file.map_err(failed("make"))?;
         let chunks = Header::chunks(self.size);
         let zeroes = hash(&vec![0; CHUNK_SIZE as usize]);
         let mut groups = Vec::new();
