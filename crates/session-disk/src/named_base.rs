@@ -110,10 +110,11 @@ fn settled(mut open: impl FnMut() -> Result<BaseImage, Error>) -> Result<(BaseIm
     // Before its times are taken, for who still writes it may change it without that.
     base.sync()?;
     let identity = base.identity()?;
-    if base.format() == BaseFormat::Raw {
+    if base.file().is_none() {
+        // An export has the size that it had when it was connected to, and no times.
         return Ok((base, identity));
     }
-    // Its tables were read when it was opened, which is longer ago than its times are.
+    // Its size, and a qcow2 image's tables, were read when it was opened, which is longer ago than its times are.
     let again = open()?;
     again.check(&identity)?;
     Ok((again, identity))
@@ -152,5 +153,34 @@ mod tests {
         let mut byte = [0];
         base.read_at(&mut byte, 5000).unwrap();
         assert_eq!(byte, [7]);
+    }
+
+    /// Invariant 5, for a raw image that is still being copied: a disk of it would have a part of it only.
+    #[test]
+    fn raw_image_that_grows_while_it_is_opened_is_as_large_as_its_identity_says() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("base");
+        let set_len = |len| fs::File::options().write(true).open(&path).unwrap().set_len(len).unwrap();
+        let settled_with = |change: &dyn Fn(u32)| {
+            fs::write(&path, vec![7; 1 << 20]).unwrap();
+            let mut opened = 0;
+            settled(|| {
+                let base = BaseImage::open(&path, Some(BaseFormat::Raw), Trust::Directories(&[]))?;
+                opened += 1;
+                change(opened);
+                Ok(base)
+            })
+        };
+        let (base, identity) = settled_with(&|opened| {
+            if opened == 1 {
+                set_len(2 << 20);
+            }
+        })
+        .unwrap();
+        base.check(&identity).unwrap();
+        assert_eq!((base.size(), identity.size), (2 << 20, 2 << 20));
+        // One that does not cease to grow has no identity.
+        let error = settled_with(&|opened| set_len(u64::from(opened + 1) << 20)).unwrap_err();
+        assert!(matches!(error, Error::Base(base_image::BaseError::Changed { .. })), "{error}");
     }
 }
