@@ -183,7 +183,8 @@ impl Error {
                  `pristine restore --discard-kept {disk}`"
             )),
             Self::KeptUnknown { .. } => Some(format!(
-                "put back the state that the disk had last, or restore all of it with `pristine restore --discard-kept {disk}`"
+                "put back the state that the disk had last, or restore all of it with `pristine restore --discard-kept {disk}`; \
+                 `pristine keep --whole-disk {disk} --to OUT.qcow2` keeps all that it holds before that, of whichever session"
             )),
             Self::NewerManifest { .. } | Self::OtherManifest { .. } => Some("use the version of pristine that wrote it".into()),
             Self::Base(BaseError::Changed { path, .. }) => Some(format!(

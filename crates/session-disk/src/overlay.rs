@@ -22,7 +22,7 @@ use crate::open::{
     judge, open_base,
 };
 use crate::process::ProcessId;
-use crate::recover::Basis;
+use crate::recover::{Basis, Distrust};
 use crate::storage::Storage;
 use crate::{DiskOptions, Error, Paths, redo};
 
@@ -180,6 +180,10 @@ impl<'a> Disk<'a> {
         }
         let last = self.manifest.logs.iter().rfind(|entry| entry.kind == EntryKind::Session);
         if self.manifest.kept {
+            if verdict.basis == Basis::Everything(Distrust::OlderState) {
+                // What later sessions left, which were to be reset, can't be told from it.
+                return Err(Error::KeptUnknown { disk: self.options.disk.clone() });
+            }
             // All that differs is the disk's content, whoever wrote it: nothing is pending beside it.
             let session = last.map(|entry| entry.sequence);
             self.check_number(portion, session)?;

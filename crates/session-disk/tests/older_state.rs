@@ -130,6 +130,17 @@ fn older_state_with_kept_changes_is_not_believed_either() {
         assert!(matches!(error, Error::KeptUnknown { .. }), "{changes:?}: {error}");
         assert!(error.hint("--disk D").unwrap().contains("--discard-kept --disk D"));
     }
+    // Nor are they kept as an image, but for all that the disk holds, if that is asked for.
+    let keep = |portion| {
+        let to = bench.dir.path().join("kept.qcow2");
+        session_disk::keep(&bench.options, portion, &to, &AtomicBool::new(false), &mut |_, _| ())
+    };
+    for portion in [Portion::LastSession, Portion::Session(1)] {
+        let error = keep(portion).unwrap_err();
+        assert!(matches!(error, Error::KeptUnknown { .. }), "{portion:?}: {error}");
+        assert!(error.hint("--disk D").unwrap().contains("keep --whole-disk --disk D"));
+    }
+    assert_eq!(keep(Portion::WholeDisk).unwrap().differing_blocks, 2);
     let disk = SessionDisk::open(&options(Changes::GiveUp)).unwrap();
     assert_eq!(*disk.basis(), OLDER);
     bench.assert_restores_exactly(&disk);
