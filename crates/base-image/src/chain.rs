@@ -74,6 +74,15 @@ pub(crate) fn open_file(path: &Path) -> Result<Arc<File>, BaseError> {
     Ok(Arc::new(file))
 }
 
+/// What an image that lies on this file, which is at `path` without links, remembers of it.
+pub(crate) fn as_backing(file: &File, format: BaseFormat, path: &Path) -> Result<BackingIdentity, BaseError> {
+    let (of_file, device) = match file.kind() {
+        FileKind::Regular => (Some(FileIdentity::of(&file.identity()?)), None),
+        FileKind::BlockDevice => (None, device::name_of(file)),
+    };
+    Ok(BackingIdentity { path: path.to_owned(), format, size: file.size()?, file: of_file, device })
+}
+
 impl Layer {
     fn open(file: Arc<File>, format: BaseFormat) -> Result<Self, BaseError> {
         let path = file.path().to_owned();
@@ -271,20 +280,7 @@ impl Chain {
 
     /// The files beneath the first one, and what they look like.
     pub(crate) fn backing(&self) -> Result<Vec<BackingIdentity>, BaseError> {
-        let identify = |layer: &Layer| -> Result<BackingIdentity, BaseError> {
-            let file = layer.file();
-            let (of_file, device) = match file.kind() {
-                FileKind::Regular => (Some(FileIdentity::of(&file.identity()?)), None),
-                FileKind::BlockDevice => (None, device::name_of(file)),
-            };
-            Ok(BackingIdentity {
-                path: file.path().to_owned(),
-                format: layer.format(),
-                size: file.size()?,
-                file: of_file,
-                device,
-            })
-        };
+        let identify = |layer: &Layer| as_backing(layer.file(), layer.format(), layer.file().path());
         self.layers.iter().skip(1).map(identify).collect()
     }
 

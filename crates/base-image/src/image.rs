@@ -10,11 +10,11 @@ use std::time::Duration;
 use blockio::{Engine, File, FileIndex, FileKind};
 use rustix::io::Errno;
 
-use crate::chain::{Chain, Trust, open_file};
+use crate::chain::{Chain, Trust, as_backing, open_file};
 use crate::engine::BaseEngine;
 use crate::error::BaseError;
 use crate::format::{BaseFormat, HEAD_LEN, decide};
-use crate::identity::BaseIdentity;
+use crate::identity::{BackingIdentity, BaseIdentity};
 use crate::layout::{self, Layout};
 use crate::location::BaseLocation;
 use crate::nbd::{Nbd, NbdUri};
@@ -190,6 +190,19 @@ impl BaseImage {
     pub fn paths(&self) -> Result<Vec<PathBuf>, BaseError> {
         let backing = self.identity()?.backing.into_iter().map(|file| file.path);
         Ok(self.file.iter().map(|file| file.path().to_owned()).chain(backing).collect())
+    }
+
+    /// The files that an image on this one is backed by: its own first, then those beneath. None, if it does not consist of files.
+    ///
+    /// # Errors
+    /// If one of them can't be looked at.
+    pub(crate) fn as_backing(&self) -> Result<Vec<BackingIdentity>, BaseError> {
+        let Some(file) = &self.file else { return Ok(Vec::new()) };
+        // A device keeps the link by which it is known; what is followed is what that leads to.
+        let path = std::fs::canonicalize(file.path())
+            .map_err(|source| BaseError::manifest("look at", file.path(), source))?;
+        let own = as_backing(file, self.format, &path)?;
+        Ok(std::iter::once(own).chain(self.identity()?.backing).collect())
     }
 
     /// An engine that reads the base as its file `base`, from `inner`, which has [`file`](Self::file) in that

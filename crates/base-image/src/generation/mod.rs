@@ -165,11 +165,11 @@ impl NewGeneration<'_> {
     /// Reads the chunks that were changed as whoever provisions from the image will.
     fn prove(&self, place: &Place, next: &NextSeal<'_>, stop: &AtomicBool) -> Result<(), BaseError> {
         let image = place.temporary();
-        let beneath: Vec<PathBuf> =
-            self.parent.paths()?.iter().filter_map(|path| path.parent().map(Path::to_owned)).collect();
+        // It lies on its parent and on nothing else, wherever that is.
+        let beneath = self.parent.as_backing()?;
         let missing = || refused(&manifest_path(image), "it is gone");
         let seal = Seal::of(image)?.ok_or_else(missing)?;
-        let image = BaseImage::open(image, Some(self.format), Trust::Directories(&beneath))?.sealed(seal)?;
+        let image = BaseImage::open(image, Some(self.format), Trust::Recorded(&beneath))?.sealed(seal)?;
         let mut buf = Vec::with_capacity(CHUNK_SIZE as usize);
         for chunk in next.chunks() {
             go_on(stop)?;
