@@ -49,6 +49,14 @@ fn images() -> &'static [Image] {
         lab.io("top", &["write -P 9 1050k 20k", "write -z 0 4k", "write -P 1 7M 1k"]);
         lab.img("create -q -f qcow2 -b packed -F qcow2 smaller 3M");
         lab.io("smaller", &["write -P 5 2M 3k", "discard 1M 64k"]);
+        // Old ones on old ones, as they are stated in version 2.
+        lab.img("create -q -f qcow2 -o compat=0.10 -b old -F qcow2 old_on_old");
+        lab.io("old_on_old", &["write -P 6 2M 70k", "write -P 4 5000k 1k"]);
+        lab.img(&format!(
+            "create -q -f qcow2 -o compat=0.10,cluster_size=512 -b one.raw -F raw old_on_raw {}",
+            SIZE + 512
+        ));
+        lab.io("old_on_raw", &["write -P 2 300k 3k"]);
         // Written to after it was compressed, and with a snapshot that is not to be seen.
         from("rewritten", "one.raw", "-c");
         lab.img("snapshot -c before rewritten");
@@ -68,6 +76,8 @@ fn images() -> &'static [Image] {
             "top",
             "smaller",
             "rewritten",
+            "old_on_old",
+            "old_on_raw",
             "empty",
         ];
         let open = |name| Image { name, base: lab.open(name).unwrap(), expected: lab.converted(name) };
@@ -108,7 +118,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn any_range_of_any_image_reads_as_converted(which in 0..14_usize, at in 0..SIZE, len in 1..300_000_usize) {
+    fn any_range_of_any_image_reads_as_converted(which in 0..16_usize, at in 0..SIZE, len in 1..300_000_usize) {
         let Image { name, base, expected } = &images()[which];
         let mut bytes = vec![0xee; len];
         base.read_at(&mut bytes, at).unwrap();

@@ -121,6 +121,9 @@ fn backing_files_that_are_not_plain_named_ones_are_refused() {
     file.write_all_at(&[0; 16], at as u64).unwrap();
     let why = why(lab.open("old"));
     assert!(why.contains("qemu-img rebase -u -b a.raw"), "{why}");
+    // What it says helps.
+    lab.img("rebase -u -b a.raw -F raw old");
+    assert_eq!(lab.open("old").unwrap().identity().unwrap().backing[0].path, lab.path("a.raw"));
 }
 
 /// What can't be read rightly is refused by name, not read wrongly.

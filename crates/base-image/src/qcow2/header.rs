@@ -11,6 +11,13 @@ const CLUSTER_BITS: std::ops::RangeInclusive<u32> = 9..=21;
 /// The largest table of tables, as in QEMU: 32 MiB.
 const L1_ENTRIES_MAX: u64 = 4 << 20;
 
+/// Bytes of a version 2 header, after which its extensions begin.
+const HEADER_2_LEN: u64 = 72;
+/// The extension that states the format of the file beneath.
+const BACKING_FORMAT: u32 = 0xe279_2aca;
+/// Bytes that the name of a format has at most, as in QEMU.
+const FORMAT_LEN_MAX: usize = 15;
+
 /// What the rest of a file is understood by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Header {
@@ -24,6 +31,9 @@ pub(super) struct Header {
     pub(super) l1_entries: u64,
     /// How many it has.
     pub(super) l1_stated: u64,
+    /// Where the extensions of a version 2 header lie, from where to where, if it names a file beneath. Those of version 3 the driver
+    /// reads.
+    pub(super) extensions: Option<(u64, u64)>,
 }
 
 fn be32(bytes: &[u8], at: usize) -> u32 {
@@ -71,13 +81,45 @@ impl Header {
         if l1_end.is_none_or(|end| end > file_size) {
             return Err("it is damaged or cut off: its table of tables does not lie inside the file".into());
         }
-        Ok(Self { cluster_bits, size, l1_offset, l1_entries, l1_stated: stated })
+        // They end where that file's name begins, which lies in the first cluster.
+        let name = be64(bytes, 8);
+        let end = name.min(1 << cluster_bits).min(file_size).max(HEADER_2_LEN);
+        let extensions = (version == 2 && name != 0).then_some((HEADER_2_LEN, end));
+        Ok(Self { cluster_bits, size, l1_offset, l1_entries, l1_stated: stated, extensions })
     }
 
     /// Size of a cluster in bytes.
     pub(super) fn cluster(&self) -> u64 {
         1 << self.cluster_bits
     }
+}
+
+/// The format of the file beneath, if one of these extensions states it: a kind and a length of 4 bytes each, and as many bytes, filled
+/// up to a multiple of 8.
+///
+/// # Errors
+/// What is wrong with them, as a sentence about the file.
+pub(super) fn backing_format(extensions: &[u8]) -> Result<Option<String>, String> {
+    let (mut rest, mut format) = (extensions, None);
+    while let Some((head, data)) = rest.split_at_checked(8) {
+        let (kind, len) = (be32(head, 0), be32(head, 4) as usize);
+        if kind == 0 {
+            break;
+        }
+        let Some(of_it) = data.get(..len) else {
+            return Err(format!("its header is damaged: an extension of {len} bytes does not lie inside it"));
+        };
+        if kind == BACKING_FORMAT {
+            let name = std::str::from_utf8(of_it).ok().filter(|name| name.len() <= FORMAT_LEN_MAX);
+            let name =
+                name.ok_or("its header is damaged: the format of its backing file has no such name")?;
+            if format.replace(name).is_some_and(|before| before != name) {
+                return Err("its header is damaged: it states two formats of its backing file".into());
+            }
+        }
+        rest = data.get(len.next_multiple_of(8)..).unwrap_or_default();
+    }
+    Ok(format.map(str::to_owned))
 }
 
 fn check_features(incompatible: u64) -> Result<(), String> {
@@ -118,10 +160,64 @@ mod tests {
 
     #[test]
     fn header_that_is_good_says_where_the_tables_are() {
-        let good =
-            Header { cluster_bits: 16, size: 1 << 30, l1_offset: 0x30000, l1_entries: 2, l1_stated: 2 };
+        let good = Header {
+            cluster_bits: 16,
+            size: 1 << 30,
+            l1_offset: 0x30000,
+            l1_entries: 2,
+            l1_stated: 2,
+            extensions: None,
+        };
         assert_eq!(header(2, |_| ()), Ok(good));
         assert_eq!(header(3, |_| ()), Ok(good));
+        // With a file beneath: what is before its name, inside the first cluster and the file.
+        for (name, end) in [(0x200, 0x200), (72, 72), (8, 72), (0x10000, 0x10000), (u64::MAX, 0x10000)] {
+            let set_name = |header: &mut [u8]| header[8..16].copy_from_slice(&name.to_be_bytes());
+            assert_eq!(header(2, set_name), Ok(Header { extensions: Some((72, end)), ..good }));
+            assert_eq!(header(3, set_name), Ok(good));
+        }
+    }
+
+    /// As QEMU reads them: in any order, up to the first of kind 0, and what has another kind is passed over.
+    #[test]
+    fn extensions_state_the_format_of_the_file_beneath_once_or_are_refused() {
+        let extension = |kind: u32, data: &[u8]| {
+            let mut bytes = [kind.to_be_bytes(), (data.len() as u32).to_be_bytes()].concat();
+            bytes.extend(data);
+            bytes.resize(bytes.len().next_multiple_of(8), 0);
+            bytes
+        };
+        let (raw, qcow2, other) =
+            (extension(BACKING_FORMAT, b"raw"), extension(BACKING_FORMAT, b"qcow2"), extension(7, &[1; 21]));
+        let end = extension(0, b"");
+        let format = |parts: &[&[u8]]| backing_format(&parts.concat());
+        for (parts, expected) in [
+            ([&[], &[], &[]], None),
+            ([&*raw, &[], &[]], Some("raw")),
+            ([&raw, &end, &qcow2], Some("raw")),
+            ([&other, &qcow2, &end], Some("qcow2")),
+            ([&raw, &other, &raw], Some("raw")),
+            ([&other, &end, &raw], None),
+            // Fewer bytes than say what one is.
+            ([&raw, &end, &[1; 7]], Some("raw")),
+            ([&[1; 7], &[], &[]], None),
+        ] as [([&[u8]; 3], _); 8]
+        {
+            assert_eq!(format(&parts), Ok(expected.map(str::to_owned)));
+        }
+        let long = extension(BACKING_FORMAT, b"raw and much more");
+        let (cut, huge) = (&raw[..10], [&[7; 4][..], &[0xff; 4]].concat());
+        for (parts, word) in [
+            ([&*raw, &*qcow2], "two formats"),
+            ([&other, cut], "does not lie inside"),
+            ([&raw, &huge], "does not lie inside"),
+            ([&long, &[]], "no such name"),
+            ([&extension(BACKING_FORMAT, &[0xff; 3]), &[]], "no such name"),
+        ] as [([&[u8]; 2], _); 5]
+        {
+            let why = format(&parts).unwrap_err();
+            assert!(why.contains(word), "{why} does not say {word}");
+        }
     }
 
     type Change = Box<dyn FnOnce(&mut [u8])>;

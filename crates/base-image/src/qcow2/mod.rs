@@ -14,7 +14,7 @@ use blockio::File;
 use imago::qcow2::Qcow2 as Driver;
 use imago::{FormatAccess, ShallowMapping};
 
-use self::header::{HEADER_LEN, Header};
+use self::header::{HEADER_LEN, Header, backing_format};
 pub use self::write::{CLUSTER_SIZE, Overlay};
 use crate::chain::Found;
 
@@ -67,6 +67,15 @@ impl Qcow2 {
             Ok((FormatAccess::new(driver), backing.map(|name| (name, format))))
         };
         let (access, backing) = open().map_err(|error| format!("it can't be read as qcow2: {error}"))?;
+        let backing = match (backing, header.extensions) {
+            // The driver reads no extensions of version 2.
+            (Some((name, None)), Some((begin, end))) => {
+                let mut extensions = vec![0; (end - begin) as usize];
+                file.read_exact_at(&mut extensions, begin).map_err(|error| say(error.io_error()))?;
+                Some((name, backing_format(&extensions)?))
+            }
+            (backing, _) => backing,
+        };
         Ok(Self { file, file_size, header, tables, access, backing })
     }
 
