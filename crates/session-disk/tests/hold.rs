@@ -341,6 +341,52 @@ fn hold_that_cannot_be_stored_leaves_the_drain_running() {
     bench.assert_restores_exactly(&disk);
 }
 
+/// Fails to make names in a state directory durable, as often as it is told.
+#[derive(Debug, Default)]
+struct NamesFail(AtomicU64);
+
+impl Tape for NamesFail {
+    fn begin(&self, io: Io<'_>) -> std::io::Result<u64> {
+        let is_names = matches!(io, Io::SyncDir { path } if path.ends_with("disk.raw.pristine"));
+        let less = |left: u64| left.checked_sub(1);
+        match is_names && self.0.fetch_update(Ordering::SeqCst, Ordering::SeqCst, less).is_ok() {
+            true => Err(std::io::Error::from_raw_os_error(5)),
+            false => Ok(0),
+        }
+    }
+
+    fn end(&self, _: u64, _: bool) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// One whose new manifest has its name, and failed to be durable, holds: the next start would believe it, and call what was
+/// restored meanwhile the session's.
+#[test]
+fn hold_whose_name_failed_to_be_durable_is_in_force() {
+    let names = Arc::new(NamesFail::default());
+    let (mut bench, disk) = in_session();
+    disk.end_session().unwrap();
+    disk.stop().unwrap();
+    drop(disk);
+    bench.options.tape = Some(names.clone());
+    let disk = open(&bench.options);
+    let content = bench.disk_content();
+    names.0.store(1, Ordering::SeqCst);
+    hold(&disk).unwrap_err();
+    assert_held(&bench, &disk, &content);
+    // Asked for again it is made durable, or not.
+    names.0.store(1, Ordering::SeqCst);
+    hold(&disk).unwrap_err();
+    assert!(hold(&disk).unwrap().already);
+    drop(disk);
+    let disk = open(&bench.options);
+    assert_held(&bench, &disk, &content);
+    disk.release().unwrap();
+    drain(&disk).unwrap();
+    assert!(bench.disk_content() == bench.base);
+}
+
 /// Invariants 3 and 6: a session whose log is damaged while no server runs can't go on, but neither is it
 /// thrown away while its VM's process lives.
 #[test]

@@ -139,7 +139,8 @@ impl SessionDisk {
     /// begins until [`release`](Self::release). Durable when this returns.
     ///
     /// # Errors
-    /// If there is nothing to keep; then nothing was changed.
+    /// If there is nothing to keep; then nothing was changed. If the state can't be stored: then it may be held, as
+    /// [`held`](Self::held) says, and not durably.
     pub fn hold(&self, reason: HoldReason) -> Result<Held, Error> {
         let mut lifecycle = self.lifecycle();
         let session = lifecycle.session.as_ref().map(|session| session.entry.sequence);
@@ -149,6 +150,8 @@ impl SessionDisk {
         };
         let before = lifecycle.manifest.held.as_ref();
         if before.is_some_and(|before| !reason.outlasts(before)) {
+            // It may have been made by an attempt that failed to make its name durable.
+            self.shared.storage.sync_dir(self.paths.state_dir())?;
             return Ok(Held { already: true, session, blocks });
         }
         let is_held = before.is_some();
@@ -176,8 +179,15 @@ impl SessionDisk {
             Some(_) => Ok(()),
         };
         if let Err(error) = durable.and_then(|()| self.store_manifest(&mut manifest)) {
-            if !is_held {
-                self.shared.claims.end_rest();
+            // What failed may have been only to make it durable that it is held: the next start would believe it, and so nothing
+            // is restored meanwhile.
+            match Manifest::load_from(&self.shared.storage, &self.paths) {
+                Ok(found) if found.held == lifecycle.manifest.held => {
+                    if !is_held {
+                        self.shared.claims.end_rest();
+                    }
+                }
+                _ => lifecycle.manifest = manifest,
             }
             return Err(error);
         }
