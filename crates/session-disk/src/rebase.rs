@@ -219,10 +219,7 @@ fn switch(subject: &Subject, base: BaseEntry, pending: &BlockSet, keep_logs: usi
         stopped: None,
         ..old.clone()
     };
-    // The last session, should it have been left open, is over: there is nothing to be held of it any more. Its log says
-    // what it said before.
     let (live, _) = LivePage::open(paths, old.disk, file_number(disk.path())?)?;
-    live.set_session_open(false);
     if pending.is_empty() {
         storage.sync_disk(disk.path(), || heed_sync(disk.sync_all(), Some(&live)))?;
         manifest.pristine_since = disk_witness(disk)?;
@@ -239,7 +236,19 @@ fn switch(subject: &Subject, base: BaseEntry, pending: &BlockSet, keep_logs: usi
         with_room(storage, paths, old, || LogWriter::write_pending_in(&*logs, &header, pending))?;
         manifest.stopped = Stopped::of(disk)?;
     }
-    manifest.store(storage, paths).inspect_err(|_| remove_unnamed_logs(storage, paths, &manifest))?;
+    // The last session, should it have been left open, is over: there is nothing to be held of it any more. Its log says
+    // what it said before.
+    let was_open = live.session_is_named();
+    live.set_session_open(false);
+    if let Err(error) = manifest.store(storage, paths) {
+        // Unless the disk is what it was.
+        let is_as_before = || Manifest::load_from(storage, paths).is_ok_and(|found| found == *old);
+        if was_open && is_as_before() {
+            live.set_session_open(true);
+        }
+        remove_unnamed_logs(storage, paths, &manifest);
+        return Err(error);
+    }
     if !manifest.logs.is_empty() {
         witness::set_generation(storage, disk, manifest.generation);
     }

@@ -528,3 +528,38 @@ fn rebase_any_io_of_which_fails_leaves_the_disk_on_one_generation() {
     eprintln!("{runs} I/Os of a rebase failed; {kept_old} of them left the disk where it was");
     assert!(kept_old > 0 && kept_old < runs);
 }
+
+/// What the last session left can be held as long as nothing of it was restored, and a rebase that fails restores nothing.
+#[test]
+fn session_that_was_killed_can_be_held_after_a_rebase_that_failed() {
+    let gone = ProcessId { pid: std::process::id(), start_ticks: 1 };
+    let mut held = 0;
+    for when in [When::Before, When::After] {
+        for number in 0.. {
+            let lab = Lab::pristine(Known::Deltas);
+            let disk = lab.open();
+            disk.begin_session(Some(gone)).unwrap();
+            let mut queue = disk.queue(8).unwrap();
+            write(&disk, &mut queue, 480, &[0x77; 4096]);
+            // As a kill leaves it.
+            drop((queue, disk));
+            let content = std::fs::read(&lab.options.disk).unwrap();
+            let schedule = Schedule::new(Some((number, when)));
+            let options = DiskOptions { tape: Some(schedule.clone()), ..lab.options.clone() };
+            let result = lab.rebase(&RebaseOptions::new(&lab.bases[1].path, options));
+            if schedule.list().len() as u64 <= number {
+                result.unwrap();
+                break;
+            }
+            let on_old = generations::of_disk(&lab.bases, &lab.options).path == lab.bases[0].path;
+            let disk = lab.open();
+            match disk.hold(HoldReason::ByOperator) {
+                Ok(_) => held += 1,
+                Err(error) => assert!(!on_old, "{when:?} {}: {error}", schedule.list()[number as usize]),
+            }
+            assert!(on_old || disk.held().is_none(), "what the rebase is to change is held");
+            assert!(std::fs::read(&lab.options.disk).unwrap() == content);
+        }
+    }
+    assert!(held > 0);
+}
