@@ -451,7 +451,7 @@ fn status_of_a_disk_that_is_served_with_another_runtime_directory_says_so() {
     assert!(ask(&["--json"]).contains("\"silent_pid\":null"));
 }
 
-/// Two at once would write one manifest over the other, and a link would lead what is written elsewhere.
+/// Two at once would write one manifest over the other, and a link would lead what is written elsewhere; it is somebody's, and stays.
 #[test]
 fn seal_that_another_process_makes_is_refused_and_no_link_is_followed() {
     let lab = with_base();
@@ -465,8 +465,10 @@ fn seal_that_another_process_makes_is_refused_and_no_link_is_followed() {
     let theirs = lab.path("theirs");
     fs::write(&theirs, "theirs").unwrap();
     symlink(&theirs, &new).unwrap();
-    seal().ok();
+    seal().refused(1, &["is no regular file", "remove this one first"]);
     assert_eq!(fs::read(&theirs).unwrap(), b"theirs");
+    fs::remove_file(&new).unwrap();
+    seal().ok();
     assert!(new.symlink_metadata().is_err());
 }
 
