@@ -18,13 +18,15 @@ pub(crate) fn protect_as(base: &File, file: impl AsFd, owner: Mode, path: &Path)
     let failed = |errno: Errno| BaseError::manifest("protect", path, errno.into());
     let of = fstat(base).map_err(failed)?;
     let own = fstat(&file).map_err(failed)?;
-    let mut is_its_group = true;
-    if base.kind() == FileKind::Regular && (of.st_uid, of.st_gid) != (own.st_uid, own.st_gid) {
-        let (user, group) = (Uid::from_raw(of.st_uid), Gid::from_raw(of.st_gid));
+    // A device's owner is the system's, not whose data it is.
+    let user = (base.kind() == FileKind::Regular).then_some(of.st_uid);
+    let group = Gid::from_raw(of.st_gid);
+    if user.is_some_and(|user| user != own.st_uid) || of.st_gid != own.st_gid {
         // Only root can give files away; others can to a group that they are in.
-        let _ = fchown(&file, Some(user), Some(group)).or_else(|_| fchown(&file, None, Some(group)));
-        is_its_group = fstat(&file).map_err(failed)?.st_gid == of.st_gid;
+        let _ =
+            fchown(&file, user.map(Uid::from_raw), Some(group)).or_else(|_| fchown(&file, None, Some(group)));
     }
+    let is_its_group = fstat(&file).map_err(failed)?.st_gid == of.st_gid;
     let mode = Mode::from_raw_mode(readers(of.st_mode, is_its_group)) | Mode::RUSR | owner;
     fchmod(&file, mode).map_err(failed)
 }
