@@ -83,15 +83,27 @@ pub enum Error {
         /// Its size when it was provisioned, in bytes.
         expected: u64,
     },
-    /// Another disk than its state is about, of which nothing says that it may be overwritten.
+    /// Another device than the state of the disk is about, and nothing says that it may be overwritten.
     #[error("{path} is {found}, and its state is about {expected}")]
-    AnotherDisk {
+    AnotherDevice {
         /// The disk.
         path: PathBuf,
         /// What it is.
         found: String,
         /// What it should be.
         expected: String,
+    },
+    /// Another file than a state directory that was named is about, and nothing says that it may be overwritten.
+    #[error(
+        "{path} never was a session disk, or is a copy that does not say so, and the state in {state} is about another file",
+        path = .path.display(),
+        state = .state.display()
+    )]
+    UnknownFile {
+        /// The file.
+        path: PathBuf,
+        /// The state directory.
+        state: PathBuf,
     },
     /// A size that can't be a disk's.
     #[error("{path}: {source}")]
@@ -174,9 +186,15 @@ impl Error {
                 "no block of the disk can be trusted: `pristine provision --adopt --base BASE {disk}` \
                  restores all of it"
             )),
-            Self::AnotherDisk { .. } => Some(format!(
-                "see that it is the disk that you mean (names such as /dev/sdb are given anew at each boot, those in \
-                 /dev/disk/by-id stay); if it is, `pristine provision --adopt --base BASE {disk}` replaces all of its contents"
+            Self::AnotherDevice { .. } => Some(format!(
+                "name the device by what stays, such as /dev/disk/by-id/... (names such as /dev/sdb are given anew at each boot); if it \
+                 is to be a session disk, `pristine provision --adopt --base BASE {disk}` replaces all of its contents; if it is the disk that was \
+                 moved, with changes to be kept, copy it before that (`qemu-img convert`), and name a new --state-dir"
+            )),
+            Self::UnknownFile { .. } => Some(format!(
+                "see that the two belong together; if the disk was moved, copy it again with its attributes (`cp -a`, `rsync -X`), or put \
+                 its state beside it as DISK.pristine and name none; if it is to be a session disk, `pristine provision --adopt --base BASE \
+                 {disk}` replaces all of its contents"
             )),
             Self::Kept { .. } => Some(format!(
                 "go on with them with `pristine serve --reset-on never {disk}`, or give them up with \

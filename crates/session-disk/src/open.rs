@@ -104,7 +104,7 @@ pub(crate) fn check_disk(disk: &File, manifest: &Manifest) -> Result<Geometry, E
 fn check_device(disk: &File, manifest: &Manifest) -> Result<(), Error> {
     let another = |found: String, expected: &str| {
         let (path, expected) = (disk.path().to_owned(), expected.to_owned());
-        Err(Error::AnotherDisk { path, found, expected })
+        Err(Error::AnotherDevice { path, found, expected })
     };
     match (disk.kind(), &manifest.file, &manifest.device) {
         (FileKind::BlockDevice, Some(_), _) => another("a device".into(), "a file"),
@@ -133,11 +133,7 @@ pub(crate) fn refuse_unrelated(
     if manifest.file == DiskFile::of(&now) || witness::generation(storage, disk)?.is_some() {
         return Ok(());
     }
-    Err(Error::AnotherDisk {
-        path: disk.path().to_owned(),
-        found: "a file that never was a session disk, or a copy that says nothing of it".into(),
-        expected: format!("another file, in {}", state.display()),
-    })
+    Err(Error::UnknownFile { path: disk.path().to_owned(), state: state.clone() })
 }
 
 /// Opens the base of a manifest; fails if it changed. A sealed one may look different, as a copy does: nothing is

@@ -113,20 +113,20 @@ fn other_device_under_the_same_name_is_refused_and_left_alone() {
     for drained in [false, true] {
         call(&device.0);
         let tell = |error: Error| match &error {
-            Error::AnotherDisk { .. } => {
+            Error::AnotherDevice { .. } => {
                 let text = error.to_string();
                 assert!(text.contains("/own") && text.contains("/other"), "{text}");
                 assert!(error.hint("--disk D").unwrap().contains("/dev/disk/by-id"));
             }
             error => panic!("{error}"),
         };
-        tell(session_disk::SessionDisk::open(&options).unwrap_err());
+        tell(common::refusal(|| session_disk::SessionDisk::open(&options)));
         tell(session_disk::status(&options).unwrap_err());
         assert!(std::fs::read(&other).unwrap() == vec![0xbb; 1 << 20], "drained: {drained}");
         // A file is none either.
         std::fs::remove_file(&name).unwrap();
         std::fs::write(&name, vec![0xcc; SIZE]).unwrap();
-        let error = session_disk::SessionDisk::open(&options).unwrap_err();
+        let error = common::refusal(|| session_disk::SessionDisk::open(&options));
         assert!(error.to_string().ends_with("is a file, and its state is about a device"), "{error}");
         assert!(std::fs::read(&name).unwrap() == vec![0xcc; SIZE]);
         call(&own.0);

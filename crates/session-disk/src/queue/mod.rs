@@ -62,7 +62,8 @@ const OPERATIONS_MAX: usize = 4096;
 /// When requests about more bytes have been begun, no further one is: who ends a connection waits for them.
 const BYTES_MAX: u64 = 256 << 20;
 
-/// The data path of one virtqueue. Used by one thread at a time. Waits for I/O in [`DiskQueue::quiesce`] only.
+/// The data path of one virtqueue. Used by one thread at a time. Waits for I/O in [`DiskQueue::quiesce`] only (and where
+/// no thread is to be had, with a session's first writes for what has to be durable before them).
 ///
 /// A pass is: any number of requests, each done [at once](Self::read_now) or [pushed](Self::push), one [`submit`](Self::submit), one
 /// [`reap`](Self::reap). When a descriptor of [`wait_fds`](Self::wait_fds) becomes readable, `reap`
@@ -311,11 +312,15 @@ impl DiskQueue {
         if !self.staged.is_empty() {
             self.log_first_touches();
         }
+        self.submit_operations();
+        self.counters.bytes_written.store(self.bytes_written, Ordering::Relaxed);
+    }
+
+    fn submit_operations(&mut self) {
         if self.unsubmitted {
             self.unsubmitted = false;
             self.engine.submit();
         }
-        self.counters.bytes_written.store(self.bytes_written, Ordering::Relaxed);
     }
 
     /// Appends the finished requests to `done`, and submits what follows from what was finished. Never

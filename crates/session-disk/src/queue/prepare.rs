@@ -2,7 +2,7 @@
 //!
 //! Each waits for the medium, once in a session and once for a region, and no other request of the queue is to wait with it. So
 //! such a write is parked, and a thread of the queue does what is missing: for one round of writes after the other, each with all
-//! that have come meanwhile. Where there is no such thread, the pass does it when everything else of it is on its way.
+//! that have come meanwhile. Where there can be no such thread, the pass does it when everything else of it is on its way, and waits.
 //!
 //! That a write was prepared is no proof of it: [`log_extents`](DiskQueue::log_extents) and
 //! [`write_pending`](DiskQueue::write_pending) make sure themselves, and find nothing to do.
@@ -51,13 +51,16 @@ struct Preparer {
 }
 
 impl Preparer {
-    fn new(shared: &Arc<Shared>, waker: &Arc<Waker>) -> Option<Self> {
-        let (shared, waker) = (Arc::clone(shared), Arc::clone(waker));
+    fn new(
+        waker: &Arc<Waker>,
+        mut prepare: impl FnMut(&[Extent]) -> io::Result<()> + Send + 'static,
+    ) -> Option<Self> {
+        let waker = Arc::clone(waker);
         let (told, outcomes) = channel();
         let task = move |extents: Vec<Extent>| {
             // Also if it panics: then nothing is told, which is a failure.
             let _wakes = WakesWhenOver(&waker);
-            let _ = told.send(prepare(&shared, &extents));
+            let _ = told.send(prepare(&extents));
         };
         Helper::new("intents", 1, task).map(|helper| Self { helper, outcomes })
     }
@@ -104,7 +107,8 @@ impl Preparation {
     /// Hands `extents` over to who prepares beside the queue; gives them back if there can be nobody.
     fn offer(&mut self, shared: &Arc<Shared>, extents: Vec<Extent>) -> Result<(), Vec<Extent>> {
         if self.preparer.is_none() && !shared.storage.has_tape() {
-            self.preparer = Preparer::new(shared, &self.waker);
+            let shared = Arc::clone(shared);
+            self.preparer = Preparer::new(&self.waker, move |extents| prepare(&shared, extents));
         }
         let Some(preparer) = &self.preparer else { return Err(extents) };
         let offered = preparer.helper.offer(extents);
@@ -122,7 +126,19 @@ impl Preparation {
         }
         self.is_under_way = false;
         let outcome = self.preparer.as_ref().and_then(|preparer| preparer.outcomes.try_recv().ok());
-        Some(outcome.unwrap_or_else(|| Err(io::Error::other("what notes regions has panicked"))))
+        Some(outcome.unwrap_or_else(|| {
+            // It may not have ended yet, and would take a round that nobody does. The next one has another thread.
+            self.preparer = None;
+            Err(io::Error::other("what notes regions has panicked"))
+        }))
+    }
+}
+
+#[cfg(test)]
+impl Preparation {
+    /// The next round ends in disorder.
+    pub(super) fn panics_next(&mut self) {
+        self.preparer = Preparer::new(&self.waker, |_| panic!("as the test wants it"));
     }
 }
 
@@ -157,7 +173,11 @@ impl DiskQueue {
         self.preparation.waiting = slots;
         match self.preparation.offer(&self.shared, extents) {
             Ok(()) => self.preparation.is_under_way = true,
-            Err(extents) => self.go_on_prepared(prepare(&self.shared, &extents)),
+            Err(extents) => {
+                // This pass waits, and what it has begun does not wait with it.
+                self.submit_operations();
+                self.go_on_prepared(prepare(&self.shared, &extents));
+            }
         }
     }
 

@@ -55,6 +55,20 @@ pub(crate) fn open(options: &DiskOptions) -> Arc<SessionDisk> {
     disk.unwrap()
 }
 
+/// Why something is refused with a disk that nobody has open; see [`open`].
+#[track_caller]
+pub(crate) fn refusal<T>(mut attempt: impl FnMut() -> Result<T, Error>) -> Error {
+    let mut refusal = None;
+    wait_until(|| match attempt() {
+        Err(Error::InUse { .. }) => false,
+        attempted => {
+            refusal = attempted.err();
+            true
+        }
+    });
+    refusal.unwrap()
+}
+
 /// Copies a directory with all that is in it; `to` must not be there.
 pub(crate) fn copy_dir(from: &Path, to: &Path) {
     std::fs::create_dir(to).unwrap();

@@ -232,3 +232,51 @@ fn writes_that_wait_for_a_region_fail_if_it_can_not_be_noted() {
     assert!(regions.wait(&[3]));
     assert_eq!((regions.on_disk(1, 0), regions.disk.dirty_blocks()), (0xee, 1));
 }
+
+/// Who is prepared waits for claims like any other: two queues write parts of one pending block, and both parts are there.
+#[test]
+fn write_that_is_prepared_waits_for_the_claims_of_another_queue() {
+    let mut regions = Regions::begin(true);
+    let mut other = regions.disk.queue(8).unwrap();
+    let gate = regions.shut_intents();
+    let sector = |at: u64| regions.disk.geometry().sectors_at(REGION_SIZE / 512 + at, 512).unwrap();
+    let (first, last) = (sector(0), sector(7));
+    let written = |byte| {
+        let buf = GuestBuf::zeroed(512);
+        buf.copy_in(0, &[byte; 512]);
+        buf
+    };
+    regions.queue.push(1, Request::Write { range: first, buf: written(0xa1), durable: false });
+    other.push(2, Request::Write { range: last, buf: written(0xa2), durable: false });
+    regions.queue.submit();
+    other.submit();
+    gate.open();
+    // The other one's claim is given back only when it is reaped.
+    let (begin, mut done) = (std::time::Instant::now(), Vec::new());
+    while done.len() < 2 {
+        assert!(begin.elapsed() < PATIENCE, "{} of 2 are done", done.len());
+        regions.queue.reap(&mut done);
+        other.reap(&mut done);
+        std::thread::yield_now();
+    }
+    assert!(done.iter().all(|done: &Done| done.result.is_ok()));
+    let (mut block, at) = ([0; 4096], REGION_SIZE);
+    let file = std::fs::File::open(&regions.path).unwrap();
+    std::os::unix::fs::FileExt::read_exact_at(&file, &mut block, at).unwrap();
+    assert_eq!((block[0], block[511], block[512], block[7 * 512], block[4095]), (0xa1, 0xa1, 2, 0xa2, 0xa2));
+}
+
+/// What is done by a thread that has ended in disorder is done by the next one, and nobody waits for ever.
+#[test]
+fn round_that_ends_in_disorder_fails_and_the_next_one_is_done() {
+    let mut regions = Regions::begin(false);
+    for round in 0..50 {
+        regions.queue.preparation.panics_next();
+        regions.push_write(1, 1, round);
+        assert!(!regions.wait(&[1]), "it has told of success");
+        // At once, while that thread may not have ended.
+        regions.push_write(2, 2, round);
+        assert!(regions.wait(&[2]));
+        regions.disk.shared().intents.clear().unwrap();
+    }
+}
