@@ -3,13 +3,12 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, PermissionsExt};
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use base_image::{
     BaseError, BaseFormat, BaseImage, Delta, NewGeneration, Root, Seal, Trust, list_generations,
-    manifest_path, seal, seal_to,
+    manifest_path, seal,
 };
 use blocks::{BLOCK_SIZE, Extent};
 use proptest::prelude::*;
@@ -223,58 +222,4 @@ fn generation_is_as_private_as_its_parent_and_empties_nothing_that_has_another_n
     for path in [to.clone(), manifest_path(&to), Delta::path_of(&to)] {
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o440, "{}", path.display());
     }
-}
-
-/// A loop device, detached when dropped.
-struct Loop(PathBuf);
-
-impl Loop {
-    fn attach(file: &Path) -> Option<Self> {
-        let output = Command::new("losetup").args(["--find", "--show", "--read-only"]).arg(file).output();
-        let made = output.ok().filter(|output| output.status.success());
-        if made.is_none() {
-            println!("skipped: cannot make a loop device here");
-        }
-        made.map(|output| Self(String::from_utf8(output.stdout).unwrap().trim().into()))
-    }
-}
-
-impl Drop for Loop {
-    fn drop(&mut self) {
-        let _ = Command::new("losetup").arg("--detach").arg(&self.0).status();
-    }
-}
-
-/// A base on a device is known by a link (`/dev/VOLUMEGROUP/...`), which leads out of its directory. The overlay on it names the link,
-/// which holds after a reboot.
-#[test]
-fn overlay_on_a_device_that_is_named_by_a_link_is_made() {
-    let lab = Lab::new();
-    let (image, link, to) = (lab.path("1.raw"), lab.path("group/golden"), lab.path("2.qcow2"));
-    mixed(&image, 1 << 20, 9);
-    let Some(device) = Loop::attach(&image) else { return };
-    fs::create_dir(lab.path("group")).unwrap();
-    std::os::unix::fs::symlink(&device.0, &link).unwrap();
-    let open = || BaseImage::open(&link, Some(BaseFormat::Raw), Trust::Directories(&[])).unwrap();
-    seal_to(&open(), &lab.path("1.manifest"), &NEVER, &mut |_| ()).unwrap();
-    let parent = open().sealed(Seal::at(&lab.path("1.manifest")).unwrap().unwrap()).unwrap();
-    let changes = |buf: &mut [u8], _: u64| {
-        buf.fill(5);
-        Ok(())
-    };
-    let (format, extents) = (BaseFormat::Qcow2, [Extent::new(3, 2)]);
-    NewGeneration { parent: &parent, to: &to, format, size: 1 << 20, extents: &extents, read: &changes }
-        .make(&NEVER, &mut |_, _| ())
-        .unwrap();
-    let named = Command::new("qemu-img").args(["info", "--output=json"]).arg(&to).output().unwrap();
-    let named: serde_json::Value = serde_json::from_slice(&named.stdout).unwrap();
-    assert_eq!(named["backing-filename"], "group/golden");
-    // Whoever provisions from it says that the device is right.
-    let error = text(&BaseImage::open(&to, Some(format), Trust::Directories(&[])).unwrap_err());
-    assert!(error.contains("--backing-dir /dev"), "{error}");
-    let child = BaseImage::open(&to, Some(format), Trust::Directories(&["/dev".into()])).unwrap();
-    let child = child.sealed(Seal::of(&to).unwrap().unwrap()).unwrap();
-    let mut expected = fs::read(&image).unwrap();
-    expected[3 * 4096..5 * 4096].fill(5);
-    assert!(read(&child) == expected);
 }

@@ -135,10 +135,6 @@ impl Tape for Rival {
             _ => Ok(0),
         }
     }
-
-    fn end(&self, _number: u64, _done: bool) -> io::Result<()> {
-        Ok(())
-    }
 }
 
 /// A provision that fails takes away what it made, and nothing else.

@@ -143,10 +143,6 @@ impl Tape for Syncs {
         self.0.lock().unwrap().push(if name.ends_with(".wlog") { "log".into() } else { name.into() });
         Ok(0)
     }
-
-    fn end(&self, _number: u64, _done: bool) -> std::io::Result<()> {
-        Ok(())
-    }
 }
 
 /// A hold outlasts the host: what the session wrote is on the medium before the log says that all of it is there, and that
@@ -353,10 +349,6 @@ impl Tape for NamesFail {
             true => Err(std::io::Error::from_raw_os_error(5)),
             false => Ok(0),
         }
-    }
-
-    fn end(&self, _: u64, _: bool) -> std::io::Result<()> {
-        Ok(())
     }
 }
 

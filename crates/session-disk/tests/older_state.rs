@@ -271,10 +271,6 @@ impl Tape for Order {
         }
         Ok(0)
     }
-
-    fn end(&self, _: u64, _: bool) -> std::io::Result<()> {
-        Ok(())
-    }
 }
 
 /// A file system whose files can't have attributes, or one that fails to set them.
@@ -284,10 +280,6 @@ struct NoAttributes(rustix::io::Errno);
 impl Tape for NoAttributes {
     fn begin(&self, io: Io<'_>) -> std::io::Result<u64> {
         if matches!(io, Io::SetAttribute { .. }) { Err(self.0.into()) } else { Ok(0) }
-    }
-
-    fn end(&self, _: u64, _: bool) -> std::io::Result<()> {
-        Ok(())
     }
 }
 

@@ -112,10 +112,6 @@ impl Tape for NoSync {
             _ => Ok(0),
         }
     }
-
-    fn end(&self, _number: u64, _done: bool) -> std::io::Result<()> {
-        Ok(())
-    }
 }
 
 /// Invariant 2: that a pending block reads as zeroes is a note of the file system. If its journal fails it can be forgotten without a word to

@@ -1,14 +1,14 @@
 //! Generations: a session whose changes are kept, `promote`, and what comes of it, whatever happens meanwhile.
 
 use std::fs;
-use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use pristine_tests::guest::{Guest, Options};
 use pristine_tests::images::{self, qemu_img};
 use pristine_tests::lab::{Lab, Server};
-use pristine_tests::mounts::Mounts;
+use pristine_tests::mounts::{LoopDevice, Mounts};
 use pristine_tests::program::{Finished, pristine, run};
 use pristine_tests::remote::Remote;
 use serde_json::Value;
@@ -275,6 +275,33 @@ fn kept_session_of_a_killed_server_is_promoted_when_its_vm_is_gone() {
     promote(&lab, &new, NONE).ok();
     assert_whole(&lab, &new);
     assert_eq!(extents(&part(&new, ".delta")), [(256, 2)]);
+}
+
+/// A base on a device is known by a link (`/dev/VOLUMEGROUP/...`), which leads out of its directory. The overlay on it names the link,
+/// which holds after a reboot, and whoever provisions from it says that the device is right.
+#[test]
+fn overlay_on_a_device_that_is_named_by_a_link_is_made() {
+    let lab = Lab::new();
+    images::dense(&lab.base(), 1 << 20, 67);
+    let Some(device) = LoopDevice::of(&lab.base()) else { return };
+    let (link, new, disk) = (lab.path("group/golden"), lab.path("golden-2.qcow2"), lab.path("second.img"));
+    fs::create_dir(lab.path("group")).unwrap();
+    symlink(device.path(), &link).unwrap();
+    let seal = lab.path("golden.manifest");
+    run(pristine(["base", "seal"]).arg(&link).arg("--base-manifest").arg(&seal)).ok();
+    run(lab.pristine("provision", NONE).arg("--base").arg(&link).arg("--base-manifest").arg(&seal)).ok();
+    maintain(&lab, &["write 12288 8192 5"]);
+    promote(&lab, &new, NONE).ok();
+    let named = json(run(Command::new("qemu-img").args(["info", "--output=json"]).arg(&new)));
+    assert_eq!(named["backing-filename"], "group/golden");
+    let provision = |more: &[&str]| {
+        let mut command = pristine(["provision"]);
+        command.arg("--base").arg(&new).arg("--disk").arg(&disk).arg("--runtime-dir").arg(lab.runtime());
+        run(command.args(more))
+    };
+    provision(NONE).refused(1, &["--backing-dir /dev"]);
+    provision(&["--backing-dir", "/dev"]).ok();
+    assert!(fs::read(&disk).unwrap() == fs::read(lab.disk()).unwrap());
 }
 
 /// Invariant 6: a disk whose state can't be trusted becomes no golden image before somebody has said that it is right.

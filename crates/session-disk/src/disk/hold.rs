@@ -181,13 +181,13 @@ impl SessionDisk {
         if let Err(error) = durable.and_then(|()| self.store_manifest(&mut manifest)) {
             // What failed may have been only to make it durable that it is held: the next start would believe it, and so nothing
             // is restored meanwhile.
-            match Manifest::load_from(&self.shared.storage, &self.paths) {
-                Ok(found) if found.held == lifecycle.manifest.held => {
-                    if !is_held {
-                        self.shared.claims.end_rest();
-                    }
+            let found = Manifest::load_from(&self.shared.storage, &self.paths);
+            if found.is_ok_and(|found| found.held == lifecycle.manifest.held) {
+                if !is_held {
+                    self.shared.claims.end_rest();
                 }
-                _ => lifecycle.manifest = manifest,
+            } else {
+                lifecycle.manifest = manifest;
             }
             return Err(error);
         }

@@ -10,7 +10,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::{Receiver, TrySendError, channel};
 
 use blockio::in_full;
 use blocks::Extent;
@@ -111,12 +111,10 @@ impl Preparation {
             self.preparer = Preparer::new(&self.waker, move |extents| prepare(&shared, extents));
         }
         let Some(preparer) = &self.preparer else { return Err(extents) };
-        let offered = preparer.helper.offer(extents);
-        offered.map_err(|refused| {
-            let (std::sync::mpsc::TrySendError::Full(extents)
-            | std::sync::mpsc::TrySendError::Disconnected(extents)) = refused;
-            extents
-        })
+        match preparer.helper.offer(extents) {
+            Ok(()) => Ok(()),
+            Err(TrySendError::Full(extents) | TrySendError::Disconnected(extents)) => Err(extents),
+        }
     }
 
     /// What has come of the round under way, if that is over.
