@@ -77,15 +77,24 @@ pub(crate) fn expect_read(files: &[Arc<File>], index: FileIndex, offset: u64) {
 }
 
 fn read(file: &File, offset: u64, buf: GuestView<'_>) -> bool {
-    let (fd, pieces) = (file.as_fd().as_raw_fd(), buf.parts().as_ptr().cast::<libc::iovec>());
-    // SAFETY: the pieces are laid out as `iovec`, and valid for writes (contract of `GuestView`).
-    let count = unsafe { libc::preadv(fd, pieces, buf.parts().len() as i32, offset as libc::off_t) };
+    let (fd, offset) = (file.as_fd().as_raw_fd(), offset as libc::off_t);
+    let count = match buf.parts() {
+        // SAFETY: the piece is valid for writes (contract of `GuestView`).
+        [piece] => unsafe { libc::pread(fd, piece.base.cast(), piece.len, offset) },
+        // SAFETY: the pieces are laid out as `iovec`, and valid for writes.
+        pieces => unsafe { libc::preadv(fd, pieces.as_ptr().cast(), pieces.len() as i32, offset) },
+    };
     usize::try_from(count) == Ok(buf.len())
 }
 
 fn write(file: &File, offset: u64, buf: GuestView<'_>) -> bool {
-    let (fd, pieces) = (file.as_fd().as_raw_fd(), buf.parts().as_ptr().cast::<libc::iovec>());
-    // SAFETY: as in `read`; the pieces are valid for reads too.
-    let count = unsafe { libc::pwritev(fd, pieces, buf.parts().len() as i32, offset as libc::off_t) };
+    let (fd, offset) = (file.as_fd().as_raw_fd(), offset as libc::off_t);
+    let count = match buf.parts() {
+        // Most are of one piece; the kernel then has no list to fetch.
+        // SAFETY: as in `read`; the piece is valid for reads too.
+        [piece] => unsafe { libc::pwrite(fd, piece.base.cast(), piece.len, offset) },
+        // SAFETY: as in `read`; the pieces are valid for reads too.
+        pieces => unsafe { libc::pwritev(fd, pieces.as_ptr().cast(), pieces.len() as i32, offset) },
+    };
     usize::try_from(count) == Ok(buf.len())
 }
