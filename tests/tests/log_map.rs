@@ -1,6 +1,7 @@
 //! `pristine log show --map` and `log top`: where sessions wrote, with the names of what lies there.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::process::Command;
 
@@ -79,6 +80,22 @@ fn map_of_a_guests_sessions_names_the_partitions_that_it_wrote_to() {
     if let Some(path) = std::env::var_os("PRISTINE_MAP_PICTURE") {
         fs::copy(&svg, path).unwrap();
     }
+    // It takes the place of its like, and of nothing else: a slip of the finger costs no disk and no device.
+    run(log(&lab, "show", &["--map", "--svg"]).arg(&svg)).ok();
+    let link = lab.path("link.svg");
+    for precious in [lab.disk(), lab.base()] {
+        let inode = fs::metadata(&precious).unwrap().ino();
+        std::os::unix::fs::symlink(&precious, &link).unwrap();
+        for path in [&precious, &link] {
+            run(log(&lab, "show", &["--map", "--svg"]).arg(path)).refused(1, &["no picture", "another file"]);
+        }
+        assert_eq!(fs::metadata(&precious).unwrap().ino(), inode);
+        fs::remove_file(&link).unwrap();
+    }
+    assert_eq!(run(&mut log(&lab, "show", &["--map", "--svg", "/dev/stdout"])).ok().stdout, picture);
+    std::os::unix::fs::symlink("/dev/null", &link).unwrap();
+    run(log(&lab, "show", &["--map", "--svg"]).arg(&link)).ok();
+    assert!(link.is_symlink());
     // The disk need not be there, nor the base: then there are no names.
     let newest = session_log(&lab);
     let named = run(pristine(["log", "show", "--map", "--base"]).arg(lab.base()).arg(&newest)).ok().stdout;

@@ -39,6 +39,14 @@ pub enum ClientError {
         /// What the operating system said.
         source: io::Error,
     },
+    /// It has not answered in time. What it was asked to do goes on.
+    #[error("the server at {path} has not answered for {seconds} s; what it was asked for goes on", path = .path.display())]
+    NoAnswer {
+        /// The socket.
+        path: PathBuf,
+        /// How long it was waited for.
+        seconds: u64,
+    },
     /// What came back is not a reply.
     #[error("the server at {path} answered with what is not understood: {what}", path = .path.display())]
     BadReply {
@@ -103,10 +111,14 @@ impl Client {
         self.stream.get_mut().write_all(&line).map_err(broken("ask"))?;
         self.stream.get_ref().set_read_timeout(Some(limit)).map_err(broken("wait for"))?;
         let mut line = Vec::new();
-        Read::by_ref(&mut self.stream)
-            .take(REPLY_BYTES_MAX)
-            .read_until(b'\n', &mut line)
-            .map_err(broken("hear from"))?;
+        Read::by_ref(&mut self.stream).take(REPLY_BYTES_MAX).read_until(b'\n', &mut line).map_err(
+            |error| match error.kind() {
+                io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
+                    ClientError::NoAnswer { path: self.path.clone(), seconds: limit.as_secs() }
+                }
+                _ => broken("hear from")(error),
+            },
+        )?;
         if !line.ends_with(b"\n") {
             return Err(bad(format!("{} bytes without a newline", line.len())));
         }

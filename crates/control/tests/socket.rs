@@ -285,6 +285,19 @@ fn socket_with_a_long_path_is_made_and_found_and_removed() {
 }
 
 #[test]
+fn server_that_does_not_answer_is_not_waited_for_without_end() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s");
+    let _silent = UnixListener::bind(&path).unwrap();
+    let error = Client::connect(&path).unwrap().unwrap().status().unwrap_err();
+    assert!(matches!(error, ClientError::NoAnswer { seconds: 5, .. }), "{error:?}");
+    assert!(
+        error.to_string().ends_with("has not answered for 5 s; what it was asked for goes on"),
+        "{error}"
+    );
+}
+
+#[test]
 fn reply_that_is_none_is_an_error_that_says_so() {
     let dir = tempfile::tempdir().unwrap();
     let ask = |answer: &'static [u8]| {

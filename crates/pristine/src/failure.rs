@@ -75,7 +75,9 @@ pub(crate) fn was_stopped(stop: &AtomicBool, error: &dyn StdError) -> bool {
 
 impl From<control::ClientError> for Failure {
     fn from(error: control::ClientError) -> Self {
-        Self::of(&error)
+        let late = matches!(error, control::ClientError::NoAnswer { .. });
+        let hint = late.then(|| "`pristine status` says how far it is".to_owned());
+        Self { hint, ..Self::of(&error) }
     }
 }
 

@@ -6,7 +6,7 @@
 //! sector with a wrong CRC counts as all ones.
 
 use std::fs;
-use std::io::{self, Read};
+use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -70,11 +70,7 @@ fn encode(regions: &BlockSet) -> Vec<u8> {
 /// The bytes of the file, as far as they count.
 fn read(storage: &Storage, path: &Path, geometry: Geometry) -> io::Result<Vec<u8>> {
     let len = region_count(geometry).div_ceil(SECTOR_BITS) * SECTOR as u64;
-    storage.read(path, || {
-        let mut bytes = Vec::new();
-        fs::File::open(path)?.take(len).read_to_end(&mut bytes)?;
-        Ok(bytes)
-    })
+    storage.read(path, len)
 }
 
 /// The regions in the bytes of a file; a bad, short or missing sector has all of its regions.
@@ -114,13 +110,13 @@ impl Intents {
 
     /// Opens the file for serving; every write to it is durable when it returns.
     pub(crate) fn open(storage: &Storage, path: &Path, geometry: Geometry) -> Result<Self, Error> {
+        let bytes = read(storage, path, geometry).map_err(|error| Error::state("read", path, error))?;
         let file = fs::OpenOptions::new()
             .read(true)
             .write(true)
             .custom_flags(OFlags::DSYNC.bits() as i32)
             .open(path)
             .map_err(|error| Error::state("open", path, error))?;
-        let bytes = read(storage, path, geometry).map_err(|error| Error::state("read", path, error))?;
         let durable = decode(&bytes, region_count(geometry));
         if !durable.is_empty() {
             // They were read, but may be in the page cache only: a server was killed while it wrote them, or

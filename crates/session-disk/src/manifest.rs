@@ -3,7 +3,6 @@
 //! A JSON document, then a line with its CRC32C. It is only ever replaced as a whole (write new, fsync,
 //! rename, fsync of the directory), so a crash leaves the old one or the new one.
 
-use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, UNIX_EPOCH};
@@ -228,15 +227,14 @@ impl Manifest {
     pub(crate) fn load_from(storage: &Storage, paths: &Paths) -> Result<Self, Error> {
         let path = paths.manifest();
         let missing = || Error::NotProvisioned { disk: paths.disk().to_owned(), manifest: path.clone() };
-        let metadata = match fs::metadata(&path) {
+        let bytes = match storage.read(&path, MANIFEST_SIZE_MAX + 1) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(missing()),
             result => result.map_err(|error| Error::state("read", &path, error))?,
         };
-        if metadata.len() > MANIFEST_SIZE_MAX {
-            return Err(Error::DamagedManifest { path, what: format!("it has {} bytes", metadata.len()) });
+        if bytes.len() as u64 > MANIFEST_SIZE_MAX {
+            let what = format!("it has more than {MANIFEST_SIZE_MAX} bytes");
+            return Err(Error::DamagedManifest { path, what });
         }
-        let bytes =
-            storage.read(&path, || fs::read(&path)).map_err(|error| Error::state("read", &path, error))?;
         Self::parse(&path, &bytes)
     }
 

@@ -8,7 +8,7 @@
 
 use std::ffi::CStr;
 use std::fs;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -42,13 +42,18 @@ impl Storage {
         pass(self.tape.as_deref(), io, make)
     }
 
-    /// Reads from a file of the state with `read`.
-    pub(crate) fn read(
-        &self,
-        path: &Path,
-        read: impl FnOnce() -> io::Result<Vec<u8>>,
-    ) -> io::Result<Vec<u8>> {
-        self.pass(Io::Read { path, offset: 0, len: 0 }, read)
+    /// Reads the first `max` bytes of a file of the state, or all that it has.
+    ///
+    /// # Errors
+    /// `InvalidInput` also if it is not a regular file: who may write to the directory can put one there that never ends, or
+    /// that nobody ever opens at its other end.
+    pub(crate) fn read(&self, path: &Path, max: u64) -> io::Result<Vec<u8>> {
+        self.pass(Io::Read { path, offset: 0, len: 0 }, || {
+            let file = open_regular(fs::OpenOptions::new().read(true), OFlags::empty(), path)?;
+            let mut bytes = Vec::new();
+            file.take(max).read_to_end(&mut bytes)?;
+            Ok(bytes)
+        })
     }
 
     /// Reads a log.
@@ -106,8 +111,7 @@ impl Storage {
         let new = path.with_extension("new");
         let file = self.pass(Io::Create { path: &new, len: 0 }, || {
             let mut options = fs::OpenOptions::new();
-            options.write(true).create(true).truncate(true).mode(0o600);
-            options.custom_flags(OFlags::NOFOLLOW.bits() as i32).open(&new)
+            open_regular(options.write(true).create(true).truncate(true).mode(0o600), OFlags::NOFOLLOW, &new)
         });
         // From here on it is removed unless it is placed, also if it could not be made: it may have been there.
         let guard = Unplaced { storage: self.clone(), new, placed: false };
@@ -378,12 +382,22 @@ impl LogFile for TapedLog {
     }
 }
 
+/// Opens a regular file, and doesn't wait for anybody if it is something else.
+fn open_regular(options: &mut fs::OpenOptions, flags: OFlags, path: &Path) -> io::Result<fs::File> {
+    let file = options.custom_flags((flags | OFlags::NONBLOCK | OFlags::NOCTTY).bits() as i32).open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
+    }
+    Ok(file)
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::mpsc::{Receiver, Sender, channel};
     use std::time::{Duration, Instant};
 
     use blocks::{BlockSet, Extent, Geometry};
+    use rustix::fs::{FileType, Mode};
     use uuid::Uuid;
     use write_log::{LogHeader, LogId, LogKind, LogWriter};
 
@@ -452,6 +466,25 @@ mod tests {
             assert_eq!(found.to_bytes(), owned.to_bytes());
             log = again;
         }
+    }
+
+    /// Who owns a disk's directory can put into it what he likes, and root looks there.
+    #[test]
+    fn what_is_no_regular_file_is_refused_and_nobody_is_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, storage) = (dir.path().join("manifest"), Storage::default());
+        let made = rustix::fs::mknodat(rustix::fs::CWD, &path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0);
+        made.unwrap();
+        assert_eq!(storage.read(&path, 10).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+        let new = path.with_extension("new");
+        fs::rename(&path, &new).unwrap();
+        let reader = rustix::fs::open(&new, OFlags::RDONLY | OFlags::NONBLOCK, Mode::empty()).unwrap();
+        assert_eq!(storage.replace(&path, b"x").unwrap_err().kind(), io::ErrorKind::InvalidInput);
+        drop(reader);
+        storage.replace(&path, b"x").unwrap();
+        fs::remove_file(&path).unwrap();
+        std::os::unix::fs::symlink("/dev/zero", &path).unwrap();
+        assert_eq!(storage.read(&path, 10).unwrap_err().kind(), io::ErrorKind::InvalidInput);
     }
 
     #[test]

@@ -32,7 +32,7 @@ const BACKLOG: i32 = 16;
 /// Least numbers that are tried for a listening socket, which is to have a greater one than connections.
 const NUMBERS: [RawFd; 4] = [960, 480, 240, 120];
 /// How long to wait for another server that is just making its socket in the same directory.
-const DIRECTORY_WAIT_MAX: Duration = Duration::from_secs(5);
+const DIRECTORY_WAIT_MAX: Duration = Duration::from_secs(2);
 
 /// Who may connect. What is not given stays as the process's umask and identity make it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -133,7 +133,6 @@ impl PlacedListener {
         if path.as_os_str().as_bytes().len() > PATH_MAX {
             return Err(SocketError::TooLong { path: path.to_owned() });
         }
-        lock_directory(path).map_err(|error| failed("lock the directory of", path, error.into()))?;
         look_for_leftover(path).map(|_| ())
     }
 
@@ -207,20 +206,26 @@ fn unix_socket() -> rustix::io::Result<OwnedFd> {
     rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
 }
 
-/// Keeps other servers from making a socket in the same directory for as long as it lives.
-fn lock_directory(path: &Path) -> rustix::io::Result<OwnedFd> {
+/// Keeps other servers from making a socket in the same directory for as long as it lives, if that can be had: servers keep it
+/// for a millisecond, but whoever may look into the directory may keep it for ever. Without it two servers may take the same
+/// leftover only if they come between each other's next two steps.
+fn lock_directory(path: &Path) -> rustix::io::Result<Option<OwnedFd>> {
     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let directory = rustix::fs::open(parent.unwrap_or(Path::new(".")), flags, Mode::empty())?;
+    let directory = match rustix::fs::open(parent.unwrap_or(Path::new(".")), flags, Mode::empty()) {
+        // In which one may make files, but not list them.
+        Err(Errno::ACCESS) => return Ok(None),
+        directory => directory?,
+    };
     let start = Instant::now();
     loop {
         match rustix::fs::flock(&directory, FlockOperation::NonBlockingLockExclusive) {
             Err(Errno::AGAIN) if start.elapsed() < DIRECTORY_WAIT_MAX => {
                 std::thread::sleep(Duration::from_millis(5));
             }
-            // A file system without locks can't be guarded; the race is only a narrow one.
-            Err(Errno::NOLCK | Errno::OPNOTSUPP | Errno::NOSYS) => return Ok(directory),
-            result => return result.map(|()| directory),
+            // The last three are of file systems without locks.
+            Err(Errno::AGAIN | Errno::NOLCK | Errno::OPNOTSUPP | Errno::NOSYS) => return Ok(None),
+            result => return result.map(|()| Some(directory)),
         }
     }
 }
@@ -329,6 +334,18 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let error = bind(&directory.path().join("missing/s")).unwrap_err();
         assert!(matches!(error, SocketError::Io { .. }));
+    }
+
+    /// Anybody who may look into a directory may lock it.
+    #[test]
+    fn lock_that_is_never_let_go_keeps_no_server_from_starting() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("s");
+        drop(UnixListener::bind(&path).unwrap());
+        let stranger = fs::File::open(directory.path()).unwrap();
+        rustix::fs::flock(&stranger, FlockOperation::NonBlockingLockExclusive).unwrap();
+        let _socket = bind(&path).unwrap();
+        UnixStream::connect(&path).unwrap();
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! `pristine log show --map`: where sessions wrote.
 
-use std::io::{self, IsTerminal};
+use std::fs;
+use std::io::{self, IsTerminal, Read, Seek, Write};
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
 use blocks::BlockSet;
@@ -43,9 +45,11 @@ pub(super) fn run(args: &LogShowArgs) -> Result<(), Failure> {
         None => print(|out| out.write_all(text::render(&map, width()).as_bytes())).map(drop),
         Some(path) => {
             let picture = svg::render(&map);
-            replace(path, picture.as_bytes())
+            let is_file = put(path, picture.as_bytes())
                 .map_err(|error| Failure::new(format!("cannot write {}: {error}", path.display())))?;
-            say!("{}: {}", path.display(), map.summary());
+            if is_file {
+                say!("{}: {}", path.display(), map.summary());
+            }
             Ok(())
         }
     }
@@ -60,15 +64,60 @@ fn width() -> usize {
     rustix::termios::tcgetwinsize(&out).map_or(WIDTH, |size| usize::from(size.ws_col))
 }
 
-/// Puts a file at `path`, in the place of what is there: whole, or not at all.
+/// How each picture begins.
+const PICTURE: &[u8] = b"<svg ";
+
+/// Puts a picture at `path`: in the place of another one, whole or not at all. A pipe, a terminal and what a link leads to are
+/// written into. Whether it is in a file.
+///
+/// # Errors
+/// Also if there is something else: it is somebody's, and is lost if it is replaced.
+fn put(path: &Path, bytes: &[u8]) -> io::Result<bool> {
+    match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => replace(path, bytes).map(|()| true),
+        Ok(found) if found.is_file() => {
+            check_picture(&fs::File::open(path)?)?;
+            replace(path, bytes).map(|()| true)
+        }
+        _ => write_into(path, bytes),
+    }
+}
+
+fn write_into(path: &Path, bytes: &[u8]) -> io::Result<bool> {
+    let kind = fs::metadata(path)?.file_type();
+    if kind.is_dir() || kind.is_block_device() {
+        return Err(no_picture());
+    }
+    let mut file = fs::OpenOptions::new().read(kind.is_file()).write(true).open(path)?;
+    if kind.is_file() {
+        check_picture(&file)?;
+        file.set_len(0)?;
+        file.rewind()?;
+    }
+    file.write_all(bytes)?;
+    Ok(kind.is_file())
+}
+
+/// Fails unless the file is empty or begins as a picture does.
+fn check_picture(file: &fs::File) -> io::Result<()> {
+    let mut head = Vec::new();
+    file.take(PICTURE.len() as u64).read_to_end(&mut head)?;
+    if PICTURE.starts_with(&head) { Ok(()) } else { Err(no_picture()) }
+}
+
+fn no_picture() -> io::Error {
+    let what =
+        "what is there is no picture, and is not replaced; name another file, or remove this one first";
+    io::Error::new(io::ErrorKind::AlreadyExists, what)
+}
+
+/// Makes the file under another name first, which nobody may have taken.
 fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let mut new = path.as_os_str().to_owned();
     new.push(format!(".{}.new", std::process::id()));
-    let write = || {
-        std::fs::write(&new, bytes)?;
-        std::fs::rename(&new, path)
-    };
-    write().inspect_err(|_| {
-        let _ = std::fs::remove_file(&new);
+    let mut file = fs::File::create_new(&new)?;
+    let written = file.write_all(bytes).and_then(|()| fs::rename(&new, path));
+    written.inspect_err(|_| {
+        let _ = fs::remove_file(&new);
     })
 }
