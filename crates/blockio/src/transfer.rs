@@ -277,11 +277,11 @@ impl Work {
         (self.done <= before).then(|| Err(eof.into()))
     }
 
-    /// A call failed. `ECANCELED`: the thread that submitted it has ended.
+    /// A call failed. `ECANCELED`, or `EFAULT` where it waited for a page: the thread that submitted it has ended.
     fn stall(&mut self, error: io::Error) -> Option<io::Result<()>> {
         match error.raw_os_error().map(Errno::from_raw_os_error) {
             Some(Errno::INTR) => None,
-            Some(Errno::AGAIN | Errno::CANCELED) if self.stalls < STALLS_MAX => {
+            Some(Errno::AGAIN | Errno::CANCELED | Errno::FAULT) if self.stalls < STALLS_MAX => {
                 self.stalls += 1;
                 None
             }

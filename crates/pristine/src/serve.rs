@@ -27,7 +27,7 @@ use crate::copies::by_way;
 use crate::failure::Failure;
 use crate::notify;
 use crate::progress::Progress;
-use crate::signals::StopOnSignal;
+use crate::signals::{StopOnSignal, raise_limit_of_files};
 
 /// What QEMU's conventions for vhost-user backend programs ask of `--print-capabilities`.
 const CAPABILITIES: &str = r#"{"type": "block", "features": ["read-only", "blk-file"]}"#;
@@ -40,6 +40,7 @@ pub(crate) fn serve(args: &ServeArgs) -> Result<ExitCode, Failure> {
     let Some(path) = &args.disk else { return Err(Failure::usage("--disk is missing")) };
     // Before any number of a descriptor is used for something else.
     let handover = notify::kept();
+    raise_limit_of_files();
     let queue_cpus = affinity::of_queues(args.num_queues, args.cpus.as_ref(), args.queue_affinity.as_ref())?;
     // A path that can't be bound must change nothing, and a disk that can't be opened must turn nobody
     // away: Cloud Hypervisor gives up a disk whose server accepts and then ends.

@@ -1,10 +1,10 @@
-//! SIGTERM, SIGINT and SIGHUP: stop soon, in order. SIGXFSZ: an error like others.
+//! SIGTERM, SIGINT and SIGHUP: stop soon, in order. SIGXFSZ: an error like others. And how many files may be open.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
-use rustix::process::Signal;
+use rustix::process::{Resource, Rlimit, Signal, getrlimit, setrlimit};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::{Handle, Signals};
 
@@ -16,6 +16,16 @@ pub(crate) fn survive_size_limits() {
     let exceeded = Arc::new(AtomicBool::new(false));
     if let Err(error) = signal_hook::flag::register(Signal::XFSZ.as_raw(), exceeded) {
         log::debug!("a write beyond the limit of a file's size kills the program: {error}");
+    }
+}
+
+/// Lets a server have as many open files as it ever may: a VM's memory may come in hundreds of them, and some services begin with 1024.
+pub(crate) fn raise_limit_of_files() {
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    if current != maximum
+        && let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum })
+    {
+        log::debug!("the limit of open files stays at {current:?}: {error}");
     }
 }
 

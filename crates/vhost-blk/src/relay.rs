@@ -345,7 +345,7 @@ impl Relay {
             Ok(FrontendReq::SET_MEM_TABLE) => self.regions.set(message).map_err(Ending::Refused),
             Ok(FrontendReq::ADD_MEM_REG) => self.regions.add(message).map_err(Ending::Refused),
             Ok(FrontendReq::REM_MEM_REG) => {
-                self.regions.remove();
+                self.regions.remove(message);
                 Ok(())
             }
             Ok(FrontendReq::SET_VRING_CALL) => events_only(message),

@@ -34,7 +34,8 @@ const SEGMENTS_LEN_MAX: usize = SEGMENT_LEN * RANGE_SEGMENTS_MAX as usize;
 /// Longest chain that is walked. A driver must not make one longer than the queue (2.7.5.3.1);
 /// Linux does with indirect descriptors, by header and status.
 const DESCRIPTORS_MAX: usize = QUEUE_SIZE_MAX as usize + 2;
-/// A batch takes no more chains when its data has as many pieces: a guest could cut all of it into bytes.
+/// A batch takes no more chains when its data has as many pieces: a guest could cut all of it into bytes. And a request has no
+/// more: each of its descriptors could lie in as many regions of a byte.
 const PARTS_MAX: usize = 4096;
 
 /// A request's outcome, as the status byte says it.
@@ -303,7 +304,9 @@ impl Parser {
         let range = disk.geometry.sectors_at(sector, len).map_err(|_| Status::IoError)?;
         let first = self.parts.len();
         for piece in pieces {
-            if !self.memory.each(piece.addr, piece.len, |_, part| self.parts.push(part)) {
+            let is_there = self.memory.each(piece.addr, piece.len, |_, part| self.parts.push(part));
+            if !is_there || self.parts.len() - first > PARTS_MAX {
+                self.parts.truncate(first);
                 return Err(Status::IoError);
             }
         }

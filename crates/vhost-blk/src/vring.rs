@@ -285,9 +285,16 @@ impl VringT<SharedMemory> for Vring {
     }
 
     fn set_call(&self, file: Option<File>) {
+        // None is set that `make_room` does not know: nobody could end an interrupt that waits.
+        let (file, again) = match file.map(|file| file.try_clone().map(|again| (file, again))).transpose() {
+            Ok(pair) => pair.unzip(),
+            Err(error) => {
+                log::error!("a queue interrupts its guest no more: cannot duplicate its descriptor: {error}");
+                (None, None)
+            }
+        };
         let flags = file.as_ref().map(rustix::fs::fcntl_getfl);
         let never_waits = matches!(flags, Some(Ok(flags)) if flags.contains(OFlags::NONBLOCK));
-        let again = file.as_ref().and_then(|file| file.try_clone().ok());
         let count = usize::from(again.is_some());
         // The worker may wait in an interrupt by the old one, which is in our way, or, as soon as it is set, by the new one.
         self.flags.calls().extend(again);

@@ -107,6 +107,39 @@ fn io_of_a_thread_that_ended_is_finished_by_another_one() {
     reap_one(&mut engine).result.unwrap();
 }
 
+/// A buffered read goes on in its thread when the page is there. If that has ended, the kernel says so with another word.
+#[test]
+fn read_that_waits_for_a_page_when_its_thread_ends_is_finished_by_another_one() {
+    const LEN: usize = 128 << 10;
+    const READS: u64 = 256;
+    let (guard, file) = regular(READS as usize * LEN);
+    guard.as_file().sync_all().unwrap();
+    rustix::fs::fadvise(guard.as_file(), 0, None, rustix::fs::Advice::DontNeed).unwrap();
+    let mut engine = UringEngine::new(READS as u32, vec![file]).unwrap();
+    let mut engine = std::thread::spawn(move || {
+        // The last one first, so that the kernel reads nothing ahead.
+        for index in (0..READS).rev() {
+            let buf = AlignedBuf::new_zeroed(LEN).into();
+            engine.push(index, Op::Read { file: FileIndex(0), offset: index * LEN as u64, buf });
+        }
+        engine.submit();
+        engine
+    })
+    .join()
+    .unwrap();
+    let mut done = Vec::new();
+    while engine.in_flight() > 0 {
+        engine.wait(None).unwrap();
+        engine.reap(&mut done);
+    }
+    assert_eq!(done.len() as u64, READS);
+    for completion in done {
+        completion.result.unwrap();
+        let Some(Buffer::Owned(buf)) = completion.buf else { panic!("the buffer is gone") };
+        assert!(buf.iter().all(|byte| *byte == 7));
+    }
+}
+
 #[test]
 fn more_operations_than_the_ring_holds_are_all_performed() {
     let (_guard, file) = regular(1 << 16);

@@ -289,8 +289,47 @@ fn relay_given_memory_beyond_the_end_of_its_file_refuses() {
             let forwarded = matches!(Reader::default().read(&library), Received::Message(_));
             assert_eq!(forwarded, expected.is_none());
         }
-        let (mut relay, frontend, _library) = relay();
-        send(&frontend, FrontendReq::ADD_MEM_REG, &one, &[device.as_fd()]);
-        assert_eq!(relay.forward(&mut open_gate()), None, "nobody knows how large a device is");
+    }
+    let (mut relay, frontend, _library) = relay();
+    let one: Vec<u32> = [0, 0].into_iter().chain(region(1 << 32, 0x3000, 0x1000)).collect();
+    send(&frontend, FrontendReq::ADD_MEM_REG, &one, &[device.as_fd()]);
+    assert_eq!(relay.forward(&mut open_gate()), None, "nobody knows how large a device is");
+}
+
+/// Invariant 8: with no address space left the next allocation would end us.
+#[test]
+fn relay_given_more_memory_than_there_is_address_space_for_refuses() {
+    const HALF: u64 = 8 << 40;
+    let file = std::fs::File::from(rustix::fs::memfd_create("guest", MemfdFlags::CLOEXEC).unwrap());
+    file.set_len(HALF).unwrap();
+    let single = |address| -> Vec<u32> { [0, 0].into_iter().chain(region(address, HALF, 0)).collect() };
+    let (mut relay, frontend, _library) = relay();
+    let mut said = |request, payload: &[u32], count: usize| {
+        send(&frontend, request, payload, &vec![file.as_fd(); count]);
+        match relay.forward(&mut open_gate()) {
+            None => true,
+            Some(Ending::Refused(why)) => {
+                assert_eq!(
+                    why,
+                    format!("memory regions of {} bytes: {} are the most there may be", 3 * HALF, 2 * HALF)
+                );
+                false
+            }
+            other => panic!("{other:?}"),
+        }
+    };
+    for (request, address, fits) in [
+        (FrontendReq::ADD_MEM_REG, 0, true),
+        (FrontendReq::ADD_MEM_REG, HALF, true),
+        (FrontendReq::ADD_MEM_REG, 2 * HALF, false),
+        (FrontendReq::REM_MEM_REG, HALF, true),
+        (FrontendReq::ADD_MEM_REG, 2 * HALF, true),
+    ] {
+        assert_eq!(said(request, &single(address), 1), fits, "{request:?} of {address:#x}");
+    }
+    for count in [2, 3] {
+        let regions = (0..count).flat_map(|index| region(index * HALF, HALF, 0));
+        let table: Vec<u32> = [count as u32, 0].into_iter().chain(regions).collect();
+        assert_eq!(said(FrontendReq::SET_MEM_TABLE, &table, count as usize), count == 2);
     }
 }

@@ -169,6 +169,24 @@ fn buffer_across_two_regions_is_both_of_their_parts() {
     assert_eq!(got, [0x5a; 512]);
 }
 
+/// Invariant 8: what is kept of a request has a bound, however small the regions are that its frontend has made.
+#[test]
+fn request_of_more_pieces_than_any_driver_makes_is_an_error() {
+    const BYTES: u64 = 1024;
+    let bytes = (0..BYTES).map(|byte| (GuestAddress(REGION + byte), 1));
+    let regions: Vec<_> = std::iter::once((GuestAddress(0), REGION as usize)).chain(bytes).collect();
+    let memory = Arc::new(Memory::from_ranges(&regions).unwrap());
+    header(&memory, HEADER_AT, VIRTIO_BLK_T_IN, 0);
+    for (descriptors, is_understood) in [(4, true), (5, false)] {
+        let mut parts = vec![(HEADER_AT, 16, false)];
+        parts.extend((0..descriptors).map(|_| (REGION, BYTES as u32, true)));
+        parts.push((STATUS_AT, 1, true));
+        let parsed = parse(&memory, &parts);
+        assert_eq!(parsed.buf.as_ref().map(|buf| buf.parts().len()), is_understood.then_some(4096));
+        assert_eq!(status(&parsed), (!is_understood).then_some(Status::IoError));
+    }
+}
+
 #[test]
 fn status_is_the_last_byte_of_the_data_descriptor_if_it_shares_it() {
     let memory = memory();
