@@ -255,8 +255,8 @@ fn base_that_changed_under_a_server_is_refused_until_the_disk_is_moved_to_it() {
 /// Invariants 2 and 12: the disk's storage begins to fail writes, of which nothing but a sync would tell. What a session wrote
 /// over blocks that were pending, and so held the last session's data, is lost. Returns the disk, its server, a client in that
 /// session, and the offset and length that it wrote, whole blocks or a part of one; and a file that has at those what the last
-/// session wrote. `None`: that can't be had here.
-fn lost(whole: bool) -> Option<(Small, Server, Remote, u64, u64, PathBuf)> {
+/// session wrote. `None`: that can't be had here. The kernel has told nobody of it who asks about the disk's file, or, `told`, somebody.
+fn lost(whole: bool, told: bool) -> Option<(Small, Server, Remote, u64, u64, PathBuf)> {
     let (lab, mounts) = (Lab::new(), Mounts::new()?);
     let (outer, inner) = (lab.path("outer"), lab.path("inner"));
     if !mounts.ext4(&outer, &lab.path("outer.img"), 128 * MIB)
@@ -279,18 +279,18 @@ fn lost(whole: bool) -> Option<(Small, Server, Remote, u64, u64, PathBuf)> {
     let mut first = Remote::connected(&socket, 1);
     (0..8).for_each(|n| drop(first.ask(&format!("write {} {MIB} 48", n * MIB))));
     first.ask(&format!("write {at} {MIB} 48"));
-    let sync = |small: &Small| {
+    let sync = |small: &Small, what: &str| {
         let mut sync = std::process::Command::new("sync");
-        run(&mut small.mounts.inside(sync.arg("-f").arg(&small.disk)))
+        run(&mut small.mounts.inside(sync.arg(what).arg(&small.disk)))
     };
-    sync(&small).ok();
+    sync(&small, "-f").ok();
     first.leave();
     wait_until("the session is over", || small.status()["pending_blocks"].as_u64().unwrap() > 2000);
     let mut second = Remote::connected(&socket, 1);
     let (from, len) = if whole { (at, 64 << 10) } else { (at + 512, 1024) };
     second.ask(&format!("write {from} {len} 49"));
     small.mounts.fail_ext4(&outer);
-    let _ = sync(&small);
+    let _ = sync(&small, if told { "-d" } else { "-f" });
     // Nobody needs it any more, and it is written back, as far as the kernel knows.
     let disk = fs::File::open(small.mounts.outside(&small.disk)).unwrap();
     rustix::fs::fadvise(&disk, 0, None, rustix::fs::Advice::DontNeed).unwrap();
@@ -307,7 +307,7 @@ fn lost(whole: bool) -> Option<(Small, Server, Remote, u64, u64, PathBuf)> {
 }
 
 fn session_does_not_see_the_last_ones_data_when_its_own_is_lost(whole: bool) {
-    let Some((_small, server, mut second, from, len, last)) = lost(whole) else { return };
+    let Some((_small, server, mut second, from, len, last)) = lost(whole, false) else { return };
     let answer = ask(&mut second, &format!("compare {from} {len} {}", last.display()));
     assert_ne!(answer.as_deref(), Ok("same"), "a session reads what the last one wrote");
     assert!(answer.is_err(), "what was read is neither that nor the session's own: {answer:?}");
@@ -330,7 +330,7 @@ fn session_whose_parts_of_blocks_are_lost_does_not_read_the_last_ones() {
 /// A flush, which waits for nothing, tells of it as soon as anybody can.
 #[test]
 fn flush_of_a_session_whose_blocks_are_lost_fails() {
-    let Some((small, server, mut second, from, ..)) = lost(true) else { return };
+    let Some((small, server, mut second, from, ..)) = lost(true, false) else { return };
     assert!(ask(&mut second, "flush").is_err());
     assert!(ask(&mut second, &format!("read {from} 4096")).is_err());
     assert!(small.status()["pending_blocks"].as_u64().unwrap() > 0);
@@ -341,7 +341,7 @@ fn flush_of_a_session_whose_blocks_are_lost_fails() {
 /// Nor is it kept as what the session wrote.
 #[test]
 fn session_whose_blocks_are_lost_is_not_kept() {
-    let Some((small, server, second, ..)) = lost(true) else { return };
+    let Some((small, server, second, ..)) = lost(true, false) else { return };
     // Nobody has noticed.
     server.kill();
     second.kill();
@@ -351,5 +351,44 @@ fn session_whose_blocks_are_lost_is_not_kept() {
     small
         .run("keep", &[OsStr::new("--to"), kept.as_os_str()])
         .refused(1, &["can't be told", "storage failed"]);
+    assert!(!kept.exists());
+}
+
+/// A server that was killed in the very sync that was told of it: the kernel tells nobody else. What it leaves in the live page is
+/// what such a server leaves.
+fn told_to_who_was_killed() -> Option<(Small, Remote, u64, u64, PathBuf)> {
+    let (small, server, second, from, len, last) = lost(true, true)?;
+    server.kill();
+    let mut page = fs::read_dir(small.lab.runtime()).unwrap().map(|entry| entry.unwrap().path());
+    let page = page.find(|path| path.extension() == Some(OsStr::new("live"))).unwrap();
+    let page = fs::File::options().write(true).open(page).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&page, &1u64.to_ne_bytes(), 29 * 8).unwrap();
+    Some((small, second, from, len, last))
+}
+
+#[test]
+fn session_whose_blocks_were_lost_as_its_server_was_killed_does_not_read_the_last_ones() {
+    let Some((small, mut second, from, len, last)) = told_to_who_was_killed() else { return };
+    let socket = small.lab.socket();
+    let server = Server::start(&small.command("serve", &[OsStr::new("--socket-path"), socket.as_os_str()]));
+    // The VM is the one that it was.
+    if ask(&mut second, "connect 1").is_ok() {
+        let answer = ask(&mut second, &format!("compare {from} {len} {}", last.display()));
+        assert_ne!(answer.as_deref(), Ok("same"), "a session reads what the last one wrote");
+    }
+    second.kill();
+    server.kill();
+}
+
+#[test]
+fn session_whose_blocks_were_lost_as_its_server_was_killed_is_not_kept() {
+    let Some((small, second, ..)) = told_to_who_was_killed() else { return };
+    second.kill();
+    let kept = small.lab.path("kept.qcow2");
+    for what in ["sync the file system", "storage failed"] {
+        let finished = small.run("keep", &[OsStr::new("--to"), kept.as_os_str()]);
+        let said = &finished.stderr;
+        assert!(finished.code == Some(1) && said.contains("can't be told") && said.contains(what), "{said}");
+    }
     assert!(!kept.exists());
 }

@@ -83,4 +83,18 @@ impl File {
     pub fn sync_all(&self) -> Result<(), Error> {
         rustix::fs::fsync(&self.fd).map_err(|errno| self.error("sync", errno))
     }
+
+    /// `syncfs`: makes all of the file system durable that the file is on. Says also what failed to be written back since the file
+    /// was opened, or before if nobody was told, of whatever file and whoever has synced that (Linux 5.8 and later).
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn sync_file_system(&self) -> Result<(), Error> {
+        rustix::fs::syncfs(&self.fd).map_err(|errno| self.error("sync the file system of", errno))
+    }
+
+    /// What a sync says that comes too late to be told.
+    pub fn lost_report(&self) -> Error {
+        self.error("learn what became of", Errno::IO)
+    }
 }

@@ -72,7 +72,7 @@ impl ChangedDisk {
         let base_identity = identity_of(&base, &manifest)?;
         redo::finish_for_reader(&storage, &paths, &manifest, geometry, &file, live.as_ref())?;
         // Where a write-back failed there is what an earlier session wrote.
-        heed_sync(file.sync_data(), live.as_ref())?;
+        heed_sync(&file, live.as_ref(), File::sync_data)?;
         let live = Before::of(live.as_ref());
         let verdict = judge(&storage, &paths, &manifest, geometry, &file, live.session_over())?;
         let taken = taken(options, &paths, &storage, &manifest, geometry, live, verdict)?;

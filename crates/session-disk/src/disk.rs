@@ -524,7 +524,11 @@ impl Drop for SessionDisk {
         self.lifecycle_as_it_is().join_finisher();
         // Queues may be left, and are not to go on with it when the disk may be another server's.
         self.shared.beginnings.give_up();
-        self.shared.live.set_server(None);
+        // What is still under way keeps the disk in use for a while: the next server waits longer for one that is gone than for one
+        // that stopped.
+        if self.lifecycle_as_it_is().in_flight() == 0 {
+            self.shared.live.set_server(None);
+        }
     }
 }
 

@@ -22,6 +22,7 @@
 //! | 22 | 1 when write-back has failed: what the open session has written may be lost |
 //! | 23 | 1 while the guest of the open session counts writes as durable when they are answered |
 //! | 28 | 1 while blocks that were pending read as zeroes, and that may not be durable |
+//! | 29 | how many are taking the kernel's report of failed write-back, and have not noted yet what it says |
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -32,6 +33,10 @@ use write_log::Mark;
 
 use crate::process::{ProcessId, boot_id};
 use crate::{Error, paths::Paths};
+
+mod report;
+
+pub(crate) use report::heed_sync;
 
 /// "prstnlv" and the layout's version.
 const MAGIC: u64 = 0x7072_7374_6e6c_7601;
@@ -54,6 +59,7 @@ const WORD_TOKEN: usize = 20;
 const WORD_POISONED: usize = 22;
 const WORD_WRITE_THROUGH: usize = 23;
 const WORD_ZEROED: usize = 28;
+const WORD_ASKING: usize = 29;
 
 /// A log and how much of it counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -104,19 +110,6 @@ pub(crate) struct LivePage {
     nowhere: AtomicU64,
 }
 
-/// What a sync of the disk has `said` to one who does not serve it. The kernel tells of a failed write-back once, to each open file
-/// description and to those that are opened before; so that the live page, if there is one, tells of it from then on.
-pub(crate) fn heed_sync(
-    said: Result<(), blockio::Error>,
-    live: Option<&LivePage>,
-) -> Result<(), blockio::Error> {
-    said.inspect_err(|error| {
-        if let Some(live) = live.filter(|_| error.io_error().kind() != std::io::ErrorKind::Interrupted) {
-            live.set_poisoned();
-        }
-    })
-}
-
 impl LivePage {
     /// Opens the page of `disk`, whose inode or device number is `file`, for its owner. Says what a server before left;
     /// nothing is changed before [`take_over`](Self::take_over).
@@ -163,6 +156,7 @@ impl LivePage {
 
     /// Makes this server the page's, and leaves the rest as it is: the open session goes on.
     pub(crate) fn go_on(&self) {
+        self.word(WORD_ASKING).store(0, Ordering::SeqCst);
         self.set_drain_failing(false);
         self.set_server(Some(ProcessId::own()));
         self.ours.store(true, Ordering::Release);
@@ -192,6 +186,7 @@ impl LivePage {
         self.set_write_through(false);
         self.set_zeroed(false);
         self.word(WORD_POISONED).store(0, Ordering::Release);
+        self.word(WORD_ASKING).store(0, Ordering::SeqCst);
         self.set_dirty(0);
         self.set_drain_failing(false);
         self.set_server(Some(ProcessId::own()));

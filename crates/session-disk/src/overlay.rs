@@ -170,7 +170,7 @@ impl<'a> Disk<'a> {
             return Err(unsure(self.options, &"its storage failed, and what was written may be lost"));
         }
         // Where a write-back failed there is what an earlier session wrote.
-        heed_sync(self.file.sync_data(), self.live.as_ref())
+        heed_sync(&self.file, self.live.as_ref(), File::sync_data)
             .map_err(|error| unsure(self.options, &in_full(&error)))?;
         let live = Before::of(self.live.as_ref());
         let before = live.session_over();

@@ -129,7 +129,7 @@ pub fn rebase(
     let (differing, way) = question.answer(stop, progress)?;
     if way == Way::Comparison {
         // What was found equal is so for good.
-        storage.sync_disk(path, || heed_sync(disk.sync_all(), live.as_ref()))?;
+        storage.sync_disk(path, || heed_sync(disk, live.as_ref(), File::sync_all))?;
     }
     base.check(&identity)?;
     pending.insert_set(&differing);
@@ -219,9 +219,10 @@ fn switch(subject: &Subject, base: BaseEntry, pending: &BlockSet, keep_logs: usi
         stopped: None,
         ..old.clone()
     };
-    let (live, _) = LivePage::open(paths, old.disk, file_number(disk.path())?)?;
+    let (live, before) = LivePage::open(paths, old.disk, file_number(disk.path())?)?;
     if pending.is_empty() {
-        storage.sync_disk(disk.path(), || heed_sync(disk.sync_all(), Some(&live)))?;
+        let told = Some(&live).filter(|_| before.same_boot);
+        storage.sync_disk(disk.path(), || heed_sync(disk, told, File::sync_all))?;
         manifest.pristine_since = disk_witness(disk)?;
     } else {
         let entry = next_entry(&mut manifest, EntryKind::Pending);

@@ -285,6 +285,7 @@ impl Shared {
             if self.heeds_poison() {
                 return Err(Error::Poisoned(self.disk.path().to_owned()));
             }
+            let _asking = self.live.asking();
             // The path of `disk_sync` is that of a descriptor.
             let result = self.storage.sync_disk(self.disk.path(), || sync(&self.disk_sync));
             result.inspect_err(|_| self.poison())
@@ -327,6 +328,7 @@ impl Shared {
         if self.heeds_poison() {
             return Err(io::Error::other(Error::Poisoned(self.disk.path().to_owned())));
         }
+        let _asking = self.live.asking();
         ask(&watch).inspect_err(|error| {
             log::error!("{}: the kernel failed to write data back: {error}", self.disk.path().display());
             self.poison();

@@ -10,7 +10,7 @@ use write_log::LogWriter;
 
 use super::{HoldReason, Lifecycle, OpenSession, SessionDisk, keep};
 use crate::intents::Intents;
-use crate::live::LivePage;
+use crate::live::{Before, LivePage};
 use crate::manifest::{DiskFile, Manifest};
 use crate::open::{
     check_disk, disk_witness, file_number, identity_of, judge, lock_state_dir, open_base, open_disk,
@@ -58,7 +58,13 @@ impl SessionDisk {
         }
         let base = open_base(&manifest, options.base_patience)?;
         refuse_disk_of_base(&options.disk, &base)?;
-        let (live, before) = LivePage::open(&paths, disk_id, number)?;
+        let (live, mut before) = LivePage::open(&paths, disk_id, number)?;
+        if before.same_boot {
+            if let Err(error) = live.recover_report(&disk) {
+                log::error!("{}", in_full(&error));
+            }
+            before = Before::of(Some(&live));
+        }
         let was_open = before.session_open;
         let before = if options.resume { before } else { before.session_over() };
         let verdict = judge(&storage, &paths, &manifest, geometry, &disk, before)?;

@@ -403,11 +403,11 @@ fn what_others_were_told_of_failed_write_back_is_heeded() {
         queue.quiesce(&mut done);
         done.pop().unwrap().result
     };
-    crate::live::heed_sync(Ok(()), Some(&live)).unwrap();
+    let file = File::open(&options.disk, Default::default()).unwrap();
+    crate::live::heed_sync(&file, Some(&live), |_| Ok(())).unwrap();
     flush().unwrap();
-    crate::live::heed_sync(failed, Some(&live)).unwrap_err();
-    let tells = File::open(&options.disk, Default::default()).unwrap().tells_of_write_back();
-    assert_eq!(flush().is_err(), tells);
+    crate::live::heed_sync(&file, Some(&live), |_| failed).unwrap_err();
+    assert_eq!(flush().is_err(), file.tells_of_write_back());
     disk.end_session().unwrap();
     assert!(matches!(disk.begin_session(None), Err(Error::Poisoned(_))));
 }

@@ -414,6 +414,7 @@ impl DiskQueue {
         if let Some(state) = self.slots.get_mut(slot) {
             state.is_sync = true;
         }
+        self.shared.live.begin_asking();
         self.push_part(slot, Op::SyncData { file: DISK });
     }
 
@@ -471,9 +472,15 @@ impl DiskQueue {
         }
         // Also of what was pending: before that leaves P. A sync that began before now vouches for none of it.
         state.zeroed.drain(..).for_each(|extent| self.shared.note_zeroed(extent));
-        if state.is_sync && state.error.is_some() {
-            self.shared.poison();
-            return self.finish(slot);
+        if state.is_sync {
+            let has_failed = state.error.is_some();
+            if has_failed {
+                self.shared.poison();
+            }
+            self.shared.live.end_asking();
+            if has_failed {
+                return self.finish(slot);
+            }
         }
         if state.error.is_none() && std::mem::take(&mut state.sync_after) {
             return self.push_sync(slot);

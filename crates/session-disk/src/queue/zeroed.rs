@@ -44,6 +44,7 @@ impl DiskQueue {
             // As after any sync: the kernel forgets it.
             self.shared.poison();
         }
+        self.shared.live.end_asking();
         for Read { slot, buf, bounce } in std::mem::take(&mut self.zeroed_reads.syncing) {
             self.bounced_bytes -= bounce.len();
             let read = match result {
@@ -59,6 +60,7 @@ impl DiskQueue {
         let reads = &mut self.zeroed_reads;
         if reads.syncing.is_empty() && !reads.next.is_empty() {
             std::mem::swap(&mut reads.syncing, &mut reads.next);
+            self.shared.live.begin_asking();
             self.push_op(SYNC, Op::SyncData { file: DISK });
         }
     }

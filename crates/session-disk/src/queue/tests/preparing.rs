@@ -280,3 +280,21 @@ fn round_that_ends_in_disorder_fails_and_the_next_one_is_done() {
         regions.disk.shared().intents.clear().unwrap();
     }
 }
+
+/// A server that gives up what is under way is not one that has stopped: its successor waits for the end of that.
+#[test]
+fn disk_dropped_with_requests_under_way_still_names_its_server() {
+    for under_way in [false, true] {
+        let mut regions = Regions::begin(false);
+        let gate = regions.shut_intents();
+        if under_way {
+            regions.push_write(1, 1, 0);
+        }
+        let Regions { disk, queue, .. } = regions;
+        let shared = Arc::clone(disk.shared());
+        drop(disk);
+        assert_eq!(shared.live.server().is_some(), under_way);
+        gate.open();
+        drop(queue);
+    }
+}
