@@ -93,6 +93,10 @@ fn map_of_a_guests_sessions_names_the_partitions_that_it_wrote_to() {
         fs::remove_file(&link).unwrap();
     }
     assert_eq!(run(&mut log(&lab, "show", &["--map", "--svg", "/dev/stdout"])).ok().stdout, picture);
+    let redirected = lab.path("redirected.svg");
+    let mut show = log(&lab, "show", &["--map", "--svg", "/dev/stdout"]);
+    assert!(show.stdout(fs::File::create(&redirected).unwrap()).status().unwrap().success());
+    assert_eq!(fs::read_to_string(redirected).unwrap(), picture);
     std::os::unix::fs::symlink("/dev/null", &link).unwrap();
     run(log(&lab, "show", &["--map", "--svg"]).arg(&link)).ok();
     assert!(link.is_symlink());

@@ -4,7 +4,7 @@ use std::{io, os::fd::AsRawFd};
 
 use rustix::io::Errno;
 
-use crate::{Error, File, FileKind, coherence::kept};
+use crate::{Error, File, FileKind, coherence::kept, kernel};
 
 impl File {
     /// `fdatasync`.
@@ -84,8 +84,16 @@ impl File {
         rustix::fs::fsync(&self.fd).map_err(|errno| self.error("sync", errno))
     }
 
-    /// `syncfs`: makes all of the file system durable that the file is on. Says also what failed to be written back since the file
-    /// was opened, or before if nobody was told, of whatever file and whoever has synced that (Linux 5.8 and later).
+    /// Whether [`sync_file_system`](Self::sync_file_system) says what was not written back of this file: not of a block device, nor
+    /// of a file of an overlay, of FUSE or of a file system that is not known, nor on kernels before Linux 5.8.
+    pub fn file_system_tells(&self) -> bool {
+        const KERNEL_MIN: (u32, u32) = (5, 8);
+        self.kind() == FileKind::Regular && self.tells_of_write_back() && kernel::is_at_least(KERNEL_MIN)
+    }
+
+    /// `syncfs`: makes all of the file system durable that the file is on. Says also, [where it does](Self::file_system_tells), what
+    /// failed to be written back since the file was opened, of whatever file and whoever was told of that by a sync of that file;
+    /// and what failed before, if no `syncfs` has said so yet.
     ///
     /// # Errors
     /// What the kernel says.
@@ -93,8 +101,16 @@ impl File {
         rustix::fs::syncfs(&self.fd).map_err(|errno| self.error("sync the file system of", errno))
     }
 
-    /// What a sync says that comes too late to be told.
-    pub fn lost_report(&self) -> Error {
-        self.error("learn what became of", Errno::IO)
+    /// What to say of a file of a file system that has lost something, nobody knows what.
+    pub fn may_be_lost(&self) -> Error {
+        self.error("trust what was written to", io::Error::other("its file system has lost something"))
+    }
+
+    /// The number of the device that the file is on: that of its file system.
+    ///
+    /// # Errors
+    /// If it can't be looked at.
+    pub fn device(&self) -> Result<u64, Error> {
+        rustix::fs::fstat(&self.fd).map(|stat| stat.st_dev).map_err(|errno| self.error("look at", errno))
     }
 }

@@ -14,6 +14,7 @@ mod error;
 pub mod fault;
 mod file;
 mod guard;
+mod kernel;
 mod lock;
 mod mapping;
 mod now;

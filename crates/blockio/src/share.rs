@@ -21,6 +21,8 @@ use rustix::{
     ioctl::{Opcode, Setter, ioctl, opcode},
 };
 
+use crate::kernel;
+
 /// What the kernel calls `struct file_clone_range`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -38,14 +40,7 @@ const KERNEL_MIN: (u32, u32) = (6, 6);
 
 /// Whether this kernel can be trusted with files that share blocks.
 pub fn sharing_is_safe() -> bool {
-    rustix::system::uname().release().to_str().is_ok_and(is_safe)
-}
-
-/// The same of the kernel of this release, such as `6.18.44-amd64`.
-fn is_safe(release: &str) -> bool {
-    let mut numbers =
-        release.split(|c: char| !c.is_ascii_digit()).map_while(|number| number.parse::<u32>().ok());
-    numbers.next().zip(numbers.next()).is_some_and(|version| version >= KERNEL_MIN)
+    kernel::is_at_least(KERNEL_MIN)
 }
 
 /// Has `to` share the `len` bytes at `offset` with the same range of `from`; to share nothing succeeds. After an error any
@@ -69,16 +64,6 @@ mod tests {
     use super::*;
 
     /// Invariant 5: the base is never written.
-    #[test]
-    fn kernels_that_write_to_shared_blocks_are_not_trusted() {
-        for good in ["6.6.0", "6.6", "6.18.44-fc-v769", "6.12.9+deb13-amd64", "7.0.0-rc1", "10.0"] {
-            assert!(is_safe(good), "{good}");
-        }
-        for bad in ["6.1.0-48-cloud-amd64", "6.5.13", "5.19.0", "4.18.0-553.el8", "6", "", "rc", "x.6.7"] {
-            assert!(!is_safe(bad), "{bad}");
-        }
-    }
-
     /// The number is part of the kernel's interface.
     #[test]
     fn code_of_the_call_is_the_kernels() {

@@ -251,7 +251,7 @@ impl SessionDisk {
 
     fn checkpoint_in(&self, mut lifecycle: MutexGuard<'_, Lifecycle>) -> Result<(), Error> {
         if self.shared.is_poisoned() {
-            return Err(Error::Poisoned(self.shared.disk.path().to_owned()));
+            return Err(self.shared.poisoned_error());
         }
         let session = lifecycle.named_session();
         let snapshot = BlockSet::new(self.shared.geometry.blocks());
@@ -353,8 +353,8 @@ impl SessionDisk {
         if let Some(session) = &lifecycle.session
             && self.resume
             && self.session_owner().is_none_or(ProcessId::is_alive)
-            // What the kernel knows to be lost is told to us, and not to the next server.
-            && self.shared.check_written_back().is_ok()
+            // What the kernel knows to be lost is told to us, and not to the next server; or we don't know it ourselves yet.
+            && (!self.shared.report.is_known() || self.shared.check_written_back().is_ok())
         {
             // The live page vouches for the log as long as the host runs.
             self.shared.live.set_server(None);

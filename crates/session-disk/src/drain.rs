@@ -197,7 +197,7 @@ impl Drain {
     ) -> Result<Batch, Error> {
         self.shared.check_base()?;
         if self.shared.is_poisoned() {
-            return Err(Error::Poisoned(self.shared.disk.path().to_owned()));
+            return Err(self.shared.poisoned_error());
         }
         self.shared.claims.forget_copied();
         (self.error, self.failed_runs) = (None, 0);

@@ -24,7 +24,7 @@
 //! | 28 | 1 while blocks that were pending read as zeroes, and that may not be durable |
 //! | 29 | how many are taking the kernel's report of failed write-back, and have not noted yet what it says |
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use blockio::SharedPage;
@@ -36,7 +36,7 @@ use crate::{Error, paths::Paths};
 
 mod report;
 
-pub(crate) use report::heed_sync;
+pub(crate) use report::{Report, heed_sync};
 
 /// "prstnlv" and the layout's version.
 const MAGIC: u64 = 0x7072_7374_6e6c_7601;
@@ -108,6 +108,8 @@ pub(crate) struct LivePage {
     ours: AtomicBool,
     /// Stands in for words that the page does not have: never read, never missed.
     nowhere: AtomicU64,
+    /// Where it lies.
+    dir: PathBuf,
 }
 
 impl LivePage {
@@ -128,9 +130,11 @@ impl LivePage {
             Error::InUse { path: path.clone(), by }
         };
         let Some(page) = SharedPage::open_exclusive(&path)? else {
-            return Err(in_use(SharedPage::open(&path, false).ok().and_then(|page| Self::of(page).server())));
+            return Err(in_use(
+                SharedPage::open(&path, false).ok().and_then(|page| Self::of(page, &path).server()),
+            ));
         };
-        let live = Self::of(page);
+        let live = Self::of(page, &path);
         let of_this_disk = live.is_of(boot_id()?, disk);
         // One of a version that takes no lock.
         if let Some(server) = live.server().filter(|server| of_this_disk && server.is_alive())
@@ -156,7 +160,6 @@ impl LivePage {
 
     /// Makes this server the page's, and leaves the rest as it is: the open session goes on.
     pub(crate) fn go_on(&self) {
-        self.word(WORD_ASKING).store(0, Ordering::SeqCst);
         self.set_drain_failing(false);
         self.set_server(Some(ProcessId::own()));
         self.ours.store(true, Ordering::Release);
@@ -186,7 +189,6 @@ impl LivePage {
         self.set_write_through(false);
         self.set_zeroed(false);
         self.word(WORD_POISONED).store(0, Ordering::Release);
-        self.word(WORD_ASKING).store(0, Ordering::SeqCst);
         self.set_dirty(0);
         self.set_drain_failing(false);
         self.set_server(Some(ProcessId::own()));
@@ -197,12 +199,13 @@ impl LivePage {
 
     /// Opens the page for looking only. `None`: there is none of this boot and disk.
     pub(crate) fn inspect(path: &Path, disk: Uuid, file: u64) -> Option<Self> {
-        let live = Self::of(SharedPage::open(path, false).ok()?);
+        let live = Self::of(SharedPage::open(path, false).ok()?, path);
         (live.is_of(boot_id().ok()?, disk) && live.load(WORD_FILE) == file).then_some(live)
     }
 
-    fn of(page: SharedPage) -> Self {
-        Self { page, ours: AtomicBool::new(false), nowhere: AtomicU64::new(0) }
+    fn of(page: SharedPage, path: &Path) -> Self {
+        let dir = path.parent().unwrap_or(Path::new(".")).to_owned();
+        Self { page, ours: AtomicBool::new(false), nowhere: AtomicU64::new(0), dir }
     }
 
     fn word(&self, index: usize) -> &AtomicU64 {
@@ -464,7 +467,8 @@ mod tests {
         page.set_server(Some(other));
         drop(page);
         assert!(refused().contains(&other.pid.to_string()));
-        let page = LivePage::of(SharedPage::open(&paths.live_page(disk), true).unwrap());
+        let path = paths.live_page(disk);
+        let page = LivePage::of(SharedPage::open(&path, true).unwrap(), &path);
         page.set_server(Some(ProcessId { start_ticks: other.start_ticks + 1, ..other }));
         drop(page);
         assert!(LivePage::open(&paths, disk, FILE + 1).is_ok());

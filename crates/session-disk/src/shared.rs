@@ -15,7 +15,7 @@ use crate::beginning::Beginnings;
 use crate::claims::Claims;
 use crate::counts::Counters;
 use crate::intents::Intents;
-use crate::live::{LiveMark, LivePage};
+use crate::live::{LiveMark, LivePage, Report};
 use crate::pace::DrainPolicy;
 use crate::storage::Storage;
 use crate::unsynced::Unsynced;
@@ -91,6 +91,8 @@ pub(crate) struct Shared {
     poisoned: AtomicBool,
     /// The base changed while it was in use.
     base_changed: AtomicBool,
+    /// What a server that was killed may have been told of failed write-back.
+    pub(crate) report: Report,
     /// Bytes that guests wrote through queues that are gone.
     pub(crate) bytes_of_gone_queues: AtomicU64,
 }
@@ -154,6 +156,7 @@ impl Shared {
             open: AtomicBool::new(false),
             poisoned: AtomicBool::new(false),
             base_changed: AtomicBool::new(false),
+            report: Report::default(),
             bytes_of_gone_queues: AtomicU64::new(0),
         }
     }
@@ -264,8 +267,13 @@ impl Shared {
     pub(crate) fn poison(&self) {
         if !self.poisoned.swap(true, Ordering::AcqRel) {
             self.live.set_poisoned();
-            log::error!("{}", Error::Poisoned(self.disk.path().to_owned()));
+            log::error!("{}", self.poisoned_error());
         }
+    }
+
+    /// What to say to whoever wants something of a poisoned disk.
+    pub(crate) fn poisoned_error(&self) -> Error {
+        Error::Poisoned(self.disk.path().to_owned())
     }
 
     /// Makes the disk's data durable, as `fdatasync` does.
@@ -280,10 +288,11 @@ impl Shared {
 
     /// Step 12: a failed sync poisons and is never tried again, because the kernel forgets it.
     fn sync(&self, sync: impl FnOnce(&File) -> Result<(), blockio::Error>) -> Result<(), Error> {
+        self.report.wait();
         let heeded = || {
             // Known before the next one syncs, to whom the kernel would not say it again.
             if self.heeds_poison() {
-                return Err(Error::Poisoned(self.disk.path().to_owned()));
+                return Err(self.poisoned_error());
             }
             let _asking = self.live.asking();
             // The path of `disk_sync` is that of a descriptor.
@@ -311,6 +320,7 @@ impl Shared {
     /// Fails, now and for ever, if the kernel has failed to write back some of the disk. What was read from the disk before this
     /// succeeded is what was written to it last: see [`unsynced`](crate::unsynced).
     pub(crate) fn check_written_back(&self) -> io::Result<()> {
+        self.report.wait();
         self.watched(File::check_written_back)
     }
 
@@ -326,7 +336,7 @@ impl Shared {
     fn watched(&self, ask: impl FnOnce(&File) -> io::Result<()>) -> io::Result<()> {
         let watch = self.disk_watch.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         if self.heeds_poison() {
-            return Err(io::Error::other(Error::Poisoned(self.disk.path().to_owned())));
+            return Err(io::Error::other(self.poisoned_error()));
         }
         let _asking = self.live.asking();
         ask(&watch).inspect_err(|error| {
@@ -379,5 +389,33 @@ fn ways_of(disk: &File, base: &BaseImage) -> Ways {
         }
         (Some(unit), Some((_, end))) => Ways::share(unit, end),
         _ => Ways::copy_only(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{DiskOptions, ProvisionOptions, SessionDisk, provision};
+
+    /// Whoever may be told of a loss says so before, until it is noted.
+    #[test]
+    fn syncs_and_questions_say_that_they_ask() {
+        let dir = tempfile::tempdir().unwrap();
+        let (base, disk) = (dir.path().join("base.raw"), dir.path().join("disk.raw"));
+        std::fs::write(&base, [1; 8192]).unwrap();
+        let options = DiskOptions { runtime_dir: Some(dir.path().join("run")), ..DiskOptions::new(disk) };
+        provision(&ProvisionOptions::new(base, options.clone())).unwrap();
+        let disk = SessionDisk::open(&options).unwrap();
+        let shared = disk.shared();
+        let asks = |is_lost: bool| {
+            assert!(shared.live.is_asking() && !shared.live.is_poisoned());
+            if is_lost { Err(io::Error::from(io::ErrorKind::Other)) } else { Ok(()) }
+        };
+        shared.sync(|_| asks(false).map_err(|_| unreachable!())).unwrap();
+        assert!(!shared.live.is_asking());
+        shared.watched(|_| asks(false)).unwrap();
+        assert!(!shared.live.is_asking());
+        shared.watched(|_| asks(true)).unwrap_err();
+        assert!(!shared.live.is_asking() && shared.live.is_poisoned());
     }
 }

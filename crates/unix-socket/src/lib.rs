@@ -133,6 +133,9 @@ impl PlacedListener {
         if path.as_os_str().as_bytes().len() > PATH_MAX {
             return Err(SocketError::TooLong { path: path.to_owned() });
         }
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let directory = rustix::fs::open(directory_of(path), flags, Mode::empty());
+        directory.map_err(|error| failed("find the directory of", path, error.into()))?;
         look_for_leftover(path).map(|_| ())
     }
 
@@ -206,13 +209,16 @@ fn unix_socket() -> rustix::io::Result<OwnedFd> {
     rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
 }
 
+fn directory_of(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
 /// Keeps other servers from making a socket in the same directory for as long as it lives, if that can be had: servers keep it
 /// for a millisecond, but whoever may look into the directory may keep it for ever. Without it two servers may take the same
 /// leftover only if they come between each other's next two steps.
 fn lock_directory(path: &Path) -> rustix::io::Result<Option<OwnedFd>> {
-    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let directory = match rustix::fs::open(parent.unwrap_or(Path::new(".")), flags, Mode::empty()) {
+    let directory = match rustix::fs::open(directory_of(path), flags, Mode::empty()) {
         // In which one may make files, but not list them.
         Err(Errno::ACCESS) => return Ok(None),
         directory => directory?,
@@ -332,8 +338,10 @@ mod tests {
     #[test]
     fn socket_in_a_missing_directory_is_an_error() {
         let directory = tempfile::tempdir().unwrap();
-        let error = bind(&directory.path().join("missing/s")).unwrap_err();
-        assert!(matches!(error, SocketError::Io { .. }));
+        let path = directory.path().join("missing/s");
+        for error in [bind(&path).unwrap_err(), PlacedListener::check(&path).unwrap_err()] {
+            assert!(matches!(error, SocketError::Io { .. }), "{error}");
+        }
     }
 
     /// Anybody who may look into a directory may lock it.

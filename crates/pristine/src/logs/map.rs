@@ -68,7 +68,7 @@ fn width() -> usize {
 const PICTURE: &[u8] = b"<svg ";
 
 /// Puts a picture at `path`: in the place of another one, whole or not at all. A pipe, a terminal and what a link leads to are
-/// written into. Whether it is in a file.
+/// written into, which may be our output. Whether it is in a file of its own.
 ///
 /// # Errors
 /// Also if there is something else: it is somebody's, and is lost if it is replaced.
@@ -95,7 +95,7 @@ fn write_into(path: &Path, bytes: &[u8]) -> io::Result<bool> {
         file.rewind()?;
     }
     file.write_all(bytes)?;
-    Ok(kind.is_file())
+    Ok(false)
 }
 
 /// Fails unless the file is empty or begins as a picture does.

@@ -35,7 +35,7 @@ impl SessionDisk {
             return Err(Error::WrongState("a session is open already"));
         }
         if self.shared.heeds_poison() {
-            return Err(Error::Poisoned(self.shared.disk.path().to_owned()));
+            return Err(self.shared.poisoned_error());
         }
         if let Some(reason) = &lifecycle.manifest.held {
             return Err(Error::Held {

@@ -10,7 +10,7 @@ use write_log::LogWriter;
 
 use super::{HoldReason, Lifecycle, OpenSession, SessionDisk, keep};
 use crate::intents::Intents;
-use crate::live::{Before, LivePage};
+use crate::live::{LivePage, Report};
 use crate::manifest::{DiskFile, Manifest};
 use crate::open::{
     check_disk, disk_witness, file_number, identity_of, judge, lock_state_dir, open_base, open_disk,
@@ -58,13 +58,7 @@ impl SessionDisk {
         }
         let base = open_base(&manifest, options.base_patience)?;
         refuse_disk_of_base(&options.disk, &base)?;
-        let (live, mut before) = LivePage::open(&paths, disk_id, number)?;
-        if before.same_boot {
-            if let Err(error) = live.recover_report(&disk) {
-                log::error!("{}", in_full(&error));
-            }
-            before = Before::of(Some(&live));
-        }
+        let (live, before) = LivePage::open(&paths, disk_id, number)?;
         let was_open = before.session_open;
         let before = if options.resume { before } else { before.session_over() };
         let verdict = judge(&storage, &paths, &manifest, geometry, &disk, before)?;
@@ -144,6 +138,14 @@ impl SessionDisk {
                     || shared.pending.contains_all(extent)
                     || kept.contains_all(extent))
             })?;
+        }
+        // Where there is more than what is restored in any case.
+        let matters = resumed || held || is_untouched || !kept.is_empty();
+        let learns =
+            before.same_boot && shared.live.is_asking() && matters && shared.live.can_learn(&shared.disk);
+        shared.live.ask_alone(learns);
+        if learns {
+            Report::learn(&shared);
         }
         // What a server before us has synced is not known.
         shared.unsynced.insert_set(&shared.owned);

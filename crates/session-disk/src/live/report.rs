@@ -1,18 +1,27 @@
 //! The kernel's report of failed write-back: whoever takes it takes it from all who come later.
 //!
 //! The kernel tells of a failure once, to each open file description that there is, and to those that are opened before anybody was
-//! told. So who is told notes it in the live page; and since he may be killed between the two, he notes before that he asks.
+//! told. So who is told notes it in the live page; and since he may be killed between the two, he notes before that he asks. Where
+//! that was left, the file system is asked, which has a report of its own about all of its files.
+//!
+//! It tells once, too. Whoever is told leaves a record for all other disks that are on it, as long as the host runs: from then on
+//! nobody can know whether what he asks for was among what was lost. (Not seen: other programs that are told, by `syncfs`; and who
+//! is killed while he is told, after another one was killed while he was told.)
 
-use std::io;
+use std::fs;
+use std::io::{self, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
 
-use blockio::{File, FileKind};
+use blockio::{File, in_full};
+use rustix::fs::{FlockOperation, OFlags, major, minor};
 
 use super::{LivePage, WORD_ASKING};
 use crate::process::ProcessId;
-
-/// In that word, while the file system is asked instead of the kernel's report, which a process has taken with it.
-const ASKING_FILE_SYSTEM: u64 = 1 << 32;
+use crate::shared::Shared;
 
 /// Syncs the disk by `sync` for one who does not serve it. Of a failure the live page, if there is one, tells from then on.
 pub(crate) fn heed_sync(
@@ -21,9 +30,10 @@ pub(crate) fn heed_sync(
     sync: impl FnOnce(&File) -> Result<(), blockio::Error>,
 ) -> Result<(), blockio::Error> {
     let Some(live) = live else { return sync(disk) };
-    // A living one notes it yet.
-    if !live.server().is_some_and(ProcessId::is_alive) {
-        live.recover_report(disk)?;
+    // A server that lives notes it yet.
+    let was_left = live.is_asking() && !live.server().is_some_and(ProcessId::is_alive);
+    if was_left && live.can_learn(disk) {
+        live.learn(disk)?;
     }
     let _asking = live.asking();
     sync(disk).inspect_err(|error| {
@@ -62,117 +72,371 @@ impl LivePage {
         let _ = self.word(WORD_ASKING).fetch_update(Ordering::SeqCst, Ordering::SeqCst, less);
     }
 
-    /// If a process was killed while it took the kernel's report of failed write-back, nobody is told of that any more: a sync
-    /// says that all is well. Then the file system is asked, which has a report of its own (Linux 5.8), by writing back
-    /// all that it has. If that fails this is poisoned. For nobody but who has the disk for himself.
-    ///
-    /// A block device has no such report, nor has a file of an overlay or of FUSE.
-    ///
-    /// # Errors
-    /// What the file system says.
-    pub(crate) fn recover_report(&self, disk: &File) -> Result<(), blockio::Error> {
-        let word = self.word(WORD_ASKING);
-        let left = word.load(Ordering::SeqCst);
-        if left == 0 || self.is_poisoned() {
-            return Ok(());
-        }
-        let can_be_asked = disk.kind() == FileKind::Regular && disk.tells_of_write_back();
-        let what = match can_be_asked {
-            true => "whether it lost anything is asked of its file system, which is written back for that",
+    /// Whether somebody takes the report, or was killed meanwhile.
+    pub(crate) fn is_asking(&self) -> bool {
+        self.load(WORD_ASKING) != 0
+    }
+
+    /// Nobody but this server takes the report from now on. Whether it still has to be [learned](Report::learn) what one who was
+    /// killed was told.
+    pub(crate) fn ask_alone(&self, learns: bool) {
+        self.word(WORD_ASKING).store(learns.into(), Ordering::SeqCst);
+    }
+
+    /// Whether what somebody was told who was killed can be learned of the file system of `disk`.
+    pub(crate) fn can_learn(&self, disk: &File) -> bool {
+        let tells = disk.file_system_tells();
+        let what = match tells {
+            true => "its file system is asked whether anything was lost",
             false => "if its storage failed then, nobody knows",
         };
         log::warn!("{}: a process was killed while it synced it; {what}", disk.path().display());
-        if !can_be_asked {
-            return Ok(());
+        tells
+    }
+
+    /// Asks the file system, which writes back all that it has. If anything of it was lost, so may this disk's be: the page says
+    /// that write-back has failed.
+    fn learn(&self, disk: &File) -> Result<(), blockio::Error> {
+        let learned = self.record_of(disk).and_then(|path| ask(disk, &path));
+        learned.inspect_err(|_| self.set_poisoned())
+    }
+
+    /// Where it is recorded that the file system has told of a loss.
+    fn record_of(&self, disk: &File) -> Result<PathBuf, blockio::Error> {
+        let device = disk.device()?;
+        Ok(self.dir.join(format!("lost-{}-{}", major(device), minor(device))))
+    }
+}
+
+/// Asks the file system of `disk`, if there is no `record` yet that it has told of a loss; makes one if it does.
+fn ask(disk: &File, record: &Path) -> Result<(), blockio::Error> {
+    // One at a time: what one is told is on record before the next one looks.
+    let mut record = match open_record(record) {
+        Ok((_, true)) => return Err(disk.may_be_lost()),
+        Ok((record, false)) => Some(record),
+        Err(error) => {
+            log::warn!("{}: {error}; other disks are not told if their file system is", record.display());
+            None
         }
-        word.store(ASKING_FILE_SYSTEM, Ordering::SeqCst);
-        // Who was killed in the middle of that has taken this report, too.
-        let was_told = left >= ASKING_FILE_SYSTEM;
-        let asked = if was_told { Err(disk.lost_report()) } else { disk.sync_file_system() };
-        if asked.is_err() {
-            self.set_poisoned();
+    };
+    disk.sync_file_system().inspect_err(|_| {
+        if let Some(Err(error)) = record.as_mut().map(|record| record.write_all(b"1")) {
+            log::warn!("other disks are not told that their file system has lost something: {error}");
         }
-        word.store(0, Ordering::SeqCst);
-        asked
+    })
+}
+
+/// Opens and locks the record, and reads whether it says something.
+fn open_record(path: &Path) -> io::Result<(fs::File, bool)> {
+    let mut options = fs::OpenOptions::new();
+    options.read(true).append(true).create(true).mode(0o600);
+    let mut file = options.custom_flags((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits() as i32).open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
+    }
+    rustix::io::retry_on_intr(|| rustix::fs::flock(&file, FlockOperation::LockExclusive))?;
+    let says = Read::by_ref(&mut file).read(&mut [0])? > 0;
+    Ok((file, says))
+}
+
+/// Whether it is known what somebody was told who was killed.
+#[derive(Debug, Default)]
+pub(crate) struct Report {
+    is_unknown: Mutex<bool>,
+    known: Condvar,
+}
+
+impl Report {
+    fn is_unknown(&self) -> MutexGuard<'_, bool> {
+        self.is_unknown.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn is_known(&self) -> bool {
+        !*self.is_unknown()
+    }
+
+    /// Waits until it is: then the disk is poisoned, or nothing was lost.
+    pub(crate) fn wait(&self) {
+        let unknown = self.is_unknown();
+        drop(self.known.wait_while(unknown, |unknown| *unknown).unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// Learns it, in a thread of its own: that takes as long as it takes to write back all that the host has for the file system.
+    /// The live page [says](LivePage::ask_alone) that this goes on.
+    pub(crate) fn learn(shared: &Arc<Shared>) {
+        *shared.report.is_unknown() = true;
+        let learner = Learner(Arc::clone(shared));
+        if shared.storage.has_tape() {
+            return drop(learner);
+        }
+        let spawned = thread::Builder::new().name("report".into()).spawn(move || drop(learner));
+        if let Err(error) = spawned {
+            // It was dropped, and so has done it here.
+            log::debug!("no thread asks the file system: {error}");
+        }
+    }
+}
+
+/// Learns when it is dropped, so that nobody waits for one who never began.
+struct Learner(Arc<Shared>);
+
+impl Drop for Learner {
+    fn drop(&mut self) {
+        let Self(shared) = self;
+        if let Err(error) = shared.live.learn(&shared.disk) {
+            log::error!("{}", in_full(&error));
+            shared.poison();
+        }
+        shared.live.end_asking();
+        *shared.report.is_unknown() = false;
+        shared.report.known.notify_all();
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
+    use blockio::GuestBuf;
     use blockio::fault::{Fault, FaultPlan, OpClass};
+    use rustix::io::Errno;
     use uuid::Uuid;
 
     use super::*;
     use crate::{DiskOptions, FlushPolicy, Paths, ProvisionOptions, Request, SessionDisk, provision};
 
     impl LivePage {
-        /// How many ask; or that the file system is asked.
+        /// How many ask.
         fn asked(&self) -> u64 {
             self.load(WORD_ASKING)
         }
     }
 
+    struct Page {
+        dir: tempfile::TempDir,
+        disk: File,
+        _file: tempfile::NamedTempFile,
+    }
+
+    impl Page {
+        fn new() -> Self {
+            let file = tempfile::NamedTempFile::new().unwrap();
+            let disk = File::open(file.path(), Default::default()).unwrap();
+            Self { dir: tempfile::tempdir().unwrap(), disk, _file: file }
+        }
+
+        /// The live page of one of the disks.
+        fn live(&self, id: u128) -> LivePage {
+            let paths = Paths::new(Path::new("disk"), None, Some(self.dir.path()));
+            let (live, _) = LivePage::open(&paths, Uuid::from_u128(id), 7).unwrap();
+            live.take_over(Uuid::from_u128(id), 7).unwrap();
+            live
+        }
+    }
+
     #[test]
-    fn who_was_killed_while_it_asked_leaves_it_to_the_file_system() {
-        let dir = tempfile::tempdir().unwrap();
-        let paths = Paths::new(Path::new("disk"), None, Some(dir.path()));
-        let disk = tempfile::NamedTempFile::new().unwrap();
-        let file = File::open(disk.path(), Default::default()).unwrap();
-        let (live, _) = LivePage::open(&paths, Uuid::from_u128(1), 7).unwrap();
-        live.take_over(Uuid::from_u128(1), 7).unwrap();
-        live.recover_report(&file).unwrap();
-        // It says that nothing was lost.
-        std::mem::forget((live.asking(), live.asking()));
-        live.recover_report(&file).unwrap();
-        assert_eq!((live.asked(), live.is_poisoned()), (0, false));
-        // One that was begun before, and ends now.
+    fn what_a_file_system_tells_one_disk_is_on_record_for_the_others() {
+        let page = Page::new();
+        let (one, other) = (page.live(1), page.live(2));
+        one.learn(&page.disk).unwrap();
+        let record = one.record_of(&page.disk).unwrap();
+        assert_eq!(fs::read(&record).unwrap(), b"");
+        // What `ask` writes if that fails.
+        open_record(&record).unwrap().0.write_all(b"1").unwrap();
+        for live in [one, other] {
+            assert!(!live.is_poisoned());
+            live.learn(&page.disk).unwrap_err();
+            assert!(live.is_poisoned());
+        }
+        // A record that is none is no reason to believe less.
+        fs::remove_file(&record).unwrap();
+        fs::create_dir(&record).unwrap();
+        page.live(3).learn(&page.disk).unwrap();
+    }
+
+    #[test]
+    fn end_of_an_asker_that_nobody_counts_any_more_counts_nothing() {
+        let live = Page::new().live(1);
+        live.begin_asking();
+        live.begin_asking();
+        live.ask_alone(false);
         live.end_asking();
         assert_eq!(live.asked(), 0);
-        // Who asked that was killed, too: it may have been told.
-        live.word(WORD_ASKING).store(ASKING_FILE_SYSTEM, Ordering::SeqCst);
-        live.recover_report(&file).unwrap_err();
-        assert_eq!((live.asked(), live.is_poisoned()), (0, true));
+        live.ask_alone(true);
+        drop(live.asking());
+        assert_eq!(live.asked(), 1);
+    }
+
+    #[test]
+    fn who_does_not_serve_the_disk_asks_in_the_same_way() {
+        let page = Page::new();
+        let live = page.live(1);
+        live.set_server(None);
+        heed_sync(&page.disk, Some(&live), |_| {
+            assert_eq!(live.asked(), 1);
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!((live.asked(), live.is_poisoned()), (0, false));
+        // One was killed, and the file system has told of a loss.
         live.begin_asking();
-        live.take_over(Uuid::from_u128(1), 7).unwrap();
-        assert_eq!(live.asked(), 0);
-        live.begin_asking();
-        live.go_on();
-        assert_eq!(live.asked(), 0);
+        open_record(&live.record_of(&page.disk).unwrap()).unwrap().0.write_all(b"1").unwrap();
+        heed_sync(&page.disk, Some(&live), |_| panic!("it is known already")).unwrap_err();
+        assert_eq!((live.asked(), live.is_poisoned()), (1, true));
+    }
+
+    /// A disk with a session that has written its first block, which was pending, and no drain.
+    struct Session {
+        options: DiskOptions,
+        plan: Arc<FaultPlan>,
+        dir: tempfile::TempDir,
+    }
+
+    impl Session {
+        fn begin() -> (Self, Arc<SessionDisk>) {
+            let dir = tempfile::tempdir().unwrap();
+            let (base, disk) = (dir.path().join("base.raw"), dir.path().join("disk.raw"));
+            fs::write(&base, [1; 8192]).unwrap();
+            let plan = FaultPlan::new();
+            let options = DiskOptions {
+                runtime_dir: Some(dir.path().join("run")),
+                faults: Some(plan.clone()),
+                flush: FlushPolicy::Always,
+                resume: true,
+                ..DiskOptions::new(disk)
+            };
+            provision(&ProvisionOptions::new(base, options.clone())).unwrap();
+            let disk = SessionDisk::open(&options).unwrap();
+            disk.begin_session(Some(ProcessId::own())).unwrap();
+            let session = Self { options, plan, dir };
+            assert!(session.is_done(&disk, |range| {
+                Request::Write { range, buf: GuestBuf::zeroed(4096), durable: false }
+            }));
+            (session, disk)
+        }
+
+        /// Whether a request for the first block succeeds.
+        fn is_done(&self, disk: &Arc<SessionDisk>, request: impl Fn(blocks::BlockRange) -> Request) -> bool {
+            let (mut queue, mut done) = (disk.queue(4).unwrap(), Vec::new());
+            queue.push(0, request(disk.geometry().sectors_at(0, 4096).unwrap()));
+            queue.quiesce(&mut done);
+            done.pop().unwrap().result.is_ok()
+        }
+
+        fn reads(&self, disk: &Arc<SessionDisk>) -> bool {
+            self.is_done(disk, |range| Request::Read { range, buf: GuestBuf::zeroed(4096) })
+        }
+
+        /// Serves it again after one that was killed while it asked; the session goes on.
+        fn again(&self, disk: Arc<SessionDisk>) -> Arc<SessionDisk> {
+            disk.shared().live.begin_asking();
+            drop(disk);
+            let disk = SessionDisk::open(&self.options).unwrap();
+            assert!(disk.session_is_open());
+            disk
+        }
     }
 
     /// From before the kernel is asked until it is noted what it says.
     #[test]
-    fn flush_says_that_it_asks_until_what_it_was_told_is_noted() {
-        let dir = tempfile::tempdir().unwrap();
-        let (base, disk) = (dir.path().join("base.raw"), dir.path().join("disk.raw"));
-        std::fs::write(&base, [1; 8192]).unwrap();
-        let plan = FaultPlan::new();
-        let options = DiskOptions {
-            runtime_dir: Some(dir.path().join("run")),
-            faults: Some(plan.clone()),
-            flush: FlushPolicy::Always,
-            ..DiskOptions::new(disk)
-        };
-        provision(&ProvisionOptions::new(base, options.clone())).unwrap();
-        let disk = SessionDisk::open(&options).unwrap();
-        disk.begin_session(None).unwrap();
+    fn guests_flush_says_that_it_asks_until_what_it_was_told_is_noted() {
+        let (session, disk) = Session::begin();
         let (mut queue, mut done) = (disk.queue(4).unwrap(), Vec::new());
         let live = &disk.shared().live;
         for (fault, is_lost) in
-            [(Fault::HoldAfter, false), (Fault::FailAfter(rustix::io::Errno::IO.raw_os_error()), true)]
+            [(Fault::HoldAfter, false), (Fault::FailAfter(Errno::IO.raw_os_error()), true)]
         {
-            plan.on_every(OpClass::SyncData, fault);
+            session.plan.on_every(OpClass::SyncData, fault);
             assert_eq!(live.asked(), 0);
             queue.push(0, Request::Flush);
             queue.submit();
             assert_eq!((live.asked(), live.is_poisoned()), (1, false));
-            plan.clear();
-            plan.release_all();
+            session.plan.clear();
+            session.plan.release_all();
             queue.quiesce(&mut done);
             assert_eq!(done.pop().unwrap().result.is_err(), is_lost);
             assert_eq!((live.asked(), live.is_poisoned()), (0, is_lost));
         }
+    }
+
+    #[test]
+    fn read_of_zeroes_says_that_it_asks() {
+        let (session, disk) = Session::begin();
+        let shared = disk.shared();
+        shared.note_zeroed(blocks::Extent::new(0, 1));
+        session.plan.on_every(OpClass::SyncData, Fault::HoldAfter);
+        let (mut queue, mut done) = (disk.queue(4).unwrap(), Vec::new());
+        let range = disk.geometry().sectors_at(0, 4096).unwrap();
+        queue.push(0, Request::Read { range, buf: GuestBuf::zeroed(4096) });
+        queue.submit();
+        while session.plan.held() == 0 {
+            queue.reap(&mut done);
+        }
+        assert_eq!(shared.live.asked(), 1);
+        session.plan.clear();
+        session.plan.release_all();
+        queue.quiesce(&mut done);
+        assert!(done.pop().unwrap().result.is_ok());
+        assert_eq!(shared.live.asked(), 0);
+    }
+
+    /// Nothing of what the session wrote is read, synced or flushed before it is known whether it was lost, and nothing after it is.
+    #[test]
+    fn session_waits_until_it_is_known_what_one_who_was_killed_was_told() {
+        for is_lost in [false, true] {
+            let (session, disk) = Session::begin();
+            assert!(session.reads(&disk));
+            let record = disk.shared().live.record_of(&disk.shared().disk).unwrap();
+            // While it is locked nobody is told anything.
+            let (mut locked, _) = open_record(&record).unwrap();
+            let disk = session.again(disk);
+            let report = &disk.shared().report;
+            assert!(!report.is_known() && disk.shared().live.asked() == 1);
+            let outcome = |done: bool| {
+                assert!(report.is_known(), "it did not wait");
+                done
+            };
+            thread::scope(|scope| {
+                let waiting = [
+                    scope.spawn(|| outcome(session.reads(&disk))),
+                    scope.spawn(|| outcome(session.is_done(&disk, |_| Request::Flush))),
+                    scope.spawn(|| outcome(disk.shared().sync_disk().is_ok())),
+                ];
+                if is_lost {
+                    locked.write_all(b"1").unwrap();
+                }
+                drop(locked);
+                for thread in waiting {
+                    assert_eq!(thread.join().unwrap(), !is_lost);
+                }
+            });
+            assert_eq!((disk.shared().live.asked(), disk.shared().live.is_poisoned()), (0, is_lost));
+            assert!(session.dir.path().exists());
+        }
+    }
+
+    /// A server that stops before it knows leaves it to the next one.
+    #[test]
+    fn session_whose_server_stops_before_it_knows_goes_on_and_is_asked_about_again() {
+        let (session, disk) = Session::begin();
+        let record = disk.shared().live.record_of(&disk.shared().disk).unwrap();
+        let (locked, _) = open_record(&record).unwrap();
+        let disk = session.again(disk);
+        assert!(disk.stop().unwrap().is_some());
+        assert!(disk.shared().live.is_asking());
+        drop(locked);
+        disk.shared().report.wait();
+    }
+
+    /// Where nothing but what is restored anyway was written, nobody asks.
+    #[test]
+    fn disk_without_a_session_asks_nobody() {
+        let (session, disk) = Session::begin();
+        disk.end_session().unwrap();
+        let record = disk.shared().live.record_of(&disk.shared().disk).unwrap();
+        let _locked = open_record(&record).unwrap();
+        disk.drain(&Default::default(), &mut |_| ()).unwrap();
+        disk.shared().live.begin_asking();
+        drop(disk);
+        let disk = SessionDisk::open(&session.options).unwrap();
+        assert!(disk.shared().report.is_known() && !disk.shared().live.is_asking());
     }
 }

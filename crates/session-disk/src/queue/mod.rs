@@ -473,12 +473,17 @@ impl DiskQueue {
         // Also of what was pending: before that leaves P. A sync that began before now vouches for none of it.
         state.zeroed.drain(..).for_each(|extent| self.shared.note_zeroed(extent));
         if state.is_sync {
-            let has_failed = state.error.is_some();
-            if has_failed {
-                self.shared.poison();
+            // It says nothing of what somebody else was told.
+            self.shared.report.wait();
+            match &state.error {
+                Some(_) => self.shared.poison(),
+                None if self.shared.is_poisoned() => {
+                    state.error = Some(io::Error::other(self.shared.poisoned_error()))
+                }
+                None => {}
             }
             self.shared.live.end_asking();
-            if has_failed {
+            if state.error.is_some() {
                 return self.finish(slot);
             }
         }
