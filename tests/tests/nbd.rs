@@ -236,6 +236,31 @@ fn server_that_stays_away_fails_reads_of_pending_blocks_and_nothing_else() {
     }
 }
 
+/// Nor does a guest wait for it who needs nothing of the base: the drain gives back what it had wanted to read.
+#[test]
+fn server_that_is_silent_holds_up_no_writes_of_whole_blocks() {
+    let (lab, mut nbd) = served(Kind::QemuNbd, RATE);
+    provision(&lab, &nbd.uri(), &["--lazy"]).ok();
+    let server = lab.serve(&["--base-timeout", "5"]);
+    let mut client = Remote::connected(&lab.socket(), 1);
+    wait_until("the drain has begun", || images::allocated(&lab.disk()) > 0);
+    nbd.freeze();
+    // It tries again and again meanwhile, what is next.
+    for round in 0.. {
+        for at in (0..20 << 20).step_by(65536) {
+            client.ask(&format!("write {} 4096 {round}", at + (round % 16) * 4096));
+        }
+        if server.0.output().matches("restoring failed").count() == 2 {
+            break;
+        }
+    }
+    nbd.start_again(&lab.base());
+    client.leave();
+    lab.wait_pristine();
+    server.stop();
+    lab.assert_pristine();
+}
+
 /// Who stops a server does not wait for another one that is away or silent, however long reads may wait.
 #[test]
 fn server_that_waits_for_the_bases_server_stops_at_once() {

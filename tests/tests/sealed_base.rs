@@ -1,7 +1,7 @@
 //! Sealed bases, through the program: what rots is found by everybody who reads it, and named.
 
 use std::fs;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::Path;
 
 use pristine_tests::images::{self, qemu_img};
@@ -139,6 +139,37 @@ fn sealed_base_that_was_copied_is_accepted_and_an_unsealed_one_refused() {
     lab.run("verify", &["--deep"]).refused(1, &["was not sealed", "pristine base seal"]);
     replace_by_a_copy();
     lab.run("verify", NONE).refused(1, &["has changed"]);
+}
+
+/// What is proven when it is read needs no times: whoever touches a sealed base, or puts a copy in its place, stops no VM.
+#[test]
+fn sealed_base_that_is_touched_under_a_server_is_read_on() {
+    let (lab, _) = sealed();
+    lab.provision(&["--lazy"]);
+    let server = lab.serve(&["--rate", "1M"]);
+    let mut client = Remote::connected(&lab.socket(), 1);
+    let base = lab.base();
+    let original = lab.path("original.raw");
+    fs::copy(&base, &original).unwrap();
+    let end = SIZE - (4 << 20);
+    let compare = format!("compare {end} 1048576 {}", original.display());
+    fs::set_permissions(&base, fs::Permissions::from_mode(0o640)).unwrap();
+    let restored = lab.status()["pending_blocks"].as_u64().unwrap();
+    wait_until("the drain goes on", || lab.status()["pending_blocks"].as_u64().unwrap() < restored - 20);
+    assert_eq!(client.ask(&compare), "same");
+    let copy = lab.path("copy.raw");
+    fs::copy(&original, &copy).unwrap();
+    fs::rename(copy, &base).unwrap();
+    client.leave();
+    // The next VM.
+    let mut client = Remote::connected(&lab.socket(), 1);
+    assert_eq!(client.ask(&compare), "same");
+    client.ask(&format!("write {} 512 7", end + 512));
+    assert!(server.0.output().contains("still proven by its seal"), "{}", server.0.output());
+    client.leave();
+    server.stop();
+    lab.run("restore", NONE).ok();
+    lab.assert_pristine();
 }
 
 /// Another generation under the same name is not the one that a disk was provisioned from.

@@ -92,6 +92,17 @@ pub enum Change {
     Backing(PathBuf, Box<Change>),
 }
 
+impl Change {
+    /// Whether a base that is sealed may still be read: size and files are the same, and each byte is proven when it is read.
+    pub fn leaves_what_is_proven(&self) -> bool {
+        match self {
+            Self::Times => true,
+            Self::Backing(_, change) => change.leaves_what_is_proven(),
+            Self::Size(..) | Self::Kind | Self::Replaced | Self::Device(..) | Self::Chain => false,
+        }
+    }
+}
+
 impl fmt::Display for Change {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

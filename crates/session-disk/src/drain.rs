@@ -118,7 +118,7 @@ pub(crate) struct Drain {
     began: Instant,
     in_flight_bytes: u64,
     in_flight_runs: usize,
-    /// The first failure of a batch, and how many runs have failed.
+    /// The first failure since the drain was last at the beginning of the disk; and how many runs of the batch have failed.
     error: Option<Error>,
     failed_runs: usize,
     copied_blocks: u64,
@@ -195,12 +195,13 @@ impl Drain {
         guests: &dyn Fn() -> Guests,
         copied: &mut dyn FnMut(u64),
     ) -> Result<Batch, Error> {
-        self.shared.check_base()?;
+        self.shared.check_base(false)?;
         if self.shared.is_poisoned() {
             return Err(self.shared.poisoned_error());
         }
         self.shared.claims.forget_copied();
-        (self.error, self.failed_runs) = (None, 0);
+        self.failed_runs = 0;
+        self.probe()?;
         let mut batch = Batch::default();
         let (first, mut cursor) = (self.cursor, self.cursor);
         let (mut started, mut exhausted) = (0, false);
@@ -216,18 +217,26 @@ impl Drain {
             while may_claim
                 && !exhausted
                 && self.failed_runs < FAILED_RUNS_MAX
+                && !self.is_base_away()
                 && let Some(room) = self.room(speed, started)
                 && !stop.load(Ordering::Acquire)
             {
                 let shared = Arc::clone(&self.shared);
                 let end =
                     shared.claims.claim_pending(&shared.pending, cursor, room, &self.waker, &mut claimed);
-                for run in claimed.drain(..) {
+                let mut left = claimed.drain(..);
+                for run in left.by_ref() {
                     cursor = run.end();
                     started += run.count();
                     to_write_back += run.count();
                     self.start(run);
+                    if self.is_base_away() {
+                        break;
+                    }
                 }
+                // They would wait for the same server, one after the other.
+                let left: Vec<_> = left.collect();
+                shared.claims.release(&left);
                 exhausted = !matches!(end, DrainClaim::Claimed(_));
                 batch.blocked = end == DrainClaim::Blocked && first == 0;
             }
@@ -275,19 +284,40 @@ impl Drain {
         }
         if started > 0 {
             let began = self.began.elapsed();
-            if std::mem::take(&mut self.has_shared) {
+            let has_shared = std::mem::take(&mut self.has_shared);
+            if has_shared {
                 self.shared.sync_disk_and_times()?;
             } else {
                 self.shared.sync_disk()?;
             }
-            self.shared.check_base()?;
+            self.shared.check_base(has_shared)?;
             let good = || !self.shared.is_poisoned();
             batch.restored = self.shared.claims.settle(&self.shared.pending, good);
             self.restored += batch.restored;
             self.shared.live.set_pending(self.shared.pending.count());
             self.rest_since(began);
         }
-        self.error.take().map_or(Ok(batch), Err)
+        // What lies behind runs that can't be copied is copied first.
+        if exhausted || self.is_base_away() { self.error.take().map_or(Ok(batch), Err) } else { Ok(batch) }
+    }
+
+    /// Reads the next block that is pending if the base's server is away as far as is known: nothing is claimed before it is back,
+    /// so that who wants to write there need not wait for that.
+    fn probe(&self) -> Result<(), Error> {
+        let shared = &self.shared;
+        let next = || shared.pending.next_run(self.cursor, 1).or_else(|| shared.pending.next_run(0, 1));
+        if shared.base.trouble().is_some()
+            && let Some(offset) = next().map(|next| next.first() * BLOCK_SIZE)
+        {
+            let inside = shared.base.bytes_inside(offset, BLOCK_SIZE);
+            shared.base.read_at(&mut AlignedBuf::new_zeroed(inside as usize), offset)?;
+        }
+        Ok(())
+    }
+
+    /// Whether runs could not be copied because the base's server is away: nor can any others.
+    fn is_base_away(&self) -> bool {
+        self.failed_runs > 0 && self.shared.base.trouble().is_some()
     }
 
     /// How many blocks batches have restored since this was asked last, those that failed included.

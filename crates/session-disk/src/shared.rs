@@ -91,6 +91,8 @@ pub(crate) struct Shared {
     poisoned: AtomicBool,
     /// The base changed while it was in use.
     base_changed: AtomicBool,
+    /// Its times changed, and it is sealed.
+    base_was_touched: AtomicBool,
     /// What a server that was killed may have been told of failed write-back.
     pub(crate) report: Report,
     /// Bytes that guests wrote through queues that are gone.
@@ -156,6 +158,7 @@ impl Shared {
             open: AtomicBool::new(false),
             poisoned: AtomicBool::new(false),
             base_changed: AtomicBool::new(false),
+            base_was_touched: AtomicBool::new(false),
             report: Report::default(),
             bytes_of_gone_queues: AtomicU64::new(0),
         }
@@ -359,10 +362,20 @@ impl Shared {
         self.poisoned.load(Ordering::Acquire)
     }
 
-    /// Fails, now and for ever, once the base is not what it was.
-    pub(crate) fn check_base(&self) -> Result<(), Error> {
+    /// Fails, now and for ever, once the base is not what it was. What is read of a sealed one is proven by its seal, and goes on
+    /// where nothing but its times has changed; but blocks that the disk shares with it since the last time, if `has_shared`, were
+    /// proven before that.
+    pub(crate) fn check_base(&self, has_shared: bool) -> Result<(), Error> {
         let result = self.base.check(&self.base_identity);
-        if let Err(base_image::BaseError::Changed { .. }) = &result {
+        if let Err(base_image::BaseError::Changed { change, .. }) = &result {
+            if self.base.seal().is_some() && change.leaves_what_is_proven() {
+                self.ways().stop_sharing();
+                if !self.base_was_touched.swap(true, Ordering::AcqRel) {
+                    let base = self.base.path().display();
+                    log::warn!("base image {base}: {change}; what is read of it is still proven by its seal");
+                }
+                return if has_shared { Ok(result?) } else { Ok(()) };
+            }
             self.base_changed.store(true, Ordering::Release);
         }
         if result.is_ok() && self.base_changed.load(Ordering::Acquire) {

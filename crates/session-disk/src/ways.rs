@@ -94,6 +94,11 @@ impl Ways {
         self.sharing != Sharing::Off
     }
 
+    /// Nothing is shared any more.
+    pub(crate) fn stop_sharing(&mut self) {
+        self.sharing = Sharing::Off;
+    }
+
     /// The way of the first part of `len` bytes of data at `offset`, and how long that part is: not 0, unless `len` is.
     /// As long as nobody knows whether sharing works, one part is shared and all others are copied.
     pub(crate) fn next(&mut self, offset: u64, len: u64) -> (Way, u64) {

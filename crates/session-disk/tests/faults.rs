@@ -198,3 +198,28 @@ fn drain_goes_on_past_a_block_that_can_not_be_read() {
     assert!(disk.pending_blocks() > 0 && disk.pending_blocks() < pending);
     bench.assert_restores_exactly(&disk);
 }
+
+/// What can't be copied holds up nothing that lies behind it, however much it is.
+#[test]
+fn blocks_behind_many_that_fail_are_restored() {
+    const BAD: u64 = 600;
+    const BLOCKS: u64 = 1000;
+    let plan = FaultPlan::new();
+    let mut bench = Bench::new(2 * BLOCKS as usize * 4096, None, false, EngineKind::IoUring);
+    bench.options = DiskOptions { faults: Some(plan.clone()), ..bench.options };
+    let disk = bench.open();
+    disk.begin_session(None).unwrap();
+    let mut queue = disk.queue(8).unwrap();
+    for block in 0..BLOCKS {
+        try_write(&disk, &mut queue, 2 * block * 8, &[0x11; 4096]).unwrap();
+    }
+    end(&disk, queue);
+    let fails = |class| matches!(class, OpClass::Read | OpClass::Punch | OpClass::Zero);
+    plan.rule(move |op| (fails(op.class) && op.offset < 2 * BAD * 4096).then_some(Fault::Fail(eio())));
+    let drain = || disk.drain(&AtomicBool::new(false), &mut |_| ());
+    drain().unwrap_err();
+    assert_eq!(disk.pending_blocks(), BAD);
+    plan.clear();
+    drain().unwrap();
+    bench.assert_restores_exactly(&disk);
+}

@@ -44,7 +44,7 @@ impl SessionDisk {
                 reason: reason.clone(),
             });
         }
-        self.shared.check_base()?;
+        self.shared.check_base(false)?;
         let mut manifest = lifecycle.manifest.clone();
         self.keep_in(&mut manifest)?;
         let entry = next_entry(&mut manifest, EntryKind::Session);
