@@ -66,8 +66,17 @@ impl Device {
 
     /// Whether writes must be durable before they are acknowledged.
     pub(crate) fn is_write_through(&self) -> bool {
-        let writeback = self.writeback.load(Ordering::Relaxed);
-        config::is_write_through(self.acked_features.load(Ordering::Relaxed), writeback)
+        config::is_write_through(self.acked_features.load(Ordering::Relaxed), self.writeback())
+    }
+
+    /// What the guest has chosen with its cache switch, or what it is shown.
+    pub(crate) fn writeback(&self) -> bool {
+        self.writeback.load(Ordering::Relaxed)
+    }
+
+    /// Shows the guest's cache switch as it is before anybody has touched it.
+    pub(crate) fn reset_writeback(&self) {
+        self.writeback.store(true, Ordering::Relaxed);
     }
 
     /// Logs something that a guest or frontend has done wrong, now and then.
@@ -271,8 +280,7 @@ impl VhostUserBackend for Backend {
     fn set_event_idx(&self, _enabled: bool) {}
 
     fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
-        let writeback = self.device.writeback.load(Ordering::Relaxed);
-        config::read(&self.device.config, &self.device.disk, writeback, offset, size)
+        config::read(&self.device.config, &self.device.disk, self.device.writeback(), offset, size)
     }
 
     fn set_config(&self, offset: u32, buf: &[u8]) -> io::Result<()> {

@@ -7,7 +7,8 @@
 //! - End of the connection and end of the owner's process end it. While the process lives, the
 //!   session stays open without limit, and the same process may come back to it.
 //! - A stranger that connects meanwhile is held, its handshake unanswered. When it has waited the
-//!   grace, the session ends and the stranger gets a new one.
+//!   grace, it is served as a candidate: the session ends with the first ring that it starts, if that is fresh, and a new one
+//!   begins. Until then the session is its owner's, who may come back.
 //! - If the owner's process can't be watched (it is in another pid namespace), the session ends
 //!   when the grace has passed after the end of the connection. Nobody can prove to be the owner.
 //! - After a restart of the server the session is open still, and its owner is awaited. An owner in
@@ -33,7 +34,7 @@ pub(crate) struct Identity {
 /// What to do with a new connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Admission {
-    /// Serve it. If a session is open, it goes on; a stranger that was held is turned away.
+    /// Serve it. If a session is open, it goes on; a stranger that was held, or is served as a candidate, is turned away.
     Serve,
     /// Leave it unanswered until the state changes.
     Hold,
@@ -46,6 +47,8 @@ pub(crate) enum Admission {
 pub(crate) enum RingStart {
     /// A session begins before the ring may start; report a failure with [`Boundary::begin_failed`].
     Begin,
+    /// The open session [ends](EndReason::TakenOver), and then the same.
+    Succeed,
     /// The session is open already.
     Continue,
     /// Close the connection.
@@ -59,7 +62,7 @@ pub enum EndReason {
     OwnerExited,
     /// The frontend disconnected, and its process can't be watched.
     Disconnected,
-    /// Another frontend has waited long enough.
+    /// Another frontend has waited long enough, and starts a ring.
     TakenOver,
     /// The frontend that it was begun for has turned out to be a guest of another one.
     Mistaken,
@@ -79,6 +82,15 @@ impl std::fmt::Display for EndReason {
     }
 }
 
+/// What time has brought.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Due {
+    /// The session ends.
+    End(EndReason),
+    /// The stranger that was held is to be [served as a candidate](Boundary::candidate).
+    Candidate,
+}
+
 /// The session of a connected frontend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Session {
@@ -93,6 +105,8 @@ enum Session {
     /// Begun before the server was restarted, by a process that is not known: whether it is this one,
     /// its first ring will show. The session is open since `since` without its owner.
     Unproven { since: Instant },
+    /// It is that of another process, which is away: it ends when this frontend starts a ring, if that is fresh.
+    Candidate { of: Identity, since: Instant },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -127,6 +141,12 @@ impl Boundary {
     /// A frontend has connected. Also asked again for a held one when a session has ended.
     pub(crate) fn connected(&mut self, peer: Identity, now: Instant) -> Admission {
         match &mut self.state {
+            State::Served { session: Session::Candidate { of, .. }, .. }
+                if of.process.is_some() && of.process == peer.process =>
+            {
+                self.state = State::Served { owner: peer, session: Session::Continued };
+                Admission::Serve
+            }
             State::Served { .. } => Admission::Refuse("another frontend is connected"),
             State::Idle => {
                 self.state = State::Served { owner: peer, session: Session::None };
@@ -160,6 +180,22 @@ impl Boundary {
         }
     }
 
+    /// The stranger that was held, and is [due](Due::Candidate), is served.
+    pub(crate) fn candidate(&mut self, peer: Identity) {
+        if let State::Orphaned { owner: of, since, .. } = self.state {
+            self.state = State::Served { owner: peer, session: Session::Candidate { of, since } };
+        }
+    }
+
+    /// The session ends for a stranger that was held, and is [due](Due::Candidate), whatever that does.
+    pub(crate) fn taken_over(&mut self) -> Option<EndReason> {
+        if !matches!(self.state, State::Orphaned { .. }) {
+            return None;
+        }
+        self.state = State::Idle;
+        Some(EndReason::TakenOver)
+    }
+
     /// The connected frontend is about to start a ring; `fresh`: no ring that was not started over
     /// this connection is to continue where another left off; `proven`: its in-flight table has the
     /// token of the open session.
@@ -183,15 +219,20 @@ impl Boundary {
                 *session = Session::Begun;
                 return RingStart::Begin;
             }
+            Session::Candidate { .. } if fresh => {
+                *session = Session::Begun;
+                self.restarted = false;
+                return RingStart::Succeed;
+            }
             Session::Begun => *session = Session::Mistaken,
-            Session::None | Session::Mistaken => {}
+            Session::None | Session::Mistaken | Session::Candidate { .. } => {}
         }
         RingStart::Refuse(
             "its rings are not fresh: it belongs to a session that has ended, or to a restored guest",
         )
     }
 
-    /// The session that [`RingStart::Begin`] asked for could not begin.
+    /// The session that [`RingStart::Begin`] or [`RingStart::Succeed`] asked for could not begin.
     pub(crate) fn begin_failed(&mut self) {
         if let State::Served { session, .. } = &mut self.state {
             *session = Session::None;
@@ -209,28 +250,49 @@ impl Boundary {
             self.state = State::Idle;
             return Some(EndReason::Mistaken);
         }
-        if let Session::Unproven { since } = session {
-            let owner = Identity { process: None, watched: false };
-            self.state = State::Orphaned { owner, since, stranger_since: None };
-            return self.tick(now);
+        let (owner, since) = match session {
+            Session::Unproven { since } => (Identity { process: None, watched: false }, since),
+            Session::Candidate { of, since } => (of, since),
+            _ => {
+                self.restarted = false;
+                (owner, now)
+            }
+        };
+        let is_its_own = !matches!(session, Session::Unproven { .. } | Session::Candidate { .. });
+        self.state = State::Orphaned { owner, since, stranger_since: None };
+        if owner_gone && is_its_own {
+            return self.owner_exited();
         }
-        self.restarted = false;
-        self.state = State::Orphaned { owner, since: now, stranger_since: None };
-        if owner_gone { self.owner_exited() } else { self.tick(now) }
+        match self.tick(now) {
+            Some(Due::End(reason)) => Some(reason),
+            // Nobody is held yet.
+            Some(Due::Candidate) | None => None,
+        }
     }
 
-    /// The process of the owner of an orphaned session is gone.
+    /// The process of the owner of an open session is gone, which is away. Whoever is connected stays so.
     pub(crate) fn owner_exited(&mut self) -> Option<EndReason> {
-        self.end_if_orphaned(EndReason::OwnerExited)
+        self.state = match self.state {
+            State::Orphaned { .. } => State::Idle,
+            State::Served { owner, session: Session::Candidate { .. } } => {
+                State::Served { owner, session: Session::None }
+            }
+            State::Served { .. } | State::Idle => return None,
+        };
+        Some(EndReason::OwnerExited)
     }
 
     /// Time has passed; call at [`deadline`](Self::deadline).
-    pub(crate) fn tick(&mut self, now: Instant) -> Option<EndReason> {
+    pub(crate) fn tick(&mut self, now: Instant) -> Option<Due> {
         let State::Orphaned { owner, .. } = self.state else { return None };
         if self.deadline().is_none_or(|deadline| now < deadline) {
             return None;
         }
-        self.end_if_orphaned(if owner.watched { EndReason::TakenOver } else { EndReason::Disconnected })
+        if owner.watched {
+            return Some(Due::Candidate);
+        }
+        self.state = State::Idle;
+        Some(Due::End(EndReason::Disconnected))
     }
 
     /// When [`tick`](Self::tick) has something to say, if nothing else happens.
@@ -254,9 +316,15 @@ impl Boundary {
         matches!(self.state, State::Orphaned { owner, .. } if owner == peer)
     }
 
-    /// Whether a frontend is connected that may or may not be the open session's owner.
-    pub(crate) fn is_unproven(&self) -> bool {
-        matches!(self.state, State::Served { session: Session::Unproven { .. }, .. })
+    /// Whether a frontend is connected that is not the open session's owner, as far as is known.
+    pub(crate) fn is_anothers(&self) -> bool {
+        use Session::{Candidate, Unproven};
+        matches!(self.state, State::Served { session: Unproven { .. } | Candidate { .. }, .. })
+    }
+
+    /// Whether the connected frontend would end another one's session.
+    pub(crate) fn is_candidate(&self) -> bool {
+        matches!(self.state, State::Served { session: Session::Candidate { .. }, .. })
     }
 
     pub(crate) fn session_is_open(&self) -> bool {
@@ -265,14 +333,6 @@ impl Boundary {
             State::Orphaned { .. } => true,
             State::Idle => false,
         }
-    }
-
-    fn end_if_orphaned(&mut self, reason: EndReason) -> Option<EndReason> {
-        if !matches!(self.state, State::Orphaned { .. }) {
-            return None;
-        }
-        self.state = State::Idle;
-        Some(reason)
     }
 }
 

@@ -21,9 +21,9 @@ use rustix::{
 use session_disk::{ProcessId, SessionDisk};
 
 use crate::{
-    boundary::{Admission, Boundary, EndReason, Identity, RingStart},
+    boundary::{Admission, Boundary, Due, EndReason, Identity, RingStart},
     connection::{Arrival, Connection, Queues},
-    disk::Disk,
+    disk::{AnyError, Disk},
     handover::HandOver,
     inflight::InflightTable,
     limit::RateLimit,
@@ -186,8 +186,10 @@ impl Server {
             self.watch_held();
             self.accept()?;
             self.turn_held_away();
-            if let Some(reason) = self.boundary.tick(Instant::now()) {
-                self.end_session(reason)?;
+            match self.boundary.tick(Instant::now()) {
+                Some(Due::End(reason)) => self.end_session(reason)?,
+                Some(Due::Candidate) => self.admit_candidate()?,
+                None => {}
             }
             if self.session_has_ended && self.config.once {
                 return Ok(Exit::SessionEnded);
@@ -277,25 +279,60 @@ impl Server {
             Admission::Hold => self.boundary.stranger_left(),
             Admission::Serve => {
                 self.owner = None;
+                const BACK: &str = "the owner of the session has come back";
                 if self.held.take().is_some() {
-                    self.refuse("the owner of the session has come back");
+                    self.refuse(BACK);
+                }
+                if let Some(candidate) = self.served.take() {
+                    self.take_down(candidate)?;
+                    self.observer.frontend_disconnected(true);
+                    self.refuse(BACK);
                 }
                 if !continues {
                     self.disk.set_write_through(false);
                 }
-                match Connection::open(self.disk.as_ref(), self.config.device.clone(), arrival) {
-                    Ok(mut connection) => {
-                        if self.config.hand_over {
-                            connection.relay.remember();
-                        }
-                        self.observer.frontend_connected(peer.process(), continues);
-                        self.served = Some(Served { connection, peer });
-                    }
-                    Err(error) => {
-                        self.refuse(&format!("cannot set up the device: {}", in_full(error.as_ref())));
-                        self.lost(peer)?;
-                    }
+                self.connect(arrival, peer, continues)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Serves the stranger that was held, who has waited the grace: from its first ring on the open session is over, if it may
+    /// have one of its own.
+    fn admit_candidate(&mut self) -> Result<(), ServerError> {
+        let Some((stream, peer)) = self.held.take() else {
+            self.boundary.stranger_left();
+            return Ok(());
+        };
+        if self.config.once {
+            // Nobody else is served.
+            return match self.boundary.taken_over() {
+                Some(reason) => self.end_session(reason),
+                None => Ok(()),
+            };
+        }
+        self.boundary.candidate(self.identity(&peer));
+        self.connect(stream.into(), peer, false)?;
+        if let Some(candidate) = &self.served {
+            // What it is shown is not the other guest's.
+            candidate.connection.queues.backend.device.reset_writeback();
+        }
+        Ok(())
+    }
+
+    /// Serves a frontend that the boundary knows of.
+    fn connect(&mut self, arrival: Arrival, peer: Peer, continues: bool) -> Result<(), ServerError> {
+        match Connection::open(self.disk.as_ref(), self.config.device.clone(), arrival) {
+            Ok(mut connection) => {
+                if self.config.hand_over {
+                    connection.relay.remember();
                 }
+                self.observer.frontend_connected(peer.process(), continues);
+                self.served = Some(Served { connection, peer });
+            }
+            Err(error) => {
+                self.refuse(&format!("cannot set up the device: {}", in_full(error.as_ref())));
+                self.lost(peer)?;
             }
         }
         Ok(())
@@ -317,8 +354,15 @@ impl Server {
             observer: self.observer.as_ref(),
             queues,
             owner,
+            succeeded: None,
         };
-        match relay.forward(&mut gate) {
+        let ending = relay.forward(&mut gate);
+        if let Some(ended) = gate.succeeded {
+            // Its end was told by the gate.
+            ended.map_err(ServerError::EndSession)?;
+            (self.owner, self.session_has_ended) = (None, true);
+        }
+        match ending {
             None => {
                 self.served = Some(served);
                 Ok(())
@@ -416,6 +460,10 @@ impl Server {
         let summary = self.disk.end_session().map_err(ServerError::EndSession)?;
         self.observer.session_ended(&summary, reason);
         self.session_has_ended = true;
+        if let Some(candidate) = &self.served {
+            // It has the disk as any other one from now on.
+            self.disk.set_write_through(!candidate.connection.queues.backend.device.writeback());
+        }
         match self.held.take() {
             Some((stream, peer)) if !self.config.once => self.admit(stream.into(), peer),
             _ => Ok(()),
@@ -439,6 +487,8 @@ struct SessionGate<'a> {
     observer: &'a dyn Observer,
     queues: &'a Queues,
     owner: Option<ProcessId>,
+    /// What has come of the end of the session that it took over.
+    succeeded: Option<Result<(), AnyError>>,
 }
 
 impl Gate for SessionGate<'_> {
@@ -448,7 +498,7 @@ impl Gate for SessionGate<'_> {
 
     fn writeback(&mut self, writeback: bool) {
         // Of a session that may be another's nothing is changed.
-        if !self.boundary.is_unproven() {
+        if !self.boundary.is_anothers() {
             self.disk.set_write_through(!writeback);
         }
     }
@@ -459,6 +509,12 @@ impl Gate for SessionGate<'_> {
         self.queues
             .open(self.disk, start.ring as usize)
             .map_err(|error| format!("cannot set up queue {}: {}", start.ring, in_full(error.as_ref())))?;
+        if self.boundary.is_candidate()
+            && let Some(why) = self.disk.turns_away()
+        {
+            // The open one is not to end for its sake.
+            return Err(why);
+        }
         let proven = start.token.is_some() && start.token == self.disk.token();
         match self.boundary.ring_starts(start.fresh, proven) {
             RingStart::Continue => {
@@ -467,17 +523,35 @@ impl Gate for SessionGate<'_> {
                 Ok(())
             }
             RingStart::Refuse(why) => Err(why.to_owned()),
-            RingStart::Begin => match self.disk.begin_session(self.owner) {
-                Ok(begun) => {
-                    self.disk.set_token(start.token);
-                    self.observer.session_started(&begun, self.owner);
-                    Ok(())
+            RingStart::Begin => self.begin(&start),
+            RingStart::Succeed => match self.disk.end_session() {
+                Ok(summary) => {
+                    self.observer.session_ended(&summary, EndReason::TakenOver);
+                    self.succeeded = Some(Ok(()));
+                    self.disk.set_write_through(!self.queues.backend.device.writeback());
+                    self.begin(&start)
                 }
                 Err(error) => {
-                    self.boundary.begin_failed();
-                    Err(format!("no session can begin: {}", in_full(error.as_ref())))
+                    self.succeeded = Some(Err(error));
+                    Err("the session that it would take over can't be ended".into())
                 }
             },
+        }
+    }
+}
+
+impl SessionGate<'_> {
+    fn begin(&mut self, start: &Start) -> Result<(), String> {
+        match self.disk.begin_session(self.owner) {
+            Ok(begun) => {
+                self.disk.set_token(start.token);
+                self.observer.session_started(&begun, self.owner);
+                Ok(())
+            }
+            Err(error) => {
+                self.boundary.begin_failed();
+                Err(format!("no session can begin: {}", in_full(error.as_ref())))
+            }
         }
     }
 }

@@ -73,9 +73,59 @@ fn stranger_that_has_waited_the_grace_takes_over() {
     assert!(boundary.connected(process(3), arrival).is_refusal());
     assert_eq!(boundary.tick(arrival + GRACE - Duration::from_millis(1)), None);
     assert_eq!(boundary.deadline(), Some(arrival + GRACE));
-    assert_eq!(boundary.tick(arrival + GRACE), Some(EndReason::TakenOver));
-    assert_eq!(boundary.connected(process(2), arrival + GRACE), Admission::Serve);
+    assert_eq!(boundary.tick(arrival + GRACE), Some(Due::Candidate));
+    boundary.candidate(process(2));
+    assert!(boundary.session_is_open() && boundary.is_candidate());
+    assert_eq!(boundary.ring_starts(true, false), RingStart::Succeed);
+    assert_eq!(boundary.ring_starts(true, false), RingStart::Continue);
+    assert_eq!(boundary.disconnected(true, arrival + GRACE), Some(EndReason::OwnerExited));
+}
+
+/// A boundary with a session of process 1, which is away, and a candidate, process 2, that is served.
+fn with_candidate(now: Instant) -> Boundary {
+    let mut boundary = in_session(process(1), now);
+    boundary.disconnected(false, now);
+    boundary.connected(process(2), now);
+    assert_eq!(boundary.tick(now + GRACE), Some(Due::Candidate));
+    boundary.candidate(process(2));
+    boundary
+}
+
+/// Invariant 3: who may not have a session of its own ends nobody's, nor does one who starts nothing.
+#[test]
+fn candidate_that_gets_no_session_ends_none() {
+    let now = Instant::now();
+    for starts in [false, true] {
+        let mut boundary = with_candidate(now);
+        if starts {
+            assert!(matches!(boundary.ring_starts(false, false), RingStart::Refuse(_)));
+        }
+        assert_eq!(boundary.disconnected(true, now + GRACE), None);
+        assert!(boundary.session_is_open() && boundary.is_owner(process(1)));
+        assert_eq!(boundary.connected(process(1), now + GRACE), Admission::Serve);
+        assert_eq!(boundary.ring_starts(false, false), RingStart::Continue);
+    }
+}
+
+#[test]
+fn owner_that_comes_back_while_a_candidate_is_served_goes_first() {
+    let now = Instant::now();
+    let mut boundary = with_candidate(now);
+    assert!(boundary.connected(process(3), now).is_refusal());
+    assert_eq!(boundary.connected(process(1), now), Admission::Serve);
+    assert_eq!(boundary.ring_starts(false, false), RingStart::Continue);
+}
+
+#[test]
+fn session_whose_owner_exits_while_a_candidate_is_served_ends_and_leaves_that_connected() {
+    let now = Instant::now();
+    let mut boundary = with_candidate(now);
+    assert_eq!(boundary.owner_exited(), Some(EndReason::OwnerExited));
+    assert!(!boundary.session_is_open());
+    assert!(matches!(boundary.ring_starts(false, false), RingStart::Refuse(_)));
     assert_eq!(boundary.ring_starts(true, false), RingStart::Begin);
+    let mut boundary = with_candidate(now);
+    assert_eq!(boundary.operator_end(), Some(EndReason::Operator));
 }
 
 #[test]
@@ -105,9 +155,10 @@ fn owner_that_comes_back_after_a_takeover_is_refused() {
     boundary.disconnected(false, now);
     boundary.connected(process(2), now);
     boundary.tick(now + GRACE);
-    assert_eq!(boundary.connected(process(2), now), Admission::Serve);
+    boundary.candidate(process(2));
+    assert_eq!(boundary.ring_starts(true, false), RingStart::Succeed);
     assert!(boundary.connected(process(1), now).is_refusal());
-    boundary.disconnected(true, now);
+    assert_eq!(boundary.disconnected(true, now), Some(EndReason::OwnerExited));
     // Later still: it is let in, but its rings tell that it belongs to no new session.
     assert_eq!(boundary.connected(process(1), now), Admission::Serve);
     assert!(matches!(boundary.ring_starts(false, false), RingStart::Refuse(_)));
@@ -119,7 +170,7 @@ fn session_of_an_unknown_process_ends_when_the_grace_has_passed() {
     let mut boundary = in_session(UNKNOWN, now);
     assert_eq!(boundary.disconnected(false, now), None);
     assert_eq!(boundary.connected(UNKNOWN, now), Admission::Hold);
-    assert_eq!(boundary.tick(now + GRACE), Some(EndReason::Disconnected));
+    assert_eq!(boundary.tick(now + GRACE), Some(Due::End(EndReason::Disconnected)));
     assert_eq!(boundary.connected(UNKNOWN, now + GRACE), Admission::Serve);
 }
 
@@ -177,7 +228,7 @@ fn boundary_with_an_unclaimed_session_ends_it_after_the_grace() {
     let now = Instant::now();
     let mut boundary = Boundary::with_open_session(UNKNOWN, GRACE, now);
     assert!(boundary.session_is_open());
-    assert_eq!(boundary.tick(now + GRACE), Some(EndReason::Disconnected));
+    assert_eq!(boundary.tick(now + GRACE), Some(Due::End(EndReason::Disconnected)));
 }
 
 /// Invariant 3: a restart of the server ends no session whose owner lives.
@@ -262,14 +313,16 @@ proptest! {
         let mut left_at = now;
         // Whether the session was begun over the connection that is served, and for a guest of another one.
         let (mut begun_here, mut mistaken) = (false, false);
+        // Whether who is served is a candidate for the session of another one.
+        let mut candidate = false;
         for event in events {
             let mut ended = None;
             match event {
                 Event::Connect(index) if !dead[index] => match boundary.connected(peer(index), now) {
                     Admission::Serve => {
-                        prop_assert!(served.is_none());
+                        prop_assert!(served.is_none() || candidate && session.is_some());
                         prop_assert!(session.is_none_or(|owner| owner == index && owner != 3));
-                        (served, held, begun_here) = (Some(index), None, false);
+                        (served, held, begun_here, candidate) = (Some(index), None, false, false);
                         prop_assert!(!mistaken);
                     }
                     Admission::Hold => {
@@ -287,51 +340,64 @@ proptest! {
                         prop_assert!(session.is_none() && fresh);
                         (session, begun_here) = (served, true);
                     }
+                    RingStart::Succeed => {
+                        prop_assert!(candidate && fresh && session.is_some() && session != served);
+                        (session, begun_here, candidate) = (served, true, false);
+                    }
                     RingStart::Continue => {
                         prop_assert_eq!(session, served);
                         prop_assert!(!mistaken && (fresh || !begun_here));
                     }
                     RingStart::Refuse(_) => {
-                        prop_assert!(mistaken || !fresh && (session.is_none() || begun_here));
-                        mistaken = session.is_some();
+                        prop_assert!(mistaken || !fresh && (session.is_none() || begun_here || candidate));
+                        mistaken = session.is_some() && !candidate;
                     }
                 },
                 Event::BeginFails if session.is_none() => boundary.begin_failed(),
                 Event::Disconnect => if let Some(index) = served.take() {
-                    left_at = now;
+                    if !std::mem::take(&mut candidate) {
+                        left_at = now;
+                    }
                     ended = boundary.disconnected(dead[index], now);
                 },
                 Event::Exit(index) if index != 3 => {
                     dead[index] = true;
-                    if session == Some(index) && served.is_none() {
+                    if session == Some(index) && (served.is_none() || candidate) {
                         ended = boundary.owner_exited();
                         prop_assert!(ended.is_some());
                     }
                 }
                 Event::Pass(seconds) => {
                     now += Duration::from_secs(seconds);
-                    ended = boundary.tick(now);
+                    match boundary.tick(now) {
+                        Some(Due::End(reason)) => ended = Some(reason),
+                        Some(Due::Candidate) => {
+                            let (index, since) = held.take().unwrap();
+                            prop_assert!(now >= since + GRACE && session != Some(3));
+                            boundary.candidate(peer(index));
+                            (served, candidate) = (Some(index), true);
+                        }
+                        None => {}
+                    }
                 }
                 Event::Operator => {
                     ended = boundary.operator_end();
                     prop_assert_eq!(ended.is_some(), session.is_some());
                     if ended.is_some() {
-                        served = None;
+                        (served, candidate) = (None, false);
                     }
                 }
                 _ => {}
             }
             if let Some(reason) = ended {
                 let owner = session.take();
-                prop_assert!(owner.is_some() && served.is_none());
+                prop_assert!(owner.is_some() && (served.is_none() || std::mem::take(&mut candidate)));
                 match reason {
                     EndReason::OwnerExited => prop_assert!(dead[owner.unwrap()]),
                     EndReason::Disconnected => {
                         prop_assert!(owner == Some(3) && now >= left_at + GRACE);
                     }
-                    EndReason::TakenOver => {
-                        prop_assert!(held.is_some_and(|(_, since)| now >= since + GRACE));
-                    }
+                    EndReason::TakenOver => prop_assert!(false, "the ring's start says it"),
                     EndReason::Mistaken => prop_assert!(mistaken),
                     EndReason::Operator => {}
                 }

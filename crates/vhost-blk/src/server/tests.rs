@@ -117,6 +117,10 @@ impl Running {
         wait_until(event, || self.events.all().iter().any(|seen| seen.starts_with(event)));
     }
 
+    fn wait_for_count(&self, event: &str, count: usize) {
+        wait_until(event, || self.events.all().iter().filter(|seen| *seen == event).count() == count);
+    }
+
     fn join(&mut self) -> Exit {
         self.thread.take().unwrap().join().unwrap().unwrap()
     }
@@ -156,11 +160,18 @@ fn wait_until(what: &str, condition: impl Fn() -> bool) {
 #[test]
 fn child_of_another_test() {
     let Some(path) = std::env::var_os(CHILD_SOCKET) else { return };
-    let mut driver = Driver::start(&PathBuf::from(path), 1);
-    assert_eq!(driver.write(0, 0, &[0x11; 512]), 0);
-    if std::env::var(CHILD_ACT).unwrap() == "leave" {
-        drop(driver);
-    }
+    let path = PathBuf::from(path);
+    let act = std::env::var(CHILD_ACT).unwrap();
+    let _driver = if act == "negotiate" {
+        let mut driver = Driver::connect(&path, 1);
+        driver.negotiate(|offered| offered).unwrap();
+        std::fs::write(path.with_extension("negotiated"), "").unwrap();
+        Some(driver)
+    } else {
+        let mut driver = Driver::start(&path, 1);
+        assert_eq!(driver.write(0, 0, &[0x11; 512]), 0);
+        Some(driver).filter(|_| act != "leave")
+    };
     // Until it is killed, or its parent is gone.
     let _ = std::io::stdin().read_line(&mut String::new());
 }
@@ -231,6 +242,65 @@ fn stranger_waits_the_grace_and_gets_a_session_of_its_own() {
     assert_eq!(server.events.all(), ["start 1", "left, open: true", "end 1 TakenOver", "start 2"]);
     child.kill().unwrap();
     child.wait().unwrap();
+}
+
+/// Invariant 3: the session of a VM that is away for a while is not ended for one that gets none.
+#[test]
+fn stranger_that_starts_nothing_or_may_not_leaves_the_session_open() {
+    let server = Running::new(|_| {});
+    let mut child = server.child("leave");
+    server.wait_for("left, open: true");
+    // Its handshake is served, and no ring is started.
+    let mut driver = Driver::connect(&server.path, 1);
+    driver.negotiate(|offered| offered).unwrap();
+    drop(driver);
+    server.wait_for_count("left, open: true", 2);
+    // It belongs to another session.
+    let mut driver = Driver::connect(&server.path, 1);
+    driver.negotiate(|offered| offered).unwrap();
+    driver.offer(0, &[(DATA_AT, 16, false)]);
+    assert!(driver.start_queues().is_err());
+    server.wait_for("refused: its rings are not fresh");
+    server.wait_for_count("left, open: true", 3);
+    assert!(!server.events.all().iter().any(|event| event.starts_with("end") || event == "start 2"));
+    child.kill().unwrap();
+    child.wait().unwrap();
+    server.wait_for("end 1 OwnerExited");
+}
+
+#[test]
+fn owner_that_comes_back_while_a_stranger_is_served_goes_on() {
+    let server = Running::new(|_| {});
+    let mut driver = Driver::start(&server.path, 1);
+    assert_eq!(driver.write(0, 0, &[0x55; 512]), 0);
+    drop(driver);
+    server.wait_for("left, open: true");
+    let mut child = server.child("negotiate");
+    wait_until("the stranger is served", || server.path.with_extension("negotiated").exists());
+    let mut driver = Driver::start(&server.path, 1);
+    assert_eq!(driver.read(0, 0, 512), Ok(vec![0x55; 512]));
+    let events = server.events.all();
+    let back = "refused: the owner of the session has come back";
+    assert_eq!(events, ["start 1", "left, open: true", "left, open: true", back]);
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+/// One that is served when the VM ends for which it waited has the disk.
+#[test]
+fn stranger_that_is_served_when_the_owner_exits_gets_the_next_session() {
+    let server = Running::new(|_| {});
+    let mut child = server.child("leave");
+    server.wait_for("left, open: true");
+    let mut driver = Driver::connect(&server.path, 1);
+    driver.negotiate(|offered| offered).unwrap();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    server.wait_for("end 1 OwnerExited");
+    driver.start_queues().unwrap();
+    assert_eq!(driver.read(0, 0, 512), Ok(vec![0; 512]));
+    let events = server.events.all();
+    assert_eq!(events, ["start 1", "left, open: true", "end 1 OwnerExited", "start 2"]);
 }
 
 #[test]
