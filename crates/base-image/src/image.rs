@@ -269,6 +269,13 @@ impl BaseImage {
         }
     }
 
+    /// Has each hole of a sealed base proven anew from now on: it may be none of those that were proven.
+    pub fn distrust_holes(&self) {
+        if let Some(verified) = &self.verified {
+            verified.forget_good();
+        }
+    }
+
     /// How many of the `len` bytes at `offset` the base has; the rest lies past its end and is zero.
     pub fn bytes_inside(&self, offset: u64, len: u64) -> u64 {
         self.size.saturating_sub(offset).min(len)

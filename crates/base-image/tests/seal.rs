@@ -139,6 +139,26 @@ fn hole_that_was_data_when_sealed_is_not_zeroes() {
 }
 
 /// Raw bases too are compared on the way that queues and drain read them.
+/// Once somebody has touched a base, what was read of it before proves nothing of its holes.
+#[test]
+fn hole_that_was_made_after_its_chunk_was_read_is_proven_anew() {
+    let lab = Lab::new();
+    let path = lab.path("base.raw");
+    let bytes: Vec<u8> = (0..2 * CHUNK_SIZE).map(|n| (n / 512) as u8 | 1).collect();
+    fs::write(&path, bytes).unwrap();
+    make(&path);
+    let base = sealed(&path);
+    base.read_at(&mut vec![0; CHUNK_SIZE as usize], 0).unwrap();
+    let file = fs::File::options().write(true).open(&path).unwrap();
+    let punch = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
+    rustix::fs::fallocate(&file, punch, 8192, 4096).unwrap();
+    // Nobody asks before he has looked at its times.
+    assert_eq!(base.content_at(8192, 4096).unwrap(), Content::Hole(4096));
+    base.distrust_holes();
+    assert!(base.content_at(8192, 4096).is_err());
+    assert_eq!(base.content_at(0, 4096).unwrap(), Content::Data(4096));
+}
+
 #[test]
 fn engine_of_a_sealed_raw_base_compares_what_it_reads() {
     let lab = Lab::new();

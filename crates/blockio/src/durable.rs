@@ -106,11 +106,16 @@ impl File {
         self.error("trust what was written to", io::Error::other("its file system has lost something"))
     }
 
-    /// The number of the device that the file is on: that of its file system.
+    /// The number of the device by which the file's file system is known; `None`: one file system has several (btrfs, one for each of
+    /// its subvolumes).
     ///
     /// # Errors
     /// If it can't be looked at.
-    pub fn device(&self) -> Result<u64, Error> {
-        rustix::fs::fstat(&self.fd).map(|stat| stat.st_dev).map_err(|errno| self.error("look at", errno))
+    pub fn device_of_file_system(&self) -> Result<Option<u64>, Error> {
+        const BTRFS: u64 = 0x9123_683e;
+        let failed = |errno| self.error("look at", errno);
+        let of = rustix::fs::fstatfs(&self.fd).map_err(failed)?;
+        let device = rustix::fs::fstat(&self.fd).map_err(failed)?.st_dev;
+        Ok(Some(device).filter(|_| of.f_type as u64 != BTRFS))
     }
 }

@@ -118,7 +118,7 @@ pub(crate) struct Drain {
     began: Instant,
     in_flight_bytes: u64,
     in_flight_runs: usize,
-    /// The first failure since the drain was last at the beginning of the disk; and how many runs of the batch have failed.
+    /// The first failure of a batch, and how many runs have failed.
     error: Option<Error>,
     failed_runs: usize,
     copied_blocks: u64,
@@ -147,6 +147,7 @@ impl Drain {
         let waits = shared.disk.is_direct() || shared.base.file().is_none();
         let pace = Pace::new(shared.drain_policy, waits);
         shared.ways().ask_again();
+        let shared_cursor = shared.drain_cursor.swap(0, Ordering::Relaxed);
         Ok(Self {
             shared,
             engine,
@@ -158,7 +159,7 @@ impl Drain {
             spare: Spare::default(),
             write_back: WriteBack::default(),
             copied_runs: Vec::new(),
-            cursor: 0,
+            cursor: shared_cursor,
             pace,
             began: Instant::now(),
             in_flight_bytes: 0,
@@ -195,12 +196,12 @@ impl Drain {
         guests: &dyn Fn() -> Guests,
         copied: &mut dyn FnMut(u64),
     ) -> Result<Batch, Error> {
-        self.shared.check_base(false)?;
+        (self.error, self.failed_runs) = (None, 0);
+        self.shared.check_base()?;
         if self.shared.is_poisoned() {
             return Err(self.shared.poisoned_error());
         }
         self.shared.claims.forget_copied();
-        self.failed_runs = 0;
         self.probe()?;
         let mut batch = Batch::default();
         let (first, mut cursor) = (self.cursor, self.cursor);
@@ -284,21 +285,39 @@ impl Drain {
         }
         if started > 0 {
             let began = self.began.elapsed();
-            let has_shared = std::mem::take(&mut self.has_shared);
-            if has_shared {
+            if std::mem::take(&mut self.has_shared) {
                 self.shared.sync_disk_and_times()?;
             } else {
                 self.shared.sync_disk()?;
             }
-            self.shared.check_base(has_shared)?;
-            let good = || !self.shared.is_poisoned();
-            batch.restored = self.shared.claims.settle(&self.shared.pending, good);
+            if self.shared.check_base_of_copies()? {
+                let good = || !self.shared.is_poisoned();
+                batch.restored = self.shared.claims.settle(&self.shared.pending, good);
+            } else {
+                // Once more, by what is proven.
+                self.cursor = first;
+            }
             self.restored += batch.restored;
             self.shared.live.set_pending(self.shared.pending.count());
             self.rest_since(began);
         }
-        // What lies behind runs that can't be copied is copied first.
-        if exhausted || self.is_base_away() { self.error.take().map_or(Ok(batch), Err) } else { Ok(batch) }
+        self.error.take().map_or(Ok(batch), |error| {
+            self.shared.drain_cursor.store(self.cursor, Ordering::Relaxed);
+            Err(error)
+        })
+    }
+
+    /// Whether the last batch has come to the end of the disk, and the next one begins anew.
+    pub(crate) fn is_at_the_beginning(&self) -> bool {
+        self.cursor == 0
+    }
+
+    /// Whether a batch that failed left something behind what it could not copy, and the next one may do better with that.
+    pub(crate) fn may_go_on(&self) -> bool {
+        self.failed_runs > 0
+            && !self.is_at_the_beginning()
+            && !self.shared.is_poisoned()
+            && self.shared.base.trouble().is_none()
     }
 
     /// Reads the next block that is pending if the base's server is away as far as is known: nothing is claimed before it is back,

@@ -15,6 +15,9 @@ use crate::{CopyCounts, Error, SessionDisk};
 /// How long the drain waits before it begins: who was waiting for the last session's end begins his own first.
 const GRACE: Duration = Duration::from_millis(20);
 
+/// How often to look whether it is known [what was lost](crate::live::Report).
+const REPORT_POLL: Duration = Duration::from_millis(100);
+
 /// First and longest pause after a failed attempt.
 const BACK_OFF_MIN: Duration = Duration::from_secs(1);
 const BACK_OFF_MAX: Duration = Duration::from_secs(60);
@@ -133,6 +136,10 @@ fn run(disk: &SessionDisk, control: &Control, observer: &dyn DrainObserver) {
     // At normal priority: a thread that is starved while it has claims would starve the guests that wait for
     // them. It is the pace that keeps it out of their way.
     let mut back_off: Option<Duration> = None;
+    // What it has to sync is not known to be there, and who waits for that in a sync can't be told to stop.
+    while !disk.shared().report.is_known() && !control.stop.load(Ordering::Acquire) {
+        control.pause(REPORT_POLL);
+    }
     while control.wait(back_off) {
         match drain_all(disk, control, observer) {
             Ok(()) => {

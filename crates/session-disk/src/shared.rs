@@ -93,10 +93,22 @@ pub(crate) struct Shared {
     base_changed: AtomicBool,
     /// Its times changed, and it is sealed.
     base_was_touched: AtomicBool,
+    /// Where the drain that failed last had come to: the next one goes on behind what it could not restore.
+    pub(crate) drain_cursor: AtomicU64,
     /// What a server that was killed may have been told of failed write-back.
     pub(crate) report: Report,
     /// Bytes that guests wrote through queues that are gone.
     pub(crate) bytes_of_gone_queues: AtomicU64,
+}
+
+/// What the base's identity says of it.
+enum BaseState {
+    /// It is what it was.
+    Same,
+    /// Nothing but its times is, and it is sealed.
+    Touched,
+    /// The same, and nobody knew.
+    JustTouched,
 }
 
 /// Numbers that one queue counts for itself.
@@ -159,6 +171,7 @@ impl Shared {
             poisoned: AtomicBool::new(false),
             base_changed: AtomicBool::new(false),
             base_was_touched: AtomicBool::new(false),
+            drain_cursor: AtomicU64::new(0),
             report: Report::default(),
             bytes_of_gone_queues: AtomicU64::new(0),
         }
@@ -363,28 +376,48 @@ impl Shared {
     }
 
     /// Fails, now and for ever, once the base is not what it was. What is read of a sealed one is proven by its seal, and goes on
-    /// where nothing but its times has changed; but blocks that the disk shares with it since the last time, if `has_shared`, were
-    /// proven before that.
-    pub(crate) fn check_base(&self, has_shared: bool) -> Result<(), Error> {
-        let result = self.base.check(&self.base_identity);
-        if let Err(base_image::BaseError::Changed { change, .. }) = &result {
-            if self.base.seal().is_some() && change.leaves_what_is_proven() {
-                self.ways().stop_sharing();
-                if !self.base_was_touched.swap(true, Ordering::AcqRel) {
-                    let base = self.base.path().display();
-                    log::warn!("base image {base}: {change}; what is read of it is still proven by its seal");
-                }
-                return if has_shared { Ok(result?) } else { Ok(()) };
+    /// where nothing but its times has changed.
+    pub(crate) fn check_base(&self) -> Result<(), Error> {
+        self.base_state().map(drop)
+    }
+
+    /// The same after something was copied or shared. Whether that is proven: not what was done before anybody knew that the times
+    /// have changed.
+    pub(crate) fn check_base_of_copies(&self) -> Result<bool, Error> {
+        Ok(!matches!(self.base_state()?, BaseState::JustTouched))
+    }
+
+    fn base_state(&self) -> Result<BaseState, Error> {
+        let refused = || {
+            let base = self.base.path().display();
+            Error::Refused(format!("base image {base} was changed while it was in use"))
+        };
+        let change = match self.base.check(&self.base_identity) {
+            Ok(()) if self.base_changed.load(Ordering::Acquire) => return Err(refused()),
+            Ok(()) => return Ok(BaseState::Same),
+            Err(base_image::BaseError::Changed { change, .. })
+                if self.base.seal().is_some() && change.leaves_what_is_proven() =>
+            {
+                change
             }
-            self.base_changed.store(true, Ordering::Release);
+            Err(error) => {
+                if matches!(error, base_image::BaseError::Changed { .. }) {
+                    self.base_changed.store(true, Ordering::Release);
+                }
+                return Err(error.into());
+            }
+        };
+        if self.base_changed.load(Ordering::Acquire) {
+            return Err(refused());
         }
-        if result.is_ok() && self.base_changed.load(Ordering::Acquire) {
-            return Err(Error::Refused(format!(
-                "base image {} was changed while it was in use",
-                self.base.path().display()
-            )));
+        self.ways().stop_sharing();
+        self.base.distrust_holes();
+        if self.base_was_touched.swap(true, Ordering::AcqRel) {
+            return Ok(BaseState::Touched);
         }
-        Ok(result?)
+        let base = self.base.path().display();
+        log::warn!("base image {base}: {change}; what is read of it is still proven by its seal");
+        Ok(BaseState::JustTouched)
     }
 
     /// Whether the base may be read for guests.

@@ -302,12 +302,17 @@ impl Boundary {
         Some(from + self.grace)
     }
 
-    /// The operator ends the session, if one is open; a connected frontend is to be disconnected.
+    /// The operator ends the session, if one is open; a connected frontend is to be disconnected, unless it is a candidate.
     pub(crate) fn operator_end(&mut self) -> Option<EndReason> {
         if !self.session_is_open() {
             return None;
         }
-        self.state = State::Idle;
+        self.state = match self.state {
+            State::Served { owner, session: Session::Candidate { .. } } => {
+                State::Served { owner, session: Session::None }
+            }
+            _ => State::Idle,
+        };
         Some(EndReason::Operator)
     }
 

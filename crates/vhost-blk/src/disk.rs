@@ -30,6 +30,8 @@ pub(crate) trait Disk: Send + Sync {
     fn traits(&self) -> DiskTraits;
     fn queue(&self, depth: u32) -> Result<Box<dyn DiskIo>, AnyError>;
     fn begin_session(&self, owner: Option<ProcessId>) -> Result<SessionStart, AnyError>;
+    /// Fails if no session could begin after the one that is open, as far as can be known.
+    fn may_begin(&self) -> Result<(), AnyError>;
     fn end_session(&self) -> Result<SessionSummary, AnyError>;
     fn set_owner(&self, owner: Option<ProcessId>);
     /// Who owns the open session, as far as is known.
@@ -119,6 +121,10 @@ impl Disk for Arc<SessionDisk> {
 
     fn begin_session(&self, owner: Option<ProcessId>) -> Result<SessionStart, AnyError> {
         Ok(SessionDisk::begin_session(self, owner)?)
+    }
+
+    fn may_begin(&self) -> Result<(), AnyError> {
+        Ok(SessionDisk::may_begin(self)?)
     }
 
     fn end_session(&self) -> Result<SessionSummary, AnyError> {

@@ -446,8 +446,9 @@ impl Server {
     }
 
     fn operator_end(&mut self) -> Result<(), ServerError> {
+        let is_candidate = self.boundary.is_candidate();
         let Some(reason) = self.boundary.operator_end() else { return Ok(()) };
-        if let Some(served) = self.served.take() {
+        if let Some(served) = self.served.take_if(|_| !is_candidate) {
             self.take_down(served)?;
             self.observer.frontend_disconnected(false);
         }
@@ -509,11 +510,9 @@ impl Gate for SessionGate<'_> {
         self.queues
             .open(self.disk, start.ring as usize)
             .map_err(|error| format!("cannot set up queue {}: {}", start.ring, in_full(error.as_ref())))?;
-        if self.boundary.is_candidate()
-            && let Some(why) = self.disk.turns_away()
-        {
-            // The open one is not to end for its sake.
-            return Err(why);
+        if self.boundary.is_candidate() {
+            // The open one is not to end for its sake if it would be refused.
+            self.disk.may_begin().map_err(|error| no_session(error.as_ref()))?;
         }
         let proven = start.token.is_some() && start.token == self.disk.token();
         match self.boundary.ring_starts(start.fresh, proven) {
@@ -550,10 +549,14 @@ impl SessionGate<'_> {
             }
             Err(error) => {
                 self.boundary.begin_failed();
-                Err(format!("no session can begin: {}", in_full(error.as_ref())))
+                Err(no_session(error.as_ref()))
             }
         }
     }
+}
+
+fn no_session(error: &(dyn std::error::Error + 'static)) -> String {
+    format!("no session can begin: {}", in_full(error))
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use blocks::{BlockSet, Extent};
 
@@ -26,8 +26,10 @@ pub(crate) struct Verified {
     store: Arc<Store>,
     seal: Arc<Seal>,
     zeroes: super::Hash,
-    /// Chunks that were read and found good, by their numbers. Only asked for what is not read.
+    /// Chunks that were read and found good, by their numbers. Only asked for what is not read, and while the base is what it
+    /// was then.
     good: BlockSet,
+    has_changed: AtomicBool,
     /// How many bad chunks were told of.
     told: AtomicU32,
 }
@@ -36,7 +38,12 @@ impl Verified {
     pub(crate) fn new(store: Arc<Store>, seal: Arc<Seal>) -> Self {
         let good = BlockSet::new(Header::chunks(seal.size()));
         let zeroes = super::hash(&vec![0; CHUNK_SIZE as usize]);
-        Self { store, seal, zeroes, good, told: AtomicU32::new(0) }
+        Self { store, seal, zeroes, good, has_changed: AtomicBool::new(false), told: AtomicU32::new(0) }
+    }
+
+    /// What was found good may be something else by now.
+    pub(crate) fn forget_good(&self) {
+        self.has_changed.store(true, Ordering::Release);
     }
 
     pub(crate) fn seal(&self) -> &Arc<Seal> {
@@ -88,7 +95,8 @@ impl Verified {
                 continue;
             }
             // What is a hole in a file reads as zeroes, so that it was read as sealed is enough.
-            if !is_whole && self.good.contains(chunk) && self.store.holes_read_as_zeroes() {
+            let is_good = self.good.contains(chunk) && !self.has_changed.load(Ordering::Acquire);
+            if !is_whole && is_good && self.store.holes_read_as_zeroes() {
                 continue;
             }
             let (from, to) = (offset.max(begin), end.min(begin + chunk_len));

@@ -9,7 +9,7 @@ use blockio::in_full;
 use uuid::Uuid;
 use write_log::LogWriter;
 
-use super::{OpenSession, SessionDisk, next_entry};
+use super::{Lifecycle, OpenSession, SessionDisk, next_entry};
 use crate::beginning::Beginning;
 use crate::manifest::EntryKind;
 use crate::open::remove_unnamed_logs;
@@ -28,12 +28,15 @@ impl SessionDisk {
         self.begin(owner, None)
     }
 
-    /// [`begin_session`](Self::begin_session) of a session that has noted its token already, or not.
-    pub(super) fn begin(&self, owner: Option<ProcessId>, token: Option<Uuid>) -> Result<SessionStart, Error> {
-        let mut lifecycle = self.lifecycle();
-        if lifecycle.session.is_some() {
-            return Err(Error::WrongState("a session is open already"));
-        }
+    /// Whether a session could begin if none was open, as far as can be known before it is tried.
+    ///
+    /// # Errors
+    /// Why none can: what it was written to may be lost, it is held, or its base has changed.
+    pub fn may_begin(&self) -> Result<(), Error> {
+        self.check_fit(&self.lifecycle())
+    }
+
+    fn check_fit(&self, lifecycle: &Lifecycle) -> Result<(), Error> {
         if self.shared.heeds_poison() {
             return Err(self.shared.poisoned_error());
         }
@@ -44,7 +47,16 @@ impl SessionDisk {
                 reason: reason.clone(),
             });
         }
-        self.shared.check_base(false)?;
+        self.shared.check_base()
+    }
+
+    /// [`begin_session`](Self::begin_session) of a session that has noted its token already, or not.
+    pub(super) fn begin(&self, owner: Option<ProcessId>, token: Option<Uuid>) -> Result<SessionStart, Error> {
+        let mut lifecycle = self.lifecycle();
+        if lifecycle.session.is_some() {
+            return Err(Error::WrongState("a session is open already"));
+        }
+        self.check_fit(&lifecycle)?;
         let mut manifest = lifecycle.manifest.clone();
         self.keep_in(&mut manifest)?;
         let entry = next_entry(&mut manifest, EntryKind::Session);

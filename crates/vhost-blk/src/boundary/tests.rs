@@ -124,8 +124,10 @@ fn session_whose_owner_exits_while_a_candidate_is_served_ends_and_leaves_that_co
     assert!(!boundary.session_is_open());
     assert!(matches!(boundary.ring_starts(false, false), RingStart::Refuse(_)));
     assert_eq!(boundary.ring_starts(true, false), RingStart::Begin);
+    // So it is if the operator ends it.
     let mut boundary = with_candidate(now);
     assert_eq!(boundary.operator_end(), Some(EndReason::Operator));
+    assert_eq!(boundary.ring_starts(true, false), RingStart::Begin);
 }
 
 #[test]
@@ -383,8 +385,8 @@ proptest! {
                 Event::Operator => {
                     ended = boundary.operator_end();
                     prop_assert_eq!(ended.is_some(), session.is_some());
-                    if ended.is_some() {
-                        (served, candidate) = (None, false);
+                    if ended.is_some() && !candidate {
+                        served = None;
                     }
                 }
                 _ => {}

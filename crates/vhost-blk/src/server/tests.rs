@@ -262,6 +262,13 @@ fn stranger_that_starts_nothing_or_may_not_leaves_the_session_open() {
     assert!(driver.start_queues().is_err());
     server.wait_for("refused: its rings are not fresh");
     server.wait_for_count("left, open: true", 3);
+    // It would get none.
+    server.disk.refuse_sessions();
+    let mut driver = Driver::connect(&server.path, 1);
+    driver.negotiate(|offered| offered).unwrap();
+    assert!(driver.start_queues().is_err());
+    server.wait_for("refused: no session can begin: the log has no room");
+    server.wait_for_count("left, open: true", 4);
     assert!(!server.events.all().iter().any(|event| event.starts_with("end") || event == "start 2"));
     child.kill().unwrap();
     child.wait().unwrap();
@@ -282,6 +289,22 @@ fn owner_that_comes_back_while_a_stranger_is_served_goes_on() {
     let events = server.events.all();
     let back = "refused: the owner of the session has come back";
     assert_eq!(events, ["start 1", "left, open: true", "left, open: true", back]);
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+#[test]
+fn stranger_that_is_served_when_the_operator_ends_the_session_stays() {
+    let server = Running::new(|_| {});
+    let mut child = server.child("leave");
+    server.wait_for("left, open: true");
+    let mut driver = Driver::connect(&server.path, 1);
+    driver.negotiate(|offered| offered).unwrap();
+    server.stop.end_session(1);
+    server.wait_for("end 1 Operator");
+    driver.start_queues().unwrap();
+    assert_eq!(driver.read(0, 0, 512), Ok(vec![0; 512]));
+    assert_eq!(server.events.all(), ["start 1", "left, open: true", "end 1 Operator", "start 2"]);
     child.kill().unwrap();
     child.wait().unwrap();
 }

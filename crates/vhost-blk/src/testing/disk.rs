@@ -177,6 +177,15 @@ impl Disk for Arc<MemoryDisk> {
         Ok(SessionStart { sequence: state.sessions, pending_blocks: 0 })
     }
 
+    fn may_begin(&self) -> Result<(), AnyError> {
+        let state = self.state();
+        match (state.refuse_sessions, state.turns_away) {
+            (true, _) => Err("the log has no room".into()),
+            (_, true) => Err("the disk is held".into()),
+            _ => Ok(()),
+        }
+    }
+
     fn end_session(&self) -> Result<SessionSummary, AnyError> {
         let mut state = self.state();
         let sequence = state.session.take().ok_or("no session is open")?;
