@@ -315,7 +315,6 @@ impl SessionDisk {
         done: &mut Progress,
     ) -> Result<(), Error> {
         let mut drain = Drain::new(Arc::clone(&self.shared))?;
-        let mut first_error = None;
         while !self.shared.pending.is_empty() {
             self.refuse_if_held()?;
             let mut left = self.shared.pending.count();
@@ -324,17 +323,7 @@ impl SessionDisk {
                 progress(left);
             });
             done.add(drain.take_restored());
-            let batch = match batch {
-                Ok(batch) => batch,
-                Err(error) if !matches!(error, Error::Stopped) && drain.may_go_on() => {
-                    first_error.get_or_insert(error);
-                    continue;
-                }
-                Err(error) => return Err(first_error.unwrap_or(error)),
-            };
-            if drain.is_at_the_beginning() && first_error.is_some() {
-                break;
-            }
+            let batch = drain.judge(batch, false)?;
             if done.is_worth_a_checkpoint() {
                 done.keep(self);
             }
@@ -346,7 +335,7 @@ impl SessionDisk {
                 drain.wait_for_a_release()?;
             }
         }
-        first_error.map_or(Ok(()), Err)
+        Ok(())
     }
 
     /// Stops: the queues are quiesced, nothing more is taken. With [`DiskOptions::resume`](crate::DiskOptions::resume) an open

@@ -120,6 +120,8 @@ pub(crate) struct Drain {
     in_flight_runs: usize,
     /// The first failure of a batch, and how many runs have failed.
     error: Option<Error>,
+    /// The first one that is [still to be said](Self::judge).
+    first_error: Option<Error>,
     failed_runs: usize,
     copied_blocks: u64,
     /// Blocks that were restored, and of which nobody has taken note yet.
@@ -165,6 +167,7 @@ impl Drain {
             in_flight_bytes: 0,
             in_flight_runs: 0,
             error: None,
+            first_error: None,
             failed_runs: 0,
             copied_blocks: 0,
             restored: 0,
@@ -197,7 +200,7 @@ impl Drain {
         copied: &mut dyn FnMut(u64),
     ) -> Result<Batch, Error> {
         (self.error, self.failed_runs) = (None, 0);
-        self.shared.check_base()?;
+        let was_touched = self.shared.check_base()?;
         if self.shared.is_poisoned() {
             return Err(self.shared.poisoned_error());
         }
@@ -290,30 +293,46 @@ impl Drain {
             } else {
                 self.shared.sync_disk()?;
             }
-            if self.shared.check_base_of_copies()? {
+            if was_touched || !self.shared.check_base()? {
                 let good = || !self.shared.is_poisoned();
                 batch.restored = self.shared.claims.settle(&self.shared.pending, good);
             } else {
-                // Once more, by what is proven.
+                // It was not known that nothing may be shared, nor a hole believed: once more.
                 self.cursor = first;
             }
             self.restored += batch.restored;
             self.shared.live.set_pending(self.shared.pending.count());
             self.rest_since(began);
         }
-        self.error.take().map_or(Ok(batch), |error| {
-            self.shared.drain_cursor.store(self.cursor, Ordering::Relaxed);
-            Err(error)
-        })
+        self.error.take().map_or(Ok(batch), Err)
+    }
+
+    /// What becomes of an attempt after the outcome of a batch: that runs could not be copied is said when the end of the disk is
+    /// reached, for what lies behind them is copied first. `gives_up`: or as soon as they are many; the next drain goes on behind
+    /// them.
+    pub(crate) fn judge(&mut self, batch: Result<Batch, Error>, gives_up: bool) -> Result<Batch, Error> {
+        let error = match batch {
+            Ok(batch) if !self.is_at_the_beginning() => return Ok(batch),
+            Ok(batch) => return self.first_error.take().map_or(Ok(batch), Err),
+            Err(Error::Stopped) => return Err(Error::Stopped),
+            Err(error) => error,
+        };
+        let are_many = self.failed_runs >= FAILED_RUNS_MAX;
+        if self.may_go_on() && !(gives_up && are_many) {
+            self.first_error.get_or_insert(error);
+            return Ok(Batch::default());
+        }
+        self.shared.drain_cursor.store(self.cursor, Ordering::Relaxed);
+        Err(self.first_error.take().unwrap_or(error))
     }
 
     /// Whether the last batch has come to the end of the disk, and the next one begins anew.
-    pub(crate) fn is_at_the_beginning(&self) -> bool {
+    fn is_at_the_beginning(&self) -> bool {
         self.cursor == 0
     }
 
     /// Whether a batch that failed left something behind what it could not copy, and the next one may do better with that.
-    pub(crate) fn may_go_on(&self) -> bool {
+    fn may_go_on(&self) -> bool {
         self.failed_runs > 0
             && !self.is_at_the_beginning()
             && !self.shared.is_poisoned()

@@ -231,7 +231,7 @@ fn drain_batches(disk: &SessionDisk, control: &Control, done: &mut Progress) -> 
         }
         let batch = drain.batch(&control.stop, &|| disk.guests(), &mut |_| ());
         done.add(drain.take_restored());
-        let batch = batch?;
+        let batch = drain.judge(batch, true)?;
         if batch.restored > 0 {
             synced = Instant::now();
         } else if synced.elapsed() > UNSYNCED_MAX {

@@ -91,7 +91,7 @@ pub(crate) struct Shared {
     poisoned: AtomicBool,
     /// The base changed while it was in use.
     base_changed: AtomicBool,
-    /// Its times changed, and it is sealed.
+    /// Whether it was told that its times have changed.
     base_was_touched: AtomicBool,
     /// Where the drain that failed last had come to: the next one goes on behind what it could not restore.
     pub(crate) drain_cursor: AtomicU64,
@@ -99,16 +99,6 @@ pub(crate) struct Shared {
     pub(crate) report: Report,
     /// Bytes that guests wrote through queues that are gone.
     pub(crate) bytes_of_gone_queues: AtomicU64,
-}
-
-/// What the base's identity says of it.
-enum BaseState {
-    /// It is what it was.
-    Same,
-    /// Nothing but its times is, and it is sealed.
-    Touched,
-    /// The same, and nobody knew.
-    JustTouched,
 }
 
 /// Numbers that one queue counts for itself.
@@ -376,25 +366,16 @@ impl Shared {
     }
 
     /// Fails, now and for ever, once the base is not what it was. What is read of a sealed one is proven by its seal, and goes on
-    /// where nothing but its times has changed.
-    pub(crate) fn check_base(&self) -> Result<(), Error> {
-        self.base_state().map(drop)
-    }
-
-    /// The same after something was copied or shared. Whether that is proven: not what was done before anybody knew that the times
-    /// have changed.
-    pub(crate) fn check_base_of_copies(&self) -> Result<bool, Error> {
-        Ok(!matches!(self.base_state()?, BaseState::JustTouched))
-    }
-
-    fn base_state(&self) -> Result<BaseState, Error> {
+    /// where nothing but its times has changed; whether they have. From then on nothing is shared and no hole believed; but what was done
+    /// before that is known is not proven.
+    pub(crate) fn check_base(&self) -> Result<bool, Error> {
         let refused = || {
             let base = self.base.path().display();
             Error::Refused(format!("base image {base} was changed while it was in use"))
         };
         let change = match self.base.check(&self.base_identity) {
             Ok(()) if self.base_changed.load(Ordering::Acquire) => return Err(refused()),
-            Ok(()) => return Ok(BaseState::Same),
+            Ok(()) => return Ok(false),
             Err(base_image::BaseError::Changed { change, .. })
                 if self.base.seal().is_some() && change.leaves_what_is_proven() =>
             {
@@ -412,12 +393,11 @@ impl Shared {
         }
         self.ways().stop_sharing();
         self.base.distrust_holes();
-        if self.base_was_touched.swap(true, Ordering::AcqRel) {
-            return Ok(BaseState::Touched);
+        if !self.base_was_touched.swap(true, Ordering::AcqRel) {
+            let base = self.base.path().display();
+            log::warn!("base image {base}: {change}; what is read of it is still proven by its seal");
         }
-        let base = self.base.path().display();
-        log::warn!("base image {base}: {change}; what is read of it is still proven by its seal");
-        Ok(BaseState::JustTouched)
+        Ok(true)
     }
 
     /// Whether the base may be read for guests.

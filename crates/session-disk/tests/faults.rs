@@ -223,3 +223,51 @@ fn blocks_behind_many_that_fail_are_restored() {
     drain().unwrap();
     bench.assert_restores_exactly(&disk);
 }
+
+/// Invariant 5: what was copied of a sealed base before anybody knew that it was touched is copied again, whoever was the first
+/// to know.
+#[test]
+fn batch_that_began_before_its_base_was_touched_is_copied_again() {
+    use std::os::unix::fs::PermissionsExt;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    const BLOCK: u64 = 2;
+    let dir = tempfile::tempdir().unwrap();
+    let (base, plan) = (dir.path().join("base.raw"), FaultPlan::new());
+    std::fs::write(&base, vec![7; SIZE]).unwrap();
+    let opened = base_image::BaseImage::open(&base, None, base_image::Trust::Directories(&[])).unwrap();
+    base_image::seal(&opened, &AtomicBool::new(false), &mut |_| ()).unwrap();
+    let options = DiskOptions {
+        runtime_dir: Some(dir.path().join("run")),
+        faults: Some(plan.clone()),
+        ..DiskOptions::new(dir.path().join("disk.raw"))
+    };
+    let made = session_disk::ProvisionOptions::new(base.clone(), options.clone());
+    session_disk::provision(&made).unwrap();
+    let disk = session_disk::SessionDisk::open(&options).unwrap();
+    disk.drain(&AtomicBool::new(false), &mut |_| ()).unwrap();
+    disk.begin_session(None).unwrap();
+    let mut queue = disk.queue(8).unwrap();
+    try_write(&disk, &mut queue, BLOCK * 8, &[0x11; 4096]).unwrap();
+    end(&disk, queue);
+
+    let writes = Arc::new(AtomicUsize::new(0));
+    let seen = Arc::clone(&writes);
+    plan.rule(move |op| {
+        let is_it = op.class == OpClass::Write && op.offset == BLOCK * 4096;
+        (is_it && seen.fetch_add(1, Ordering::Relaxed) == 0).then_some(Fault::HoldAfter)
+    });
+    std::thread::scope(|scope| {
+        let drain = scope.spawn(|| disk.drain(&AtomicBool::new(false), &mut |_| ()));
+        while plan.held() == 0 {
+            assert!(!drain.is_finished(), "{:?}", drain.join());
+            std::thread::yield_now();
+        }
+        std::fs::set_permissions(&base, std::fs::Permissions::from_mode(0o640)).unwrap();
+        // The next VM is the first to know.
+        disk.begin_session(None).unwrap();
+        plan.release_all();
+        drain.join().unwrap().unwrap();
+    });
+    assert_eq!((writes.load(Ordering::Relaxed), disk.pending_blocks()), (2, 0));
+}

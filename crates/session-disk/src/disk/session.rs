@@ -47,7 +47,7 @@ impl SessionDisk {
                 reason: reason.clone(),
             });
         }
-        self.shared.check_base()
+        self.shared.check_base().map(drop)
     }
 
     /// [`begin_session`](Self::begin_session) of a session that has noted its token already, or not.

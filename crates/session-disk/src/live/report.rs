@@ -6,17 +6,15 @@
 //!
 //! It tells once, too. Whoever is told leaves a record for all other disks that are on it, as long as the host runs: from then on
 //! nobody can know whether what he asks for was among what was lost. (Not seen: other programs that are told, by `syncfs`; and who
-//! is killed in the moments in which he is told, after another one was killed while he was.)
+//! is killed or stopped while he asks, after another one was killed while he was told.)
 
 use std::fs;
 use std::io::{self, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::channel;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::Duration;
 
 use blockio::{File, in_full};
 use rustix::fs::{FlockOperation, OFlags, major, minor};
@@ -124,27 +122,11 @@ fn ask(disk: &File, record: &Path) -> Result<(), blockio::Error> {
             None
         }
     };
-    // Who is killed while he is told takes that with him: so that is to be short, and all that takes long is done before.
-    write_everything_back();
     disk.sync_file_system().inspect_err(|_| {
         if let Some(Err(error)) = record.as_mut().map(|record| record.write_all(b"1")) {
             log::warn!("other disks are not told that their file system has lost something: {error}");
         }
     })
-}
-
-/// Has the host write back what it has, of all file systems, which tells nobody of a loss. No longer than that may take: one of
-/// them may be a server that is gone.
-fn write_everything_back() {
-    const TIME_MAX: Duration = Duration::from_secs(60);
-    let (told, done) = channel();
-    let write_back = move || {
-        rustix::fs::sync();
-        let _ = told.send(());
-    };
-    if thread::Builder::new().name("write back".into()).spawn(write_back).is_ok() {
-        let _ = done.recv_timeout(TIME_MAX);
-    }
 }
 
 /// Opens and locks the record, and reads whether it says something.
