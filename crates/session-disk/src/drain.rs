@@ -22,7 +22,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use blockio::{AlignedBuf, Buffer, Engine};
+use blockio::{AlignedBuf, Buffer, Engine, in_full};
 use blocks::{BLOCK_SIZE, Extent};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -319,7 +319,11 @@ impl Drain {
         };
         let are_many = self.failed_runs >= FAILED_RUNS_MAX;
         if self.may_go_on() && !(gives_up && are_many) {
-            self.first_error.get_or_insert(error);
+            if self.first_error.is_none() {
+                let disk = self.shared.disk.path().display();
+                log::warn!("{disk}: some blocks can't be restored, the rest is first: {}", in_full(&error));
+                self.first_error = Some(error);
+            }
             return Ok(Batch::default());
         }
         self.shared.drain_cursor.store(self.cursor, Ordering::Relaxed);
@@ -334,6 +338,7 @@ impl Drain {
     /// Whether a batch that failed left something behind what it could not copy, and the next one may do better with that.
     fn may_go_on(&self) -> bool {
         self.failed_runs > 0
+            && self.in_flight_runs == 0
             && !self.is_at_the_beginning()
             && !self.shared.is_poisoned()
             && self.shared.base.trouble().is_none()
