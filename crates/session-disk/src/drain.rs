@@ -205,7 +205,8 @@ impl Drain {
             return Err(self.shared.poisoned_error());
         }
         self.shared.claims.forget_copied();
-        self.probe()?;
+        // Nobody waits for a server any more who is to stop.
+        self.probe().map_err(|error| if stop.load(Ordering::Acquire) { Error::Stopped } else { error })?;
         let mut batch = Batch::default();
         let (first, mut cursor) = (self.cursor, self.cursor);
         let (mut started, mut exhausted) = (0, false);
