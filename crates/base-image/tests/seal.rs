@@ -138,7 +138,6 @@ fn hole_that_was_data_when_sealed_is_not_zeroes() {
     }
 }
 
-/// Raw bases too are compared on the way that queues and drain read them.
 /// Once somebody has touched a base, what was read of it before proves nothing of its holes.
 #[test]
 fn hole_that_was_made_after_its_chunk_was_read_is_proven_anew() {
@@ -159,6 +158,7 @@ fn hole_that_was_made_after_its_chunk_was_read_is_proven_anew() {
     assert_eq!(base.content_at(0, 4096).unwrap(), Content::Data(4096));
 }
 
+/// Raw bases too are compared on the way that queues and drain read them.
 #[test]
 fn engine_of_a_sealed_raw_base_compares_what_it_reads() {
     let lab = Lab::new();

@@ -4,7 +4,11 @@ use std::{io, os::fd::AsRawFd};
 
 use rustix::io::Errno;
 
-use crate::{Error, File, FileKind, coherence::kept, kernel};
+use crate::{
+    Error, File, FileKind,
+    coherence::{BTRFS, kept},
+    kernel,
+};
 
 impl File {
     /// `fdatasync`.
@@ -112,7 +116,6 @@ impl File {
     /// # Errors
     /// If it can't be looked at.
     pub fn device_of_file_system(&self) -> Result<Option<u64>, Error> {
-        const BTRFS: u64 = 0x9123_683e;
         let failed = |errno| self.error("look at", errno);
         let of = rustix::fs::fstatfs(&self.fd).map_err(failed)?;
         let device = rustix::fs::fstat(&self.fd).map_err(failed)?.st_dev;

@@ -383,7 +383,11 @@ impl LogFile for TapedLog {
 }
 
 /// Opens a regular file, and doesn't wait for anybody if it is something else.
-fn open_regular(options: &mut fs::OpenOptions, flags: OFlags, path: &Path) -> io::Result<fs::File> {
+pub(crate) fn open_regular(
+    options: &mut fs::OpenOptions,
+    flags: OFlags,
+    path: &Path,
+) -> io::Result<fs::File> {
     let file = options.custom_flags((flags | OFlags::NONBLOCK | OFlags::NOCTTY).bits() as i32).open(path)?;
     if !file.metadata()?.is_file() {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));

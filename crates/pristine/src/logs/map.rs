@@ -79,11 +79,11 @@ fn put(path: &Path, bytes: &[u8]) -> io::Result<bool> {
             check_picture(&fs::File::open(path)?)?;
             replace(path, bytes).map(|()| true)
         }
-        _ => write_into(path, bytes),
+        _ => write_into(path, bytes).map(|()| false),
     }
 }
 
-fn write_into(path: &Path, bytes: &[u8]) -> io::Result<bool> {
+fn write_into(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let kind = fs::metadata(path)?.file_type();
     if kind.is_dir() || kind.is_block_device() {
         return Err(no_picture());
@@ -94,8 +94,7 @@ fn write_into(path: &Path, bytes: &[u8]) -> io::Result<bool> {
         file.set_len(0)?;
         file.rewind()?;
     }
-    file.write_all(bytes)?;
-    Ok(false)
+    file.write_all(bytes)
 }
 
 /// Fails unless the file is empty or begins as a picture does.

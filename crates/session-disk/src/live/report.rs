@@ -12,8 +12,8 @@ use std::fs;
 use std::io::{self, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::Ordering;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
 
 use blockio::{File, in_full};
@@ -22,6 +22,7 @@ use rustix::fs::{FlockOperation, OFlags, major, minor};
 use super::{LivePage, WORD_ASKING};
 use crate::process::ProcessId;
 use crate::shared::Shared;
+use crate::storage::open_regular;
 
 /// Syncs the disk by `sync` for one who does not serve it. Of a failure the live page, if there is one, tells from then on.
 pub(crate) fn heed_sync(
@@ -133,10 +134,7 @@ fn ask(disk: &File, record: &Path) -> Result<(), blockio::Error> {
 fn open_record(path: &Path) -> io::Result<(fs::File, bool)> {
     let mut options = fs::OpenOptions::new();
     options.read(true).append(true).create(true).mode(0o600);
-    let mut file = options.custom_flags((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits() as i32).open(path)?;
-    if !file.metadata()?.is_file() {
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
-    }
+    let mut file = open_regular(&mut options, OFlags::NOFOLLOW, path)?;
     rustix::io::retry_on_intr(|| rustix::fs::flock(&file, FlockOperation::LockExclusive))?;
     let says = Read::by_ref(&mut file).read(&mut [0])? > 0;
     Ok((file, says))
@@ -145,55 +143,53 @@ fn open_record(path: &Path) -> io::Result<(fs::File, bool)> {
 /// Whether it is known what somebody was told who was killed.
 #[derive(Debug, Default)]
 pub(crate) struct Report {
-    is_unknown: Mutex<bool>,
+    is_unknown: AtomicBool,
+    /// Held by who changes that.
+    changing: Mutex<()>,
     known: Condvar,
 }
 
 impl Report {
-    fn is_unknown(&self) -> MutexGuard<'_, bool> {
-        self.is_unknown.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
+    #[inline]
     pub(crate) fn is_known(&self) -> bool {
-        !*self.is_unknown()
+        !self.is_unknown.load(Ordering::Acquire)
     }
 
     /// Waits until it is: then the disk is poisoned, or nothing was lost.
+    #[inline]
     pub(crate) fn wait(&self) {
-        let unknown = self.is_unknown();
-        drop(self.known.wait_while(unknown, |unknown| *unknown).unwrap_or_else(PoisonError::into_inner));
+        if !self.is_known() {
+            self.wait_long();
+        }
+    }
+
+    #[cold]
+    fn wait_long(&self) {
+        let changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        drop(self.known.wait_while(changing, |()| !self.is_known()).unwrap_or_else(PoisonError::into_inner));
     }
 
     /// Learns it, in a thread of its own: that takes as long as it takes to write back all that the host has for the file system.
     /// The live page [says](LivePage::ask_alone) that this goes on.
     pub(crate) fn learn(shared: &Arc<Shared>) {
-        *shared.report.is_unknown() = true;
-        let learner = Learner(Arc::clone(shared));
-        if shared.storage.has_tape() {
-            return drop(learner);
-        }
-        let spawned = thread::Builder::new().name("report".into()).spawn(move || drop(learner));
-        if let Err(error) = spawned {
-            // It was dropped, and so has done it here.
-            log::debug!("no thread asks the file system: {error}");
+        shared.report.is_unknown.store(true, Ordering::Release);
+        let of_thread = Arc::clone(shared);
+        let spawn = || thread::Builder::new().name("report".into()).spawn(move || learn_now(&of_thread));
+        if shared.storage.has_tape() || spawn().is_err() {
+            learn_now(shared);
         }
     }
 }
 
-/// Learns when it is dropped, so that nobody waits for one who never began.
-struct Learner(Arc<Shared>);
-
-impl Drop for Learner {
-    fn drop(&mut self) {
-        let Self(shared) = self;
-        if let Err(error) = shared.live.learn(&shared.disk) {
-            log::error!("{}", in_full(&error));
-            shared.poison();
-        }
-        shared.live.end_asking();
-        *shared.report.is_unknown() = false;
-        shared.report.known.notify_all();
+fn learn_now(shared: &Shared) {
+    if let Err(error) = shared.live.learn(&shared.disk) {
+        log::error!("{}", in_full(&error));
+        shared.poison();
     }
+    shared.live.end_asking();
+    let _changing = shared.report.changing.lock().unwrap_or_else(PoisonError::into_inner);
+    shared.report.is_unknown.store(false, Ordering::Release);
+    shared.report.known.notify_all();
 }
 
 #[cfg(test)]

@@ -2,12 +2,25 @@
 
 use super::*;
 
+/// A server with a session, and its owner, which lives and is not connected.
+fn with_owner_away() -> (Running, Child) {
+    let server = Running::new(|_| {});
+    let child = server.child("leave");
+    server.wait_for("left, open: true");
+    (server, child)
+}
+
+/// A frontend that has waited the grace, and has started no ring.
+fn negotiated(server: &Running) -> Driver {
+    let mut driver = Driver::connect(&server.path, 1);
+    driver.negotiate(|offered| offered).unwrap();
+    driver
+}
+
 /// Invariant 2, at the boundary.
 #[test]
 fn stranger_waits_the_grace_and_gets_a_session_of_its_own() {
-    let server = Running::new(|_| {});
-    let mut child = server.child("leave");
-    server.wait_for("left, open: true");
+    let (server, mut child) = with_owner_away();
     let start = Instant::now();
     let mut driver = Driver::start(&server.path, 1);
     assert!(start.elapsed() >= GRACE);
@@ -20,25 +33,19 @@ fn stranger_waits_the_grace_and_gets_a_session_of_its_own() {
 /// Invariant 3: the session of a VM that is away for a while is not ended for one that gets none.
 #[test]
 fn stranger_that_starts_nothing_or_may_not_leaves_the_session_open() {
-    let server = Running::new(|_| {});
-    let mut child = server.child("leave");
-    server.wait_for("left, open: true");
+    let (server, mut child) = with_owner_away();
     // Its handshake is served, and no ring is started.
-    let mut driver = Driver::connect(&server.path, 1);
-    driver.negotiate(|offered| offered).unwrap();
-    drop(driver);
+    drop(negotiated(&server));
     server.wait_for_count("left, open: true", 2);
     // It belongs to another session.
-    let mut driver = Driver::connect(&server.path, 1);
-    driver.negotiate(|offered| offered).unwrap();
+    let mut driver = negotiated(&server);
     driver.offer(0, &[(DATA_AT, 16, false)]);
     assert!(driver.start_queues().is_err());
     server.wait_for("refused: its rings are not fresh");
     server.wait_for_count("left, open: true", 3);
     // It would get none.
     server.disk.refuse_sessions();
-    let mut driver = Driver::connect(&server.path, 1);
-    driver.negotiate(|offered| offered).unwrap();
+    let mut driver = negotiated(&server);
     assert!(driver.start_queues().is_err());
     server.wait_for("refused: no session can begin: the log has no room");
     server.wait_for_count("left, open: true", 4);
@@ -68,11 +75,8 @@ fn owner_that_comes_back_while_a_stranger_is_served_goes_on() {
 
 #[test]
 fn stranger_that_is_served_when_the_operator_ends_the_session_stays() {
-    let server = Running::new(|_| {});
-    let mut child = server.child("leave");
-    server.wait_for("left, open: true");
-    let mut driver = Driver::connect(&server.path, 1);
-    driver.negotiate(|offered| offered).unwrap();
+    let (server, mut child) = with_owner_away();
+    let mut driver = negotiated(&server);
     server.stop.end_session(1);
     server.wait_for("end 1 Operator");
     driver.start_queues().unwrap();
@@ -85,11 +89,8 @@ fn stranger_that_is_served_when_the_operator_ends_the_session_stays() {
 /// One that is served when the VM ends for which it waited has the disk.
 #[test]
 fn stranger_that_is_served_when_the_owner_exits_gets_the_next_session() {
-    let server = Running::new(|_| {});
-    let mut child = server.child("leave");
-    server.wait_for("left, open: true");
-    let mut driver = Driver::connect(&server.path, 1);
-    driver.negotiate(|offered| offered).unwrap();
+    let (server, mut child) = with_owner_away();
+    let mut driver = negotiated(&server);
     child.kill().unwrap();
     child.wait().unwrap();
     server.wait_for("end 1 OwnerExited");
@@ -101,9 +102,7 @@ fn stranger_that_is_served_when_the_owner_exits_gets_the_next_session() {
 
 #[test]
 fn stranger_that_does_not_wait_leaves_the_session_open() {
-    let server = Running::new(|_| {});
-    let mut child = server.child("leave");
-    server.wait_for("left, open: true");
+    let (server, mut child) = with_owner_away();
     drop(UnixStream::connect(&server.path).unwrap());
     std::thread::sleep(GRACE * 2);
     assert_eq!(server.events.all(), ["start 1", "left, open: true"]);
