@@ -1,6 +1,6 @@
 //! A real Linux guest in QEMU, with one vhost-user disk, that runs a shell script and powers off.
 
-use std::io::{ErrorKind, Read, Write};
+use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
@@ -15,15 +15,12 @@ use crate::process::{Process, threads_of_children};
 use crate::program::{scratch_dir, scratch_root};
 
 /// A booted guest. What its script prints on lines that begin with `GUEST ` can be waited for.
-///
-/// The emulator is TCG, with one thread for all processors: with more, QEMU before 8.1 may translate code that another processor
-/// is just patching, as Linux does while it boots, and rarely a guest hangs there. `PRISTINE_TEST_ACCEL=tcg` has a thread for
-/// each, as `ci/hunt` wants them; `kvm` is another one.
 #[derive(Debug)]
 pub struct Guest {
     qemu: Process,
     _dir: Option<TempDir>,
-    monitor: Option<TempDir>,
+    /// Its monitor's socket is in there.
+    monitor: TempDir,
     queues: u32,
 }
 
@@ -47,6 +44,13 @@ mount -t ext4 -o ro /dev/vda /mnt
 mount --move /dev /mnt/dev
 exec switch_root /mnt /sbin/init
 ";
+
+/// What runs the processors of an emulated machine: TCG, with one thread for all of them. With more, QEMU before 8.1 may
+/// translate code that another processor is just patching, as Linux does while it boots, and rarely a guest hangs there, before
+/// its first word. `PRISTINE_TEST_ACCEL=tcg` has a thread for each, as `ci/hunt` wants them; `kvm` is another one.
+pub(crate) fn accelerator() -> String {
+    std::env::var("PRISTINE_TEST_ACCEL").unwrap_or_else(|_| "tcg,thread=single".into())
+}
 
 /// How a guest is to be built.
 #[derive(Clone, Copy, Debug)]
@@ -100,12 +104,11 @@ impl Guest {
         archive.write(&initrd).unwrap();
         let reconnect = if options.reconnects { ",reconnect=1" } else { "" };
         let machine = if options.split { "pc,max-ram-below-4g=128M" } else { "pc" };
-        let accel = std::env::var("PRISTINE_TEST_ACCEL").unwrap_or_else(|_| "tcg,thread=single".into());
         let mut qemu = Command::new("qemu-system-x86_64");
         qemu.args(["-nodefaults", "-display", "none", "-serial", "stdio", "-m", "256"])
             // Linux uses no more queues than it has processors.
             .args(["-smp", &options.queues.max(2).to_string()])
-            .args(["-machine", machine, "-accel", &accel, "-cpu", "max"])
+            .args(["-machine", machine, "-accel", &accelerator(), "-cpu", "max"])
             .args(["-object", "memory-backend-memfd,id=mem,size=256M,share=on", "-numa", "node,memdev=mem"])
             .args([
                 "-append",
@@ -123,19 +126,16 @@ impl Guest {
         if options.stays {
             qemu.arg("-no-shutdown");
         }
-        let monitor = tempfile::Builder::new().prefix("pm").tempdir().unwrap();
-        qemu.arg("-monitor").arg(format!("unix:{}/m,server=on,wait=off", monitor.path().display()));
-        Self {
-            qemu: Process::spawn("guest", &qemu),
-            _dir: Some(dir),
-            monitor: Some(monitor),
-            queues: options.queues,
-        }
+        let mut guest = Self::start("guest", qemu);
+        (guest._dir, guest.queues) = (Some(dir), options.queues);
+        guest
     }
 
-    /// A guest that was booted by other means, but with the prepared initramfs.
-    pub(crate) fn of(qemu: Process) -> Self {
-        Self { qemu, _dir: None, monitor: None, queues: 0 }
+    /// Starts QEMU, with a monitor that can be asked. `name` is for messages.
+    pub(crate) fn start(name: &str, mut qemu: Command) -> Self {
+        let monitor = tempfile::Builder::new().prefix("pm").tempdir().unwrap();
+        qemu.arg("-monitor").arg(format!("unix:{}/m,server=on,wait=off", monitor.path().display()));
+        Self { qemu: Process::spawn(name, &qemu), _dir: None, monitor, queues: 0 }
     }
 
     /// The next thing that the guest says, whatever it is, if it says something within `limit`; `Err`
@@ -187,8 +187,7 @@ impl Guest {
     }
 
     fn try_monitor(&self, command: &str, limit: Duration) -> std::io::Result<String> {
-        let dir = self.monitor.as_ref().ok_or(ErrorKind::NotConnected)?;
-        let mut monitor = UnixStream::connect(dir.path().join("m"))?;
+        let mut monitor = UnixStream::connect(self.monitor.path().join("m"))?;
         monitor.set_read_timeout(Some(limit))?;
         // A prompt before, and one after.
         read_to_prompt(&mut monitor)?;

@@ -11,9 +11,8 @@ use std::process::Command;
 
 use tempfile::TempDir;
 
-use crate::guest::Guest;
+use crate::guest::{Guest, accelerator};
 use crate::initramfs::{Archive, guest_dir};
-use crate::process::Process;
 use crate::program::{run, scratch_dir, scratch_root};
 
 /// What a machine has and does.
@@ -93,9 +92,12 @@ impl Machine {
         // String instructions are emulated step by step: without these two features Linux uses the kind
         // that moves 8 bytes a step.
         qemu.args(["-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot"])
-            .args(["-machine", "pc", "-accel", "tcg", "-cpu", "max,-erms,-fsrm"])
+            .args(["-machine", "pc", "-accel", &accelerator(), "-cpu", "max,-erms,-fsrm"])
             .args(["-m", &self.plan.memory_mib.to_string(), "-smp", &self.plan.cpus.to_string()])
-            .args(["-append", "console=ttyS0 quiet panic=-1 no_timer_check cryptomgr.notests"])
+            .args([
+                "-append",
+                "console=ttyS0 quiet panic=-1 no_timer_check cryptomgr.notests unknown_nmi_panic",
+            ])
             .arg("-kernel")
             .arg(guest_dir().join("vmlinuz"))
             .arg("-initrd")
@@ -118,7 +120,7 @@ impl Machine {
             qemu.args(["-device", &device]);
         }
         qemu.args(&self.plan.qemu_args);
-        Guest::of(Process::spawn("machine", &qemu))
+        Guest::start("machine", qemu)
     }
 }
 
