@@ -8,16 +8,18 @@
 //! With `--control` the server of the columns "no log" logs as well: what the ratios differ from 1.000 then
 //! is the noise of the machine and the bias of the measurement, if there is one.
 //!
-//! In every round, at every depth, both servers have a session on the same disk, which is restored,
-//! synced and in the page cache; they take turns in being the first. Each session writes once to half of
-//! the blocks, scattered, which are first touches, and then to the same blocks in other orders, which is
-//! the steady state. Prints medians, and the medians of the rounds' ratios, as Markdown tables. See
+//! In every round, at every depth, two equal disks, which are restored, synced and in the page cache, have a session each, one
+//! with a log and one without, and then the other way round: two disks differ by several percent, depending on where the host
+//! has put their pages. Each session writes once to half of the blocks, scattered, which are first touches, and then over and over
+//! to the same blocks in other orders, which is the steady state. Pass by pass, or part by part, the two take turns, so that what the
+//! machine does to one it does to the other. Prints medians, and medians of ratios, as Markdown tables. See
 //! README.md.
 
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::Duration;
 
 use pristine_tests::PATIENCE;
 use pristine_tests::bench::machine::{Place, kind_of, settle};
@@ -31,7 +33,17 @@ use session_disk::{DiskOptions, ProcessId, ProvisionOptions, SessionDisk, Sessio
 use vhost_blk::{DeviceConfig, EndReason, Observer, Server, ServerConfig, Socket, SocketPermissions};
 
 /// Blocks of a pass at depth 1, at most: it is slow.
-const BLOCKS_AT_DEPTH_1_MAX: u64 = 32768;
+const BLOCKS_AT_DEPTH_1_MAX: u64 = 8192;
+
+/// Parts of a pass at depth 1, each of them a turn: whether a client falls asleep is chance, for some milliseconds.
+const PARTS_AT_DEPTH_1: usize = 8;
+
+/// How often each block is written to after its first touch. How a guest is best woken is tried while the first of these are done.
+const STEADY_PASSES: usize = 24;
+
+/// Time between two turns. A worker looks for more work for 50 us, which is to be over when the other one begins: to find that somebody
+/// else wants its processor it would take for a reason not to look any more.
+const PAUSE: Duration = Duration::from_millis(1);
 
 /// Rates of one session's first touches and of its other writes, in requests a second.
 #[derive(Clone, Copy)]
@@ -99,42 +111,80 @@ fn medians(rounds: usize, answer: impl Fn(usize) -> String) -> [f64; 3] {
 
 /// Prints a row for each depth; returns the rows of single writes.
 fn compare_in(dir: &Path, options: &Options, depths: &[usize], control: bool) -> [String; 2] {
-    let lab = Lab::in_dir(dir);
-    images::dense(&lab.base(), options.size, 1);
-    let disk = Subject::new(&lab);
+    let labs = [Lab::in_dir(dir), Lab::in_dir(dir)];
+    let disks = labs.each_ref().map(|lab| {
+        images::dense(&lab.base(), options.size, 1);
+        Subject::new(lab)
+    });
     let all = options.size / images::BLOCK / 2;
     for &depth in depths {
-        let count = if depth == 1 { all.min(BLOCKS_AT_DEPTH_1_MAX) } else { all };
-        let mut rounds = Vec::new();
+        let (count, parts) =
+            if depth == 1 { (all.min(BLOCKS_AT_DEPTH_1_MAX), PARTS_AT_DEPTH_1) } else { (all, 1) };
+        // Of each disk, while it is the one that logs.
+        let mut pairs: [Vec<Pair>; 2] = Default::default();
         for round in 0..options.rounds {
-            let rates = |log| disk.rates(log || control, &format!("passes {depth} {count} {round}"));
-            let first = rates(round % 2 == 0);
-            let second = rates(round % 2 != 0);
-            rounds.push(if round % 2 == 0 { (first, second) } else { (second, first) });
+            for (logs, pairs) in pairs.iter_mut().enumerate() {
+                let command = format!("turns {depth} {count} {round} {parts}");
+                let [with, without] =
+                    [(logs, true), (1 - logs, control)].map(|(disk, log)| disks[disk].session(log, &command));
+                pairs.push(alternate(with, without, parts, round + logs));
+            }
         }
-        let column = |of: &dyn Fn(&(Rates, Rates)) -> f64| median(rounds.iter().map(of));
+        let rate = |of: fn(&Pair) -> f64| median(pairs.iter().flatten().map(of)) / 1e3;
+        // What a disk's place in memory does for it, it does with the log in one half of the sessions, and without in the other.
+        let ratio = |of: fn(&Rates) -> f64| {
+            let ratio = |pair: &Pair| of(&pair.with) / of(&pair.without);
+            let [one, other] = pairs.each_ref().map(|pairs| median(pairs.iter().map(ratio)));
+            (one * other).sqrt()
+        };
         println!(
             "| {} | {depth} | {:.1} | {:.1} | {:.3} | {:.1} | {:.1} | {:.3} |",
             kind_of(dir),
-            column(&|(with, _)| with.first) / 1e3,
-            column(&|(_, without)| without.first) / 1e3,
-            column(&|(with, without)| with.first / without.first),
-            column(&|(with, _)| with.steady) / 1e3,
-            column(&|(_, without)| without.steady) / 1e3,
-            column(&|(with, without)| with.steady / without.steady),
+            rate(|pair| pair.with.first),
+            rate(|pair| pair.without.first),
+            ratio(|rates| rates.first),
+            rate(|pair| pair.with.steady),
+            rate(|pair| pair.without.steady),
+            ratio(|rates| rates.steady),
         );
     }
     let single = |log| {
         let [region, block, steady] =
-            medians(options.rounds, |round| disk.ask(log, &format!("touches {round}")));
+            medians(options.rounds, |round| disks[0].ask(log, &format!("touches {round}")));
         let name = if log { "log" } else { "no log" };
         format!("| {} | {name} | {region:.1} | {block:.1} | {steady:.1} |", kind_of(dir))
     };
     [single(true), single(false)]
 }
 
-/// A disk that is served with or without a log. One disk for both: two that are equal differ by several
-/// percent, depending on where the host has put their pages.
+/// Two sessions side by side, one with a log, that wrote in turn.
+struct Pair {
+    with: Rates,
+    without: Rates,
+}
+
+/// Lets two sessions write in turn, a pass in so many parts, and ends them. `odd` says who begins.
+fn alternate(with: Session, without: Session, parts: usize, odd: usize) -> Pair {
+    let mut sessions = [with, without];
+    let mut rates = [(); 2].map(|()| Vec::new());
+    for part in 0..(1 + STEADY_PASSES) * parts {
+        for turn in 0..2 {
+            let whose = (part + odd + turn) % 2;
+            std::thread::sleep(PAUSE);
+            rates[whose].push(sessions[whose].turn());
+        }
+    }
+    sessions.into_iter().for_each(Session::end);
+    // Of all of them together.
+    let mean = |rates: &[f64]| rates.len() as f64 / rates.iter().map(|rate| rate.recip()).sum::<f64>();
+    let [with, without] = rates.map(|rates| {
+        let (first, steady) = rates.split_at(parts);
+        Rates { first: mean(first), steady: mean(steady) }
+    });
+    Pair { with, without }
+}
+
+/// A disk that is served with or without a log.
 struct Subject<'a> {
     lab: &'a Lab,
 }
@@ -148,14 +198,8 @@ impl<'a> Subject<'a> {
         Self { lab }
     }
 
-    fn rates(&self, log: bool, command: &str) -> Rates {
-        let answer = self.ask(log, command);
-        let (first, steady) = answer.split_once(' ').unwrap();
-        Rates { first: first.parse().unwrap(), steady: steady.parse().unwrap() }
-    }
-
-    /// The answer of a client with a session of its own.
-    fn ask(&self, log: bool, command: &str) -> String {
+    /// A client with a session of its own, and what it answers to its first command.
+    fn begin(&self, log: bool, command: &str) -> (Session, String) {
         let lab = self.lab;
         let mut serve = Command::new(std::env::current_exe().unwrap());
         serve.arg("serve").arg(lab.disk()).arg(lab.runtime()).arg(lab.socket());
@@ -166,9 +210,36 @@ impl<'a> Subject<'a> {
         settle(&lab.disk());
         let mut client = Remote::start_with(Place::Client.launcher(), &lab.socket());
         let answer = client.ask(command);
-        server.kill();
-        client.kill();
+        (Session { server, client }, answer)
+    }
+
+    fn session(&self, log: bool, command: &str) -> Session {
+        self.begin(log, command).0
+    }
+
+    /// The answer of a client whose session ends with it.
+    fn ask(&self, log: bool, command: &str) -> String {
+        let (session, answer) = self.begin(log, command);
+        session.end();
         answer
+    }
+}
+
+/// A session, and the server that it alone is served by.
+struct Session {
+    server: Process,
+    client: Remote,
+}
+
+impl Session {
+    /// Writes the next part; returns how many a second.
+    fn turn(&mut self) -> f64 {
+        self.client.ask("turn").parse().unwrap()
+    }
+
+    fn end(mut self) {
+        self.server.kill();
+        self.client.kill();
     }
 }
 

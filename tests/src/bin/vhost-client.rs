@@ -3,6 +3,7 @@
 //!
 //! ```text
 //! connect [QUEUES]             ok CAPACITY
+//! disconnect                   ok
 //! property NAME                ok VALUE
 //! write OFFSET LEN SEED        ok
 //! read OFFSET LEN              ok SHA-256
@@ -22,6 +23,8 @@
 //! limit FILE LOOP CACHE PATTERN DEPTH SECONDS     ok SCORE   of the file itself; LOOP: sync, io_uring, map; CACHE: buffered, direct
 //! limit-first FILE LOOP CACHE DEPTH COUNT SEED    ok SCORE   of writes into COUNT blocks of it, each once
 //! passes DEPTH COUNT SEED      ok FIRST STEADY    writes a second into COUNT blocks, and then into the same
+//! turns DEPTH COUNT SEED PARTS ok                 then, at each `turn`:
+//! turn                         ok RATE            writes a second into the next of PARTS parts of the blocks, over and over
 //! first DEPTH COUNT SEED       ok RATE            the first of these alone
 //! warm                         ok                 reads all of the disk, in order
 //! beside SEED                  ok SESSION REGION WRITE                    microseconds of reads beside first writes, and of these
@@ -35,8 +38,8 @@ use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::Duration;
 
 use pristine_tests::client::{
-    Client, Done, Endure, Limit, Load, Loop, Pattern, Plan, Request, Shape, run_beside, run_first, run_load,
-    run_model, run_passes, run_touches, run_warm,
+    Client, Done, Endure, Limit, Load, Loop, Pattern, Plan, Request, Shape, Turns, run_beside, run_first,
+    run_load, run_model, run_passes, run_touches, run_warm,
 };
 use pristine_tests::random::{Random, contents, scattered};
 use sha2::{Digest, Sha256};
@@ -47,12 +50,13 @@ const DEPTH: usize = 32;
 struct Session {
     socket: PathBuf,
     client: Option<Client>,
+    turns: Option<Turns>,
     loaded: Vec<u8>,
 }
 
 fn main() {
-    let mut session =
-        Session { socket: std::env::args_os().nth(1).unwrap().into(), client: None, loaded: Vec::new() };
+    let socket = std::env::args_os().nth(1).unwrap().into();
+    let mut session = Session { socket, client: None, turns: None, loaded: Vec::new() };
     let (sender, lines) = std::sync::mpsc::channel();
     std::thread::spawn(move || {
         for line in std::io::stdin().lock().lines() {
@@ -118,6 +122,10 @@ impl Session {
                 self.client = Some(client);
                 Ok(capacity.to_string())
             }
+            ("disconnect", []) => {
+                self.client = None;
+                Ok(String::new())
+            }
             ("property", [name]) => Ok(self.client()?.property(name).to_string()),
             ("write", [offset, len, seed]) => {
                 let offset = number(offset)?;
@@ -181,6 +189,15 @@ impl Session {
                 let depth = number(depth)? as usize;
                 let [first, second] = run_passes(&self.socket, depth, number(count)?, number(seed)?)?;
                 Ok(format!("{first:.0} {second:.0}"))
+            }
+            ("turns", [depth, count, seed, parts]) => {
+                let (depth, parts) = (number(depth)? as usize, number(parts)? as usize);
+                self.turns = Some(Turns::start(&self.socket, depth, number(count)?, number(seed)?, parts)?);
+                Ok(String::new())
+            }
+            ("turn", []) => {
+                let turns = self.turns.as_mut().ok_or("whose turns?")?;
+                turns.turn().map(|rate| format!("{rate:.0}"))
             }
             ("first", [depth, count, seed]) => {
                 run_first(&self.socket, number(depth)? as usize, number(count)?, number(seed)?)

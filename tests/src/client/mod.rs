@@ -19,5 +19,5 @@ pub use endure::{Endure, Endured};
 pub use limit::{Limit, Loop};
 pub use load::{Load, Pattern, Score, run_load};
 pub use model::{Plan, Summary, run as run_model};
-pub use passes::{Beside, Touches, run_beside, run_first, run_passes, run_touches, run_warm};
+pub use passes::{Beside, Touches, Turns, run_beside, run_first, run_passes, run_touches, run_warm};
 pub use requests::{Client, Done, Request, Shape};

@@ -14,9 +14,6 @@ const REGION: u64 = 64 << 20;
 /// Blocks of a region whose first touch and next write are timed.
 const SAMPLES_PER_REGION: u64 = 16;
 
-/// How often each block is written to after its first touch.
-const STEADY_PASSES: u64 = 3;
-
 /// A client on one queue with `depth` buffers.
 fn connected(socket: &Path, depth: usize) -> Result<Client, String> {
     let mut client =
@@ -27,28 +24,58 @@ fn connected(socket: &Path, depth: usize) -> Result<Client, String> {
 
 /// Writes to `count` scattered blocks, each once, `depth` at a time. Returns how many a second.
 pub fn run_first(socket: &Path, depth: usize, count: u64, seed: u64) -> Result<f64, String> {
-    let mut client = connected(socket, depth)?;
-    let blocks = scattered(seed, count, client.capacity() / LEN as u64);
-    pass(&mut lane_of(&mut client, depth)?, &blocks)
+    Turns::start(socket, depth, count, seed, 1)?.turn()
 }
+
+/// Writes to scattered blocks, each once, and then to all of them again in other orders, over and over: a part each time that
+/// it is told to, so that two clients can take turns.
+pub struct Turns {
+    client: Client,
+    depth: usize,
+    random: Random,
+    blocks: Vec<u64>,
+    /// Blocks of a turn, and those of this pass that were written to.
+    part: usize,
+    written: usize,
+}
+
+impl Turns {
+    /// A session on one queue, that writes to `count` blocks, `depth` at a time, in `parts` turns.
+    pub fn start(socket: &Path, depth: usize, count: u64, seed: u64, parts: usize) -> Result<Self, String> {
+        let client = connected(socket, depth)?;
+        let blocks = scattered(seed, count, client.capacity() / LEN as u64);
+        let part = blocks.len().div_ceil(parts.max(1));
+        Ok(Self { client, depth, random: Random::new(seed + 1), blocks, part, written: 0 })
+    }
+
+    /// Writes to the next part. Returns how many a second.
+    pub fn turn(&mut self) -> Result<f64, String> {
+        if self.written == self.blocks.len() {
+            self.written = 0;
+            for last in (1..self.blocks.len()).rev() {
+                self.blocks.swap(last, self.random.below(last as u64 + 1) as usize);
+            }
+        }
+        let begin = self.written;
+        self.written = self.blocks.len().min(begin + self.part);
+        pass(&mut lane_of(&mut self.client, self.depth)?, &self.blocks[begin..self.written])
+    }
+}
+
+/// How often each block is written to after its first touch.
+const STEADY_PASSES: u32 = 3;
 
 /// Writes to `count` scattered blocks, each once, `depth` at a time, and then to all of them again
 /// `STEADY_PASSES` times in other orders. Returns how many a second were the first time and then, in
 /// one session.
 pub fn run_passes(socket: &Path, depth: usize, count: u64, seed: u64) -> Result<[f64; 2], String> {
-    let mut client = connected(socket, depth)?;
-    let mut blocks = scattered(seed, count, client.capacity() / LEN as u64);
-    let mut lane = lane_of(&mut client, depth)?;
-    let first = pass(&mut lane, &blocks)?;
-    let mut random = Random::new(seed + 1);
+    let mut turns = Turns::start(socket, depth, count, seed, 1)?;
+    let first = turns.turn()?;
     let mut seconds = 0.0;
     for _ in 0..STEADY_PASSES {
-        for last in (1..blocks.len()).rev() {
-            blocks.swap(last, random.below(last as u64 + 1) as usize);
-        }
-        seconds += count as f64 / pass(&mut lane, &blocks)?;
+        seconds += turns.turn()?.recip();
     }
-    Ok([first, (STEADY_PASSES * count) as f64 / seconds])
+    Ok([first, f64::from(STEADY_PASSES) / seconds])
 }
 
 fn lane_of(client: &mut Client, depth: usize) -> Result<Lane<'_>, String> {
