@@ -4,12 +4,15 @@
 use std::io::{ErrorKind, Read};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use pristine_tests::PATIENCE;
 use pristine_tests::images;
-use pristine_tests::lab::Lab;
+use pristine_tests::lab::{Lab, Server};
 use pristine_tests::program::run;
-use rustix::process::Signal;
+use pristine_tests::remote::Remote;
+use rustix::process::{Pid, PidfdFlags, Signal, getpid, kill_process, pidfd_open};
 
 /// Waits for the end of `connection` and connects again. Panics if that connection breaks as well.
 fn connect_again(mut connection: UnixStream, socket: &Path) {
@@ -85,4 +88,45 @@ fn frontend_of_a_server_that_cannot_start_finds_nobody() {
         let attempts = attempts.join().unwrap().expect("somebody was there");
         assert!(attempts > 100, "only {attempts} attempts: the test proves nothing");
     });
+}
+
+/// Invariant 3: a VM that the server has no number for, as from one container to another, hangs up and connects again, as
+/// Cloud Hypervisor does when its guest reboots. It is the owner still, and at its process's end the session ends at once.
+#[test]
+fn frontend_in_another_pid_namespace_comes_back_to_its_session() {
+    let inside = ["--pid", "--fork", "--kill-child", "--mount-proc"];
+    // The file system of pidfds (Linux 6.9).
+    let kind = rustix::fs::fstatfs(pidfd_open(getpid(), PidfdFlags::empty()).unwrap()).unwrap().f_type;
+    if kind != 0x5049_4446 || run(Command::new("unshare").args(inside).arg("true")).code != Some(0) {
+        return eprintln!("not tested: no pid namespaces here, or no inodes of processes");
+    }
+    let lab = Lab::new();
+    images::dense(&lab.base(), 1 << 20, 7);
+    lab.provision(&[]);
+    let serve = lab.pristine("serve", &["--reconnect-grace", "0"]);
+    let mut command = Command::new("unshare");
+    command.args(inside).arg(serve.get_program()).args(serve.get_args());
+    command.arg("--socket-path").arg(lab.socket());
+    let mut server = Server::start(&command);
+    let mut client = Remote::connected(&lab.socket(), 1);
+    client.ask("write 4096 4096 5");
+    let written = client.ask("read 4096 4096");
+    for _ in 0..3 {
+        client.ask("disconnect");
+        client.ask("connect 1");
+        assert_eq!(client.ask("read 4096 4096"), written);
+    }
+    client.ask("disconnect");
+    client.kill();
+    let ended = server.0.wait_line("the session's end", PATIENCE, |line| line.contains("ended after"));
+    assert!(ended.contains("process is gone"), "{ended}");
+    server.0.wait_line("the restored disk", PATIENCE, |line| line.contains("pristine"));
+    let output = server.0.output();
+    assert_eq!(output.matches(" started").count(), 1, "{output}");
+    let children = format!("/proc/{0}/task/{0}/children", server.0.pid());
+    let inner = std::fs::read_to_string(children).unwrap();
+    kill_process(Pid::from_raw(inner.trim().parse().unwrap()).unwrap(), Signal::TERM).unwrap();
+    // Ends with it, and as it does.
+    assert!(server.0.wait(PATIENCE).success());
+    lab.assert_pristine();
 }

@@ -9,10 +9,10 @@
 //! - A stranger that connects meanwhile is held, its handshake unanswered. When it has waited the
 //!   grace, it is served as a candidate: the session ends with the first ring that it starts, if that is fresh, and a new one
 //!   begins. Until then the session is its owner's, who may come back.
-//! - If the owner's process can't be watched (it is in another pid namespace), the session ends
+//! - If the owner's process can't be watched (it is in another pid namespace, and Linux older than 6.9), the session ends
 //!   when the grace has passed after the end of the connection. Nobody can prove to be the owner.
 //! - After a restart of the server the session is open still, and its owner is awaited. An owner in
-//!   another pid namespace proves itself with the token in its in-flight table.
+//!   another pid namespace, of which the server before could leave no record, proves itself with the token in its in-flight table.
 //! - A frontend that connects while another one is connected is turned away.
 //! - A frontend without a session whose rings are not fresh is a guest that was restored, or one
 //!   whose session is over: refused, for it would see other contents under its file system. If its first ring was, and
@@ -22,11 +22,20 @@ use std::time::{Duration, Instant};
 
 use session_disk::ProcessId;
 
+/// By what a process is recognised when it connects again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ProcessKey {
+    /// By its number and start time, which a later server knows too.
+    Id(ProcessId),
+    /// By its inode in `pidfs`, for it can't be seen in `/proc`. No other process has the same one until the host boots again.
+    Inode(u64),
+}
+
 /// Who is at the other end of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Identity {
     /// The process, if it is known well enough to recognise it.
-    pub(crate) process: Option<ProcessId>,
+    pub(crate) process: Option<ProcessKey>,
     /// Whether its end will be noticed.
     pub(crate) watched: bool,
 }

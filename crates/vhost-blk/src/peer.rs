@@ -12,15 +12,17 @@ use rustix::{
 };
 use session_disk::ProcessId;
 
-use crate::boundary::Identity;
+use crate::boundary::{Identity, ProcessKey};
 
 /// Peer credentials with a descriptor of the process itself (Linux 6.5).
 const SO_PEERPIDFD: libc::c_int = 77;
+/// What `statfs` says of a pidfd on whose inode number one can go (Linux 6.9): each process has one of its own.
+const PID_FS_MAGIC: u64 = 0x5049_4446;
 
 /// A peer process.
 #[derive(Debug)]
 pub(crate) struct Peer {
-    process: Option<ProcessId>,
+    process: Option<ProcessKey>,
     life: Life,
 }
 
@@ -30,28 +32,41 @@ enum Life {
     Watched(OwnedFd),
     /// Was gone before it could be watched.
     Gone,
-    /// Can't be told: it is in another pid namespace.
+    /// Can't be told.
     Unknown,
 }
 
 impl Peer {
     /// The process that connected `socket`, as far as the kernel tells.
     pub(crate) fn of(socket: impl AsFd) -> Self {
-        let Some(pid) = peer_pid(socket.as_fd()) else { return Self::unknown() };
-        let (Ok(raw), Some(process)) = (u32::try_from(pid), Pid::from_raw(pid)) else {
-            return Self::unknown();
+        let socket = socket.as_fd();
+        let Some(pid) = peer_pid(socket).and_then(Pid::from_raw) else {
+            return Self::of_inode(peer_pidfd(socket).ok());
         };
-        let opened = match peer_pidfd(socket.as_fd()) {
+        let opened = match peer_pidfd(socket) {
             // An older kernel: the number may have been used again, but hardly so soon.
-            Err(Errno::NOPROTOOPT) => pidfd_open(process, PidfdFlags::empty()),
+            Err(Errno::NOPROTOOPT) => pidfd_open(pid, PidfdFlags::empty()),
             opened => opened,
         };
+        let id = u32::try_from(pid.as_raw_nonzero().get()).ok().and_then(ProcessId::of);
+        let inode = || inode(opened.as_ref().ok()?).map(ProcessKey::Inode);
+        let process = id.map(ProcessKey::Id).or_else(inode);
         let life = match opened {
             Ok(pidfd) => Life::Watched(pidfd),
             Err(Errno::SRCH | Errno::INVAL) => Life::Gone,
             Err(_) => Life::Unknown,
         };
-        Self { process: ProcessId::of(raw), life }
+        Self { process, life }
+    }
+
+    /// A process that has no number here. One that would not be recognised is not watched either: its session would be open
+    /// for as long as it lives, and it could not come back to it.
+    fn of_inode(pidfd: Option<OwnedFd>) -> Self {
+        let known = pidfd.and_then(|pidfd| Some((inode(&pidfd)?, pidfd)));
+        known.map_or_else(Self::unknown, |(inode, pidfd)| Self {
+            process: Some(ProcessKey::Inode(inode)),
+            life: Life::Watched(pidfd),
+        })
     }
 
     /// A process that is known from before.
@@ -63,7 +78,7 @@ impl Peer {
             Some(Ok(_) | Err(Errno::SRCH | Errno::INVAL)) => Life::Gone,
             Some(Err(_)) | None => Life::Unknown,
         };
-        Self { process: Some(process), life }
+        Self { process: Some(ProcessKey::Id(process)), life }
     }
 
     /// A peer of which nothing is known.
@@ -78,7 +93,10 @@ impl Peer {
 
     /// The process, for the session's records.
     pub(crate) fn process(&self) -> Option<ProcessId> {
-        self.process
+        match self.process {
+            Some(ProcessKey::Id(process)) => Some(process),
+            Some(ProcessKey::Inode(_)) | None => None,
+        }
     }
 
     /// Readable when the process is gone.
@@ -121,6 +139,12 @@ fn peer_pidfd(socket: BorrowedFd<'_>) -> rustix::io::Result<OwnedFd> {
     }
     // SAFETY: the kernel has just opened it for us.
     Ok(unsafe { OwnedFd::from_raw_fd(pidfd) })
+}
+
+/// The inode that a process has for itself, where the kernel says so.
+fn inode(pidfd: &OwnedFd) -> Option<u64> {
+    let is_on_pidfs = rustix::fs::fstatfs(pidfd).is_ok_and(|statfs| statfs.f_type as u64 == PID_FS_MAGIC);
+    is_on_pidfs.then(|| rustix::fs::fstat(pidfd).ok().map(|stat| stat.st_ino)).flatten()
 }
 
 /// Reads a socket option.
@@ -166,6 +190,12 @@ mod tests {
         Peer { process: None, life: Life::Watched(pidfd) }
     }
 
+    fn wait_for_end(peer: &Peer) {
+        let mut poll = [PollFd::from_borrowed_fd(peer.pidfd().unwrap(), PollFlags::IN)];
+        let limit = Timespec { tv_sec: 10, tv_nsec: 0 };
+        assert_eq!(rustix::event::poll(&mut poll, Some(&limit)), Ok(1));
+    }
+
     #[test]
     fn peer_of_our_own_socket_is_this_process() {
         let (one, _other) = UnixStream::pair().unwrap();
@@ -180,7 +210,7 @@ mod tests {
         let mut child = sleeper();
         let process = ProcessId::of(child.id()).unwrap();
         let peer = Peer::of_process(process);
-        assert_eq!(peer.identity(), Identity { process: Some(process), watched: true });
+        assert_eq!(peer.identity(), Identity { process: Some(ProcessKey::Id(process)), watched: true });
         assert!(!peer.is_gone());
         let earlier = ProcessId { start_ticks: process.start_ticks - 1, ..process };
         assert!(Peer::of_process(earlier).is_gone());
@@ -196,12 +226,33 @@ mod tests {
         assert!(!peer.is_gone());
         child.kill().unwrap();
         // Not waited for: it stays a zombie until the end of this test.
-        let mut poll = [PollFd::from_borrowed_fd(peer.pidfd().unwrap(), PollFlags::IN)];
-        let limit = Timespec { tv_sec: 10, tv_nsec: 0 };
-        assert_eq!(rustix::event::poll(&mut poll, Some(&limit)), Ok(1));
+        wait_for_end(&peer);
         assert!(peer.is_gone());
         child.wait().unwrap();
         assert!(peer.is_gone());
+    }
+
+    /// As it is seen from another pid namespace. On Linux before 6.9 nothing is known of it.
+    #[test]
+    fn peer_without_a_number_is_known_by_its_inode() {
+        let mut children = [sleeper(), sleeper()];
+        let of = |child: &Child| {
+            let pid = Pid::from_raw(child.id() as i32).unwrap();
+            Peer::of_inode(Some(pidfd_open(pid, PidfdFlags::empty()).unwrap()))
+        };
+        let [one, other] = children.each_ref().map(of);
+        let known = one.identity();
+        children.iter_mut().for_each(|child| child.kill().unwrap());
+        if known == Peer::unknown().identity() {
+            eprintln!("not tested: pidfds of this kernel have no inodes of their own");
+        } else {
+            assert!(known.watched && known == of(&children[0]).identity() && known != other.identity());
+            wait_for_end(&one);
+            assert!(one.is_gone() && one.process().is_none());
+        }
+        for mut child in children {
+            child.wait().unwrap();
+        }
     }
 
     #[test]

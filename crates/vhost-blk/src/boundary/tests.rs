@@ -4,8 +4,12 @@ use super::*;
 
 const GRACE: Duration = Duration::from_secs(5);
 
+fn id(pid: u32, start_ticks: u64) -> ProcessKey {
+    ProcessKey::Id(ProcessId { pid, start_ticks })
+}
+
 fn process(pid: u32) -> Identity {
-    Identity { process: Some(ProcessId { pid, start_ticks: 100 + u64::from(pid) }), watched: true }
+    Identity { process: Some(id(pid, 100 + u64::from(pid))), watched: true }
 }
 
 const UNKNOWN: Identity = Identity { process: None, watched: false };
@@ -59,7 +63,7 @@ fn process_with_the_owners_pid_and_another_start_time_is_a_stranger() {
     let now = Instant::now();
     let mut boundary = in_session(process(1), now);
     boundary.disconnected(false, now);
-    let recycled = Identity { process: Some(ProcessId { pid: 1, start_ticks: 7 }), watched: true };
+    let recycled = Identity { process: Some(id(1, 7)), watched: true };
     assert_eq!(boundary.connected(recycled, now), Admission::Hold);
 }
 
