@@ -189,6 +189,56 @@ fn state_of_a_block_device_is_not_kept_in_memory() {
     assert_eq!(fs::read(&backing).unwrap(), fs::read(lab.base()).unwrap());
 }
 
+/// A name of a device that is not there is not that of a disk which is in memory and gone after a reboot.
+#[test]
+fn device_that_is_missing_does_not_become_a_file() {
+    let lab = Lab::new();
+    images::dense(&lab.base(), 1 << 20, 118);
+    let missing = format!("/dev/pristine-test-{}", std::process::id());
+    let mut provision = pristine(["provision", "--disk", &missing, "--base"]);
+    provision
+        .arg(lab.base())
+        .arg("--runtime-dir")
+        .arg(lab.runtime())
+        .arg("--state-dir")
+        .arg(lab.path("state"));
+    let refused = run(&mut provision);
+    let was_made = fs::remove_file(&missing).is_ok();
+    refused.refused(1, &["there is no device", &missing]);
+    assert!(!was_made && !lab.path("state").exists());
+}
+
+/// Whose disk is missing may have lost a mount, not the disk: what is known of it is not replaced unasked, and not at all while it says that
+/// something is to be kept.
+#[test]
+fn state_of_a_disk_that_is_gone_is_replaced_when_that_is_asked_for() {
+    let lab = Lab::new();
+    images::dense(&lab.base(), 4 << 20, 119);
+    let provision = |more: &[&str]| run(lab.pristine("provision", more).arg("--base").arg(lab.base()));
+    lab.provision(&[]);
+    fs::remove_file(lab.disk()).unwrap();
+    provision(&[]).refused(1, &["disk.img is not there", "manifest", "mounted", "--adopt"]);
+    assert!(!lab.disk().exists());
+    provision(&["--adopt"]).ok();
+    lab.assert_pristine();
+    let server = lab.serve(&[]);
+    let mut client = Remote::connected(&lab.socket(), 1);
+    client.ask("write 0 4096 1");
+    run(&mut lab.session("hold")).ok();
+    client.leave();
+    server.stop();
+    assert_eq!(lab.status()["state"], "held");
+    fs::remove_file(lab.disk()).unwrap();
+    let manifest = fs::read(lab.state().join("manifest")).unwrap();
+    provision(&["--adopt"])
+        .refused(1, &["disk.img is not there", "to be kept", &format!("remove {}", lab.state().display())]);
+    assert!(!lab.disk().exists());
+    assert_eq!(fs::read(lab.state().join("manifest")).unwrap(), manifest);
+    fs::remove_dir_all(lab.state()).unwrap();
+    provision(&[]).ok();
+    lab.assert_pristine();
+}
+
 /// Nothing is left of a disk that was not filled, but one that was there before stays, and is gone on with.
 #[test]
 fn provision_that_is_stopped_says_what_is_left() {
@@ -205,6 +255,10 @@ fn provision_that_is_stopped_says_what_is_left() {
     };
     stopped(&[], "what was made is removed");
     assert!(!lab.disk().exists() && !lab.state().exists());
+    // Nor in a directory that somebody has made for it.
+    fs::create_dir(lab.state()).unwrap();
+    stopped(&[], "what was made is removed");
+    assert_eq!(fs::read_dir(lab.state()).unwrap().count(), 0, "something is left in the state directory");
     assert_eq!(
         fs::read_dir(lab.runtime()).map_or(0, Iterator::count),
         0,
@@ -212,6 +266,13 @@ fn provision_that_is_stopped_says_what_is_left() {
     );
     fs::File::create(lab.disk()).unwrap().set_len(8 << 20).unwrap();
     stopped(&["--adopt"], "pristine restore");
+    let mut process = Process::spawn("restore", &lab.pristine("restore", NONE));
+    wait_until("restore", || lab.status()["state"] == "restoring");
+    process.signal(Signal::TERM);
+    process.wait_line("what is left", PATIENCE, |line| {
+        line.contains("are still to be restored") && line.contains("goes on")
+    });
+    assert_eq!(process.wait(PATIENCE).code(), Some(1));
     lab.run("restore", NONE).ok();
     assert_eq!(fs::read(lab.disk()).unwrap(), fs::read(lab.base()).unwrap());
 }

@@ -149,6 +149,19 @@ fn disks_are_moved_to_the_next_generation_and_back() {
     }
 }
 
+/// Whoever moves a disk off a sealed base is told what that costs, and is not when it is the other way round.
+#[test]
+fn move_to_a_base_that_is_not_sealed_is_warned_of() {
+    let lab = Lab::new();
+    let (one, two) = small_bases(&lab);
+    seal(&one);
+    lab.run("provision", &["--base", one.to_str().unwrap()]).ok();
+    let said = rebase(&lab, &two, NONE).ok().stderr;
+    assert!(said.contains("golden-2.raw is not sealed as") && said.contains("pristine base seal"), "{said}");
+    let said = rebase(&lab, &one, NONE).ok().stderr;
+    assert!(!said.contains("sealed"), "{said}");
+}
+
 /// Issue line 3, whole: a guest adds a file in a maintenance session, which becomes the next generation. Three other disks
 /// go there, by its delta, and back; a guest on one of them finds the file before anything was copied. Just the delta and
 /// what the disks' sessions have left is moved. The disk that it was made on goes there too.

@@ -291,7 +291,8 @@ pub(crate) struct ProvisionArgs {
     pub(crate) format: FormatArgs,
     #[command(flatten)]
     pub(crate) disk: DiskArgs,
-    /// Copy nothing now: the disk can be served at once and is filled in the background
+    /// Copy nothing now: the disk can be served at once and is filled in the background. Nothing is reserved for it: a file system
+    /// that is too full by then fails its guest's writes
     #[arg(long)]
     pub(crate) lazy: bool,
     /// Size of the disk, if larger than the base: bytes, or with K, M, G, T (powers of 1024); the tail

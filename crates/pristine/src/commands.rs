@@ -1,5 +1,6 @@
 //! `provision`, `restore`, `verify` and `status`.
 
+use std::io::{Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -35,6 +36,11 @@ pub(crate) fn amount(blocks: u64) -> String {
     format!("{blocks} blocks ({})", BinaryBytes(blocks * BLOCK_SIZE))
 }
 
+/// Bytes of a file or block device; 0 where that can't be told.
+pub(crate) fn size_of(path: &Path) -> u64 {
+    std::fs::File::open(path).and_then(|mut file| file.seek(SeekFrom::End(0))).unwrap_or(0)
+}
+
 /// A path in JSON, which has no other text than UTF-8: what is none is replaced.
 pub(crate) fn text(path: &Path) -> String {
     path.to_string_lossy().into_owned()
@@ -55,7 +61,10 @@ pub(crate) fn provision(args: &ProvisionArgs) -> Result<ExitCode, Failure> {
         adopt: args.adopt,
     };
     let started = Instant::now();
-    let made = session_disk::provision(&options)?;
+    let made = session_disk::provision(&options).map_err(|error| match error {
+        error @ Error::Base(_) if was_stopped(&stop, &error) => Failure::new("stopped; nothing was made"),
+        error => error.into(),
+    })?;
     let disk = options.disk.disk.display();
     let size = BinaryBytes(made.size);
     if args.lazy {
@@ -116,7 +125,16 @@ pub(crate) fn restore(args: &RestoreArgs) -> Result<ExitCode, Failure> {
         );
     }
     let disk = SessionDisk::open(&options)?;
-    let restored = drain(&disk, "restoring", &stop)?;
+    let restored = drain(&disk, "restoring", &stop).map_err(|error| match error {
+        Error::Stopped => {
+            let left = amount(disk.pending_blocks());
+            Failure::new(format!("stopped; {left} of {} are still to be restored", options.disk.display()))
+                .with_hint(
+                    "`pristine restore --disk DISK` goes on, or the next `pristine serve`, in the background",
+                )
+        }
+        error => error.into(),
+    })?;
     say!(
         "{}: pristine; restored {} in {}: {}",
         options.disk.display(),
@@ -154,11 +172,17 @@ pub(crate) fn verify(args: &VerifyArgs) -> Result<ExitCode, Failure> {
     let _signals = StopOnSignal::start(Arc::clone(&stop), || ())?;
     let (deep, args) = (args.deep, &args.report);
     let options = args.disk.options();
-    let total = std::fs::metadata(&options.disk).map_or(0, |metadata| metadata.len());
+    let total = size_of(&options.disk);
+    let failure = |error| match error {
+        error @ (Error::Base(_) | Error::Stopped) if was_stopped(&stop, &error) => {
+            Failure::new("stopped before all was read; nothing was found out")
+        }
+        error => Failure::from(error),
+    };
     if deep {
         let mut progress = Progress::new("verifying the base", total);
         let bad = session_disk::verify_base(&options, &stop, &mut |done| progress.set(done));
-        let bad = bad.map_err(|error| if was_stopped(&stop, &error) { Error::Stopped } else { error })?;
+        let bad = bad.map_err(failure)?;
         progress.finish();
         if !bad.is_empty() {
             // What is read of them fails, so there is nothing to compare the disk with.
@@ -168,7 +192,7 @@ pub(crate) fn verify(args: &VerifyArgs) -> Result<ExitCode, Failure> {
     }
     let mut progress = Progress::new("verifying", total);
     let found = session_disk::verify(&options, &stop, &mut |done| progress.set(done));
-    let found = found.map_err(|error| if was_stopped(&stop, &error) { Error::Stopped } else { error })?;
+    let found = found.map_err(failure)?;
     progress.finish();
     let disk = options.disk.display();
     if args.json {

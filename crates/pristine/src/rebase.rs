@@ -11,9 +11,9 @@ use clap::Args;
 use session_disk::{DiskOptions, Error, RebaseOptions, Rebased, SessionDisk, Way};
 
 use crate::args::{DiskArgs, FormatArgs, base_location};
-use crate::commands::{amount, drain, seconds, warn_of_intents};
+use crate::commands::{amount, drain, seconds, size_of, warn_of_intents};
 use crate::copies::ReflinkArgs;
-use crate::failure::Failure;
+use crate::failure::{Failure, was_stopped};
 use crate::progress::Progress;
 use crate::signals::StopOnSignal;
 
@@ -64,6 +64,13 @@ pub(crate) fn run(args: &RebaseArgs) -> Result<ExitCode, Failure> {
     let disk = options.disk.disk.display();
     let rebased = rebase(&options, &stop)?;
     warn_of_intents(&rebased.basis, false);
+    if rebased.from.root.is_some() && rebased.to.root.is_none() {
+        log::warn!(
+            "{} is not sealed as {} is: it is known by its size and times alone; `pristine base seal` and another rebase to it change that",
+            rebased.to.path.display(),
+            rebased.from.path.display()
+        );
+    }
     if !args.json {
         say_rebased(&disk.to_string(), &rebased);
     }
@@ -85,7 +92,7 @@ pub(crate) fn run(args: &RebaseArgs) -> Result<ExitCode, Failure> {
 /// Moves the disk to its new base; copies nothing.
 fn rebase(options: &RebaseOptions, stop: &AtomicBool) -> Result<Rebased, Failure> {
     let disk = &options.disk.disk;
-    let total = std::fs::metadata(disk).map_or(0, |metadata| metadata.len());
+    let total = size_of(disk);
     // Shown only where the disk has to be compared: that alone takes its time.
     let mut progress: Option<Progress> = None;
     let result = session_disk::rebase(options, stop, &mut |done| {
@@ -93,7 +100,7 @@ fn rebase(options: &RebaseOptions, stop: &AtomicBool) -> Result<Rebased, Failure
     });
     drop(progress);
     result.map_err(|error| match error {
-        Error::Stopped => Failure::new(format!("stopped; {} is on its old base, as before", disk.display())),
+        error @ (Error::Base(_) | Error::Stopped) if was_stopped(stop, &error) => Failure::new(format!("stopped; {} is on its old base, as before", disk.display())),
         Error::InUse { .. } => Failure::of(&error).with_hint(
             "stop its server, rebase, and start the server again: its first session is on the new base at once",
         ),

@@ -214,17 +214,18 @@ impl Error {
                  at once and stay when one ends are right: `qemu-nbd --persistent --shared 0 --read-only`, `nbdkit -r`"
                     .into(),
             ),
-            Self::OtherSeal { base, .. } => Some(format!(
-                "put the image and its manifest back, or, if it is right as it is now, `pristine rebase --base {} {disk}` \
-                 moves the disk to it",
+            Self::OtherSeal { base, found, .. } => Some(format!(
+                "put the image and its manifest back{}, or, if it is right as it is now, `pristine rebase --base {} {disk}` \
+                 moves the disk to it (with --base-manifest FILE where its manifest is not beside it)",
+                // The same contents have the same root.
+                if found.is_none() { ", or seal it again if its contents are what they were" } else { "" },
                 base.display()
             )),
             Self::InUse { .. } => Some(
                 "stop the other program first; if it is the disk's server, name its --runtime-dir".into(),
             ),
             Self::Log(write_log::LogError::NoSpace { .. }) => Some(
-                "make room on the file system of the state directory, or choose another with --state-dir"
-                    .into(),
+                "make room on the file system of the state directory (that of a new disk can be elsewhere: --state-dir)".into(),
             ),
             _ => None,
         }

@@ -2,7 +2,9 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use base_image::{BaseImage, Content, device_name};
 use blockio::{File, FileKind, OpenOptions};
@@ -62,6 +64,8 @@ pub struct Provisioned {
 struct Made {
     files: Vec<PathBuf>,
     dirs: Vec<PathBuf>,
+    /// The disk and the state directory, locked: nobody else takes what is about to be removed.
+    locks: (Option<Arc<File>>, Option<fs::File>),
 }
 
 impl Made {
@@ -91,7 +95,10 @@ pub fn provision(options: &ProvisionOptions) -> Result<Provisioned, Error> {
     let mut made = Made::default();
     let result = make(options, &mut made);
     match result {
-        Ok((size, pending_blocks)) => Ok(Provisioned { size, pending_blocks, made }),
+        Ok((size, pending_blocks)) => {
+            made.locks = (None, None);
+            Ok(Provisioned { size, pending_blocks, made })
+        }
         Err(error) => {
             made.undo();
             Err(error)
@@ -112,25 +119,24 @@ fn make(options: &ProvisionOptions, made: &mut Made) -> Result<(u64, u64), Error
     if exists {
         refuse_disk_of_base(path, &base)?;
     }
-    let state_before = existing_state(options, &paths)?;
+    let state_before = existing_state(options, &paths, exists)?;
     let before = state_before.as_ref().map(|manifest| manifest.disk);
-    // A state that is replaced, and copies of it, are older than the new one, and so are its logs.
-    let (generation, next_sequence) =
-        state_before.map_or((0, 1), |manifest| (manifest.generation, manifest.next_sequence));
     let (disk, fresh) = if exists {
         let number = file_number(path)?;
         let live = before.as_ref().and_then(|id| LivePage::inspect(&paths.live_page(*id), *id, number));
         refuse_open_session(&paths, live.as_ref(), "is taken over")?;
         (open_existing(options, live.as_ref())?, false)
     } else {
+        refuse_file_among_devices(path)?;
         let size = wanted_size(options, &base, None)?;
         Geometry::new(size).map_err(|source| Error::Geometry { path: path.clone(), source })?;
         let open = OpenOptions { write: true, direct: false, exclusive: true };
         let file = storage.create_disk(path, size, open)?;
         made.files.push(path.clone());
         file.lock_exclusive()?;
-        (std::sync::Arc::new(file), true)
+        (Arc::new(file), true)
     };
+    made.locks.0 = Some(Arc::clone(&disk));
     let size = wanted_size(options, &base, Some(&disk))?;
     let geometry = Geometry::new(size).map_err(|source| Error::Geometry { path: path.clone(), source })?;
     let pending = BlockSet::new(geometry.blocks());
@@ -146,12 +152,22 @@ fn make(options: &ProvisionOptions, made: &mut Made) -> Result<(u64, u64), Error
     }
     refuse_state_in_memory(options, &disk, &paths)?;
     paths.create_state_dirs(&storage, &mut made.dirs)?;
-    let _state_lock = lock_state_dir(&paths)?;
+    made.locks.1 =
+        Some(lock_as_judged(options, &paths, exists, state_before.as_ref()).inspect_err(|_| {
+            // Whoever has it has what is in it.
+            made.dirs.clear();
+        })?);
+    // A state that is replaced, and copies of it, are older than the new one, and so are its logs.
+    let (generation, next_sequence) =
+        state_before.map_or((0, 1), |manifest| (manifest.generation, manifest.next_sequence));
     // Logs may be there of a state whose manifest is lost, and each number is given once.
     let given = logs_of(&paths.sessions())?.iter().map(|id| id.seq).max().unwrap_or(0);
     let next_sequence = next_sequence.max(given.saturating_add(1));
     // While the old manifest holds, nothing that it rests on is taken away.
     let may_be_older = before.is_some() || paths.manifest().exists();
+    if !paths.intents().exists() {
+        made.files.push(paths.intents());
+    }
     Intents::create(&storage, &paths.intents(), geometry, may_be_older)?;
     let id = Uuid::new_v4();
     // Made by whoever fills it before it is used.
@@ -211,14 +227,51 @@ fn make(options: &ProvisionOptions, made: &mut Made) -> Result<(u64, u64), Error
     Ok((size, pending.count()))
 }
 
-/// The manifest of a state directory that is there already; refused unless it is to be replaced.
-fn existing_state(options: &ProvisionOptions, paths: &Paths) -> Result<Option<Manifest>, Error> {
+/// Locks the state directory, in which all is as it was judged to be before.
+fn lock_as_judged(
+    options: &ProvisionOptions,
+    paths: &Paths,
+    exists: bool,
+    before: Option<&Manifest>,
+) -> Result<fs::File, Error> {
+    let lock = lock_state_dir(paths)?;
+    match existing_state(options, paths, exists)? {
+        now if now.as_ref() == before => Ok(lock),
+        _ => Err(Error::Refused(format!(
+            "{} was made or changed by another command in this moment; see with `pristine status` what it is",
+            paths.manifest().display()
+        ))),
+    }
+}
+
+/// The manifest of a state directory that is there already; refused unless it is to be replaced. `exists`: the disk is there, too.
+fn existing_state(
+    options: &ProvisionOptions,
+    paths: &Paths,
+    exists: bool,
+) -> Result<Option<Manifest>, Error> {
+    let disk = options.disk.disk.display();
     match Manifest::load(paths) {
         Err(Error::NotProvisioned { .. }) => Ok(None),
         Err(error @ Error::State { .. }) => Err(error),
+        _ if !options.adopt && !exists => Err(Error::Refused(format!(
+            "{disk} is not there, but {} of such a disk is: see that nothing is missing that should be mounted there; to make the \
+             disk anew use --adopt",
+            paths.manifest().display()
+        ))),
+        Ok(Manifest { held, kept, logs, .. })
+            if !exists
+                && (held.as_ref().is_some_and(|reason| !reason.is_over()) || (kept && !logs.is_empty())) =>
+        {
+            Err(Error::Refused(format!(
+                "{disk} is not there, and {} says that what was written to it is to be kept: see that nothing is missing that should be \
+                 mounted there; if the disk is gone for good remove {}",
+                paths.manifest().display(),
+                paths.state_dir().display()
+            )))
+        }
         _ if !options.adopt => Err(Error::Refused(format!(
-            "{} is provisioned already ({} exists); to restore it use `pristine restore`, to start over use --adopt",
-            options.disk.disk.display(),
+            "{disk} is provisioned already ({} exists); to restore it use `pristine restore`, to start over use --adopt",
             paths.manifest().display()
         ))),
         Ok(Manifest { held: Some(reason), .. }) if !reason.is_over() => {
@@ -233,7 +286,7 @@ fn existing_state(options: &ProvisionOptions, paths: &Paths) -> Result<Option<Ma
     }
 }
 
-fn open_existing(options: &ProvisionOptions, live: Option<&LivePage>) -> Result<std::sync::Arc<File>, Error> {
+fn open_existing(options: &ProvisionOptions, live: Option<&LivePage>) -> Result<Arc<File>, Error> {
     let path = &options.disk.disk;
     let disk = open_disk(path, false, live)?;
     match disk.kind() {
@@ -257,6 +310,19 @@ fn is_empty(disk: &File) -> Result<bool, Error> {
     let mut beginning = vec![0; disk.size()?.min(LOOKED_AT) as usize];
     disk.read_exact_at(&mut beginning, 0)?;
     Ok(beginning.iter().all(|byte| *byte == 0))
+}
+
+/// Refuses to make a file where only devices should be: the name of one that is missing, or misspelt.
+fn refuse_file_among_devices(path: &Path) -> Result<(), Error> {
+    let device_of = |dir: &Path| fs::metadata(dir).map(|metadata| metadata.dev()).ok();
+    let (dir, devices) = (device_of(parent(path)), device_of(Path::new("/dev")));
+    if dir != devices || devices.is_none() || devices == device_of(Path::new("/")) {
+        return Ok(());
+    }
+    Err(Error::Refused(format!(
+        "there is no device {path}, and a file of that name would be in memory; see that the device is there and named right",
+        path = path.display()
+    )))
 }
 
 /// Refuses to keep the state of a device beside it, where nothing outlasts a reboot, unless that is wanted.
