@@ -4,6 +4,8 @@
 //! bounds; ranges come from [`Geometry`](blocks::Geometry) only; addresses are translated to host
 //! memory once. No framing is assumed: header, data and status may be cut into descriptors anyhow.
 
+mod usual;
+
 use std::sync::Arc;
 
 use blockio::{GuestView, IoVec};
@@ -129,6 +131,14 @@ struct Header {
     sector: u64,
 }
 
+impl From<[u8; HEADER_LEN]> for Header {
+    #[inline]
+    fn from(bytes: [u8; HEADER_LEN]) -> Self {
+        let [k0, k1, k2, k3, _, _, _, _, sector @ ..] = bytes;
+        Self { kind: u32::from_le_bytes([k0, k1, k2, k3]), sector: u64::from_le_bytes(sector) }
+    }
+}
+
 impl Parser {
     /// Begins a batch of chains whose buffers are in `memory`, and forgets the one before.
     pub(crate) fn begin(&mut self, memory: &Arc<Memory>) {
@@ -177,7 +187,15 @@ impl Parser {
     }
 
     /// Understands the chain of `table` that begins at `head`, as a part of the batch.
+    #[inline]
     pub(crate) fn parse(&mut self, table: Table, head: u16, disk: &DiskTraits, read_only: bool) -> Parsed {
+        match self.parse_usual(table, head, disk, read_only) {
+            Some(parsed) => parsed,
+            None => self.parse_any(table, head, disk, read_only),
+        }
+    }
+
+    fn parse_any(&mut self, table: Table, head: u16, disk: &DiskTraits, read_only: bool) -> Parsed {
         let Some(ordered) = self.walk(table, head) else {
             return Parsed { status_at: None, action: Action::failed(Status::IoError) };
         };
@@ -282,8 +300,7 @@ impl Parser {
             piece.len -= cut;
             piece.len > 0
         });
-        let [k0, k1, k2, k3, _, _, _, _, sector @ ..] = bytes;
-        Ok(Header { kind: u32::from_le_bytes([k0, k1, k2, k3]), sector: u64::from_le_bytes(sector) })
+        Ok(Header::from(bytes))
     }
 
     /// The range and the data of a read or write.
