@@ -5,9 +5,9 @@
 
 use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use virtio_queue::{Queue, QueueT};
-use vm_memory::GuestAddress;
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 
-use crate::guest::GuestRegions;
+use crate::{guest::GuestRegions, request::Memory};
 
 /// Size of a descriptor (2.7.5).
 const DESCRIPTOR_LEN: u64 = 16;
@@ -69,6 +69,12 @@ impl Table {
     /// Of `queue`.
     pub(crate) fn of(queue: &Queue) -> Self {
         Self { addr: queue.desc_table(), size: queue.size() }
+    }
+
+    /// Whether all of it is in `memory`.
+    pub(crate) fn is_in(&self, memory: &Memory) -> bool {
+        let len = usize::from(self.size) * DESCRIPTOR_LEN as usize;
+        GuestMemoryBackend::check_range(memory, GuestAddress(self.addr), len)
     }
 
     /// The descriptor at `index`, if one may be there.
@@ -186,7 +192,6 @@ mod tests {
     use vm_memory::Bytes;
 
     use super::*;
-    use crate::request::Memory;
 
     const SIZE: u16 = 16;
     const REGION: u64 = 0x8000;

@@ -15,6 +15,10 @@ use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, Me
 
 use crate::request::Memory;
 
+/// An integer anywhere.
+#[repr(C, packed)]
+struct Unaligned<T>(T);
+
 /// A region of guest memory that is mapped.
 #[derive(Clone, Copy, Debug)]
 struct Region {
@@ -90,15 +94,35 @@ impl GuestRegions {
         Some(found)
     }
 
-    /// The `N` bytes at `address`, if all of them are memory.
+    /// The `N` bytes at `address`, if all of them are memory. Each is read once: a guest that changes them meanwhile can't have one thing
+    /// checked and another one used.
     #[inline(always)]
     pub(crate) fn read_array<const N: usize>(&self, address: GuestAddress) -> Option<[u8; N]> {
         let piece = self.find(address, N)?;
-        if piece.len == N {
-            // SAFETY: the piece is mapped as long as `held`, it has so many bytes, and any bytes are an array of them.
-            return Some(unsafe { piece.base.cast::<[u8; N]>().read_unaligned() });
+        if piece.len < N {
+            return self.read_array_of_several(address);
         }
-        self.read_array_of_several(address)
+        let mut bytes = [0; N];
+        let (words, rest) = bytes.as_chunks_mut();
+        let mut from = piece.base;
+        for word in words {
+            // SAFETY: the piece has `N` bytes, of which these come next, and is mapped as long as `held`; any bytes are a word, which need
+            // not be aligned.
+            *word = unsafe { from.cast::<Unaligned<u64>>().read_volatile() }.0.to_ne_bytes();
+            from = from.wrapping_add(size_of::<u64>());
+        }
+        let (words, rest) = rest.as_chunks_mut();
+        for word in words {
+            // SAFETY: as above.
+            *word = unsafe { from.cast::<Unaligned<u16>>().read_volatile() }.0.to_ne_bytes();
+            from = from.wrapping_add(size_of::<u16>());
+        }
+        for byte in rest {
+            // SAFETY: as above.
+            *byte = unsafe { from.read_volatile() };
+            from = from.wrapping_add(1);
+        }
+        Some(bytes)
     }
 
     /// [`read_array`](Self::read_array) where regions meet.

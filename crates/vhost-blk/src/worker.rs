@@ -12,7 +12,9 @@
 //! When a ring starts, the first pass looks into the in-flight table (see [`inflight`](crate::inflight))
 //! for where to begin, and takes first what a server before has taken and not answered.
 
-use std::{sync::Arc, time::Instant};
+mod resume;
+
+use std::{collections::VecDeque, sync::Arc, time::Instant};
 
 use blockio::GuestBuf;
 use blocks::BlockRange;
@@ -29,7 +31,7 @@ use crate::{
     poll::{PollWindow, Polling},
     request::{Action, Data, Memory, Parsed, Parser, Status, parts_of},
     slots::{Slot, Slots, Used, part_token},
-    used::{Watch, avail_index, publish, used_head, used_index, want_no_kick, wants_interrupt},
+    used::{Watch, avail_index, publish, want_no_kick, wants_interrupt},
     vring::Vring,
 };
 
@@ -66,6 +68,8 @@ pub(crate) struct Worker {
     started: u32,
     /// Where requests in flight are noted, if the frontend wants that.
     inflight: Option<InflightQueue>,
+    /// The heads of those that were in flight when the ring was started, and are not done again yet.
+    again: VecDeque<u16>,
     /// Where the guest's next request will show up.
     watch: Option<Watch>,
     /// Whether the guest was asked for a kick, and not to leave it since.
@@ -103,6 +107,7 @@ impl Worker {
             interrupts: Interrupts::new(),
             started: 0,
             inflight: None,
+            again: VecDeque::new(),
             watch: None,
             armed: false,
         }
@@ -159,14 +164,25 @@ impl Worker {
     /// matter: its requests were taken while it was started.
     pub(crate) fn drain(&mut self, device: &Device, vring: Option<&Vring>) {
         self.watch = None;
-        self.io.quiesce(&mut self.finished);
-        self.io.reap(&mut self.finished);
-        self.collect();
-        if let Some(vring) = vring {
-            self.publish(device, vring);
-            self.tell(device, vring);
+        loop {
+            self.io.quiesce(&mut self.finished);
+            self.io.reap(&mut self.finished);
+            self.collect();
+            if let Some(vring) = vring {
+                self.publish(device, vring);
+                self.tell(device, vring);
+            }
+            self.answers.clear();
+            // What is to be done again counts as taken. Who stops leaves it to the next server.
+            let rest = vring.filter(|_| !self.again.is_empty() && !device.is_stopping());
+            let Some(vring) = rest else { break };
+            let memory = device.memory();
+            self.parser.begin(&memory);
+            self.take_again(device, vring.lock().get_queue());
+            self.start_batch(device, vring, &memory);
+            self.io.submit();
         }
-        self.answers.clear();
+        self.again.clear();
         if self.io.in_flight() > 0 || !self.slots.is_empty() {
             log::error!("{} requests are left after a queue was drained", self.io.in_flight());
         }
@@ -196,23 +212,26 @@ impl Worker {
             let available = avail_index(&before, state.get_queue().avail_ring()).ok();
             let memory = device.memory();
             self.parser.begin(&memory);
-            let taken = if active {
-                let again = match vring.starts() {
-                    starts if starts == self.started => 0,
-                    starts => {
-                        self.started = starts;
-                        self.resume(device, state.get_queue_mut(), &memory)
-                    }
-                };
-                let queue = state.get_queue_mut();
-                let count = available.map_or(0, |index| index.wrapping_sub(queue.next_avail()));
-                self.pop(device, queue, &memory, count.into()).map(|popped| again + popped)
-            } else {
+            let starts = vring.starts();
+            let taken = if !active {
                 None
+            } else if starts != self.started && self.resume(device, state.get_queue_mut(), &memory).is_none()
+            {
+                // Tried again when the memory has changed.
+                None
+            } else {
+                self.started = starts;
+                let queue = state.get_queue_mut();
+                if self.again.is_empty() {
+                    let count = available.map_or(0, |index| index.wrapping_sub(queue.next_avail()));
+                    self.pop(device, queue, &memory, count.into())
+                } else {
+                    Some(self.take_again(device, queue))
+                }
             };
             (memory, taken)
         };
-        // Even if the ring has turned out to make no sense after requests were taken again.
+        // Even if the ring has turned out to make no sense after requests were taken.
         if !self.batch.is_empty() {
             self.start_batch(device, vring, &memory);
             self.io.submit();
@@ -244,36 +263,6 @@ impl Worker {
                 self.interrupts.goes_on(Instant::now());
             }
         }
-    }
-
-    /// A ring was started: finds out where to begin, and takes again what was taken before and not
-    /// answered (in-flight table, step 3). Returns how many requests that are.
-    fn resume(&mut self, device: &Device, queue: &mut Queue, memory: &Arc<Memory>) -> u32 {
-        if !self.slots.is_empty() || !self.answers.is_empty() {
-            // Not a start: the kick of a running ring was replaced.
-            return 0;
-        }
-        self.inflight = device.inflight().and_then(|table| table.queue(self.index));
-        let Some(inflight) = &mut self.inflight else { return 0 };
-        let size = queue.size();
-        if size > inflight.heads() {
-            device.warn(|| format!("a queue of size {size} has an in-flight table of {}", inflight.heads()));
-            self.inflight = None;
-            return 0;
-        }
-        let Ok(used) = used_index(memory, queue.used_ring()) else { return 0 };
-        let heads = inflight.resume(size, used, |index| used_head(memory, queue, index).ok());
-        queue.set_next_used(used);
-        queue.set_next_avail(used.wrapping_add(heads.len() as u16));
-        if !heads.is_empty() {
-            log::info!("queue {}: {} requests in flight are done again", self.index, heads.len());
-        }
-        // By their heads: the available ring may have forgotten them.
-        for head in &heads {
-            let parsed = self.parser.parse(Table::of(queue), *head, &device.disk, device.config.read_only);
-            self.batch.push((*head, parsed));
-        }
-        heads.len() as u32
     }
 
     /// Takes the next `count` requests, as far as there is room. `None`: the ring makes no sense.

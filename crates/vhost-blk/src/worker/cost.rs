@@ -137,13 +137,18 @@ impl Scene {
 
     /// Makes a request of `kind` available whose data has so many pieces, each of them all of the memory for data.
     pub(super) fn offer_long(&mut self, kind: u32, sector: u64, pieces: u16) {
+        self.offer_long_at(0, kind, sector, pieces);
+    }
+
+    /// The same, in the descriptors from `head` on.
+    pub(super) fn offer_long_at(&mut self, head: u16, kind: u32, sector: u64, pieces: u16) {
         self.header(HEADERS, kind, sector);
         let device_writes = if kind == VIRTIO_BLK_T_IN { VRING_DESC_F_WRITE } else { 0 };
         let piece = (DATA, Self::DATA_LEN as u32, device_writes | VRING_DESC_F_NEXT);
         let parts = std::iter::once((HEADERS, 16, VRING_DESC_F_NEXT))
             .chain(std::iter::repeat_n(piece, pieces.into()))
             .chain([(STATUS, 1, VRING_DESC_F_WRITE)]);
-        self.chain(0, parts);
+        self.chain(head, parts);
         self.memory.write_obj(self.avail, GuestAddress(AVAIL + 2)).unwrap();
     }
 
