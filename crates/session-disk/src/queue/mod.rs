@@ -32,7 +32,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use base_image::Urgency;
-use blockio::{AlignedBuf, Buffer, Completion, Engine, GuestView, Op, Quick, Zeroing};
+use blockio::{AlignedBuf, Buffer, Completion, Engine, GuestBuf, GuestView, Op, Quick, Zeroing};
 use blocks::{BlockRange, Extent};
 use rustix::event::{PollFd, PollFlags, poll};
 
@@ -52,7 +52,7 @@ const BOUNCE: u64 = 1 << 63;
 /// The token of the sync that reads of zeroes wait for.
 const SYNC: u64 = 1 << 62;
 
-/// When more than so much is being read into bounce buffers, no further request is begun.
+/// When more than so much is being read into bounce buffers, no further request is begun, and no more is read there of those that are.
 const BOUNCED_BYTES_MAX: usize = 4 << 20;
 
 /// When more operations are on their way, no further request is begun: one request over blocks that are
@@ -95,6 +95,8 @@ pub struct DiskQueue {
     zeroed_reads: ZeroedReads,
     /// Requests that wait until fewer operations are on their way.
     deferred: VecDeque<(usize, Request)>,
+    /// Rests of reads for which there was no room.
+    cut: VecDeque<(usize, BlockRange, GuestBuf)>,
     /// Slots whose data is on the disk and whose pending blocks wait for their record.
     to_take: Vec<usize>,
     completions: Vec<Completion>,
@@ -139,6 +141,7 @@ impl DiskQueue {
             preparation,
             zeroed_reads: ZeroedReads::default(),
             deferred: VecDeque::new(),
+            cut: VecDeque::new(),
             to_take: Vec::new(),
             completions: Vec::new(),
             ready: Vec::new(),
@@ -329,6 +332,7 @@ impl DiskQueue {
         self.in_pass = false;
         loop {
             self.complete();
+            self.go_on_with_reads();
             while !self.is_full()
                 && let Some((slot, request)) = self.deferred.pop_front()
             {
@@ -340,7 +344,9 @@ impl DiskQueue {
             }
             self.take_blocks();
             // What was finished last may have made room for what waits.
-            let can_start = !self.deferred.is_empty() && !self.is_full() || self.preparation.is_wanted();
+            let can_start = !self.deferred.is_empty() && !self.is_full()
+                || !self.cut.is_empty() && self.bounced_bytes <= BOUNCED_BYTES_MAX
+                || self.preparation.is_wanted();
             if !self.unsubmitted && self.staged.is_empty() && !can_start {
                 break;
             }

@@ -8,7 +8,7 @@ use blocks::{BLOCK_SIZE, BlockRange, Extent};
 
 use super::ahead::Window;
 use super::write::Bounce;
-use super::{DiskQueue, failed};
+use super::{BOUNCED_BYTES_MAX, DiskQueue, failed};
 use crate::helper::Helper;
 use crate::shared::{BASE, DISK};
 
@@ -46,7 +46,7 @@ impl DiskQueue {
         }
     }
 
-    /// Reads what is not pending.
+    /// Reads what is not pending; where there is no room for it all, its rest [later](Self::go_on_with_reads).
     fn read_disk(&mut self, slot: usize, range: BlockRange, buf: GuestBuf) {
         if !self.shared.unsynced.intersects(range.touched()) {
             let op = Op::Read { file: DISK, offset: range.offset(), buf: Buffer::Guest(buf) };
@@ -54,13 +54,18 @@ impl DiskQueue {
         }
         let touched = range.touched();
         for first in (touched.first()..touched.end()).step_by(BOUNCE_BLOCKS_MAX as usize) {
-            let Some(range_part) = range.within(Extent::new(first, BOUNCE_BLOCKS_MAX)) else { continue };
+            let is_last = self.bounced_bytes > BOUNCED_BYTES_MAX;
+            let count = if is_last { touched.end() - first } else { BOUNCE_BLOCKS_MAX };
+            let Some(range_part) = range.within(Extent::new(first, count)) else { continue };
             let (from, len) = (range_part.offset() - range.offset(), range_part.len() as usize);
             let Some(buf) = buf.slice(from as usize, len) else {
                 return self.fail(slot, failed(io::ErrorKind::InvalidInput));
             };
             if let Some(state) = self.slots.get_mut(slot) {
                 state.parts += 1;
+            }
+            if is_last {
+                return self.cut.push_back((slot, range_part, buf));
             }
             let bounce = AlignedBuf::new_zeroed(len);
             self.push_bounced(
@@ -69,6 +74,16 @@ impl DiskQueue {
                 range_part.offset(),
                 bounce,
             );
+        }
+    }
+
+    /// Goes on with reads that were cut, as far as there is room for what they are read into.
+    pub(super) fn go_on_with_reads(&mut self) {
+        while self.bounced_bytes <= BOUNCED_BYTES_MAX
+            && let Some((slot, range, buf)) = self.cut.pop_front()
+        {
+            self.read_disk(slot, range, buf);
+            self.part_done(slot, Ok(()));
         }
     }
 

@@ -10,6 +10,7 @@ use write_log::{DiskFile, LogFile, LogWriter};
 use super::*;
 use crate::{DiskOptions, ProvisionOptions, SessionDisk, provision};
 
+mod bounced;
 mod preparing;
 mod reading_ahead;
 
