@@ -67,6 +67,11 @@ impl Remote {
         parse(&line)
     }
 
+    /// Its process number.
+    pub fn pid(&self) -> u32 {
+        self.0.pid()
+    }
+
     /// Lets it exit, and waits for it.
     pub fn leave(mut self) {
         self.0.close_stdin();

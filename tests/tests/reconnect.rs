@@ -130,3 +130,32 @@ fn frontend_in_another_pid_namespace_comes_back_to_its_session() {
     assert!(server.0.wait(PATIENCE).success());
     lab.assert_pristine();
 }
+
+/// Invariant 3: a VM that the next server is not shown, as with `ProtectProc=`, has not ended for that. Who can't be watched has the grace.
+#[test]
+fn session_of_a_vm_that_is_not_shown_outlasts_a_restart() {
+    let hidden = ["--mount", "sh", "-c", "mount -t tmpfs none /proc/$0 && exec \"$@\""];
+    let own = getpid().as_raw_nonzero().to_string();
+    if run(Command::new("unshare").args(hidden).args([&own, "true"])).code != Some(0) {
+        return eprintln!("not tested: no mount namespaces here");
+    }
+    let lab = Lab::new();
+    images::dense(&lab.base(), 1 << 20, 9);
+    lab.provision(&[]);
+    let server = lab.serve(&[]);
+    let mut client = Remote::connected(&lab.socket(), 1);
+    client.ask("write 4096 4096 5");
+    server.kill();
+    let serve = lab.pristine("serve", &["--reconnect-grace", "600"]);
+    let mut command = Command::new("unshare");
+    command.args(hidden).arg(client.pid().to_string()).arg(serve.get_program()).args(serve.get_args());
+    command.arg("--socket-path").arg(lab.socket());
+    let mut server = Server::start(&command);
+    // It is still there to be ended.
+    let ended = run(&mut lab.session("end")).ok();
+    assert!(ended.stdout.contains("ended"), "{ended:?}");
+    let line = server.0.wait_line("the session's end", PATIENCE, |line| line.contains("ended after"));
+    assert!(line.contains("ended by the operator"), "{line}");
+    client.kill();
+    server.stop();
+}

@@ -352,7 +352,7 @@ impl SessionDisk {
         let log = self.shared.take_log();
         if let Some(session) = &lifecycle.session
             && self.resume
-            && self.session_owner().is_none_or(ProcessId::is_alive)
+            && self.session_owner().is_none_or(ProcessId::may_be_alive)
             // What the kernel knows to be lost is told to us, and not to the next server; or we don't know it ourselves yet.
             && (!self.shared.report.is_known() || self.shared.check_written_back().is_ok())
         {

@@ -143,7 +143,7 @@ impl LivePage {
             return Err(in_use(Some(server)));
         }
         let same_boot = of_this_disk && live.load(WORD_FILE) == file;
-        let goes_on = live.owner().filter(|owner| live.session_is_open() && owner.is_alive());
+        let goes_on = live.owner().filter(|owner| live.session_is_open() && owner.may_be_alive());
         if let Some(owner) = goes_on.filter(|_| of_this_disk && !same_boot) {
             return Err(Error::InUse {
                 path,
@@ -329,7 +329,7 @@ impl LivePage {
 
     /// Whether a session is open that may go on: its VM lives, or nobody can tell.
     pub(crate) fn session_may_go_on(&self) -> bool {
-        self.session_is_open() && self.owner().is_none_or(ProcessId::is_alive)
+        self.session_is_open() && self.owner().is_none_or(ProcessId::may_be_alive)
     }
 
     /// Whether a session is open, or begins.

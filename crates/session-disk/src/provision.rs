@@ -132,8 +132,12 @@ fn make(options: &ProvisionOptions, made: &mut Made) -> Result<(u64, u64), Error
         Geometry::new(size).map_err(|source| Error::Geometry { path: path.clone(), source })?;
         let open = OpenOptions { write: true, direct: false, exclusive: true };
         let file = storage.create_disk(path, size, open)?;
-        made.files.push(path.clone());
-        file.lock_exclusive()?;
+        let locked = file.lock_exclusive();
+        // Whoever was faster has it.
+        if !locked.as_ref().is_err_and(blockio::Error::is_in_use) {
+            made.files.push(path.clone());
+        }
+        locked?;
         (Arc::new(file), true)
     };
     made.locks.0 = Some(Arc::clone(&disk));
@@ -214,15 +218,19 @@ fn make(options: &ProvisionOptions, made: &mut Made) -> Result<(u64, u64), Error
     storage.sync_dir(parent(path))?;
     storage.sync_dir(parent(paths.state_dir()))?;
     base.check(&identity)?;
-    manifest.store(&storage, &paths)?;
-    // Without the directory, if that was there before.
-    made.files.push(paths.manifest());
+    let stored = manifest.store(&storage, &paths);
+    // Also if all that failed is the sync of its name.
+    if stored.is_ok() || Manifest::load(&paths).is_ok_and(|named| named.disk == id) {
+        // Without the directory, if that was there before.
+        made.files.push(paths.manifest());
+        if !fresh {
+            // A file or device that was there before is taken now, and stays so: what failed goes on later.
+            *made = Made::default();
+        }
+    }
+    stored?;
     if !manifest.logs.is_empty() {
         witness::set_generation(&storage, &disk, manifest.generation);
-    }
-    if !fresh {
-        // A file or device that was there before is taken now, and stays so: what failed goes on later.
-        *made = Made::default();
     }
     Ok((size, pending.count()))
 }

@@ -219,7 +219,7 @@ pub fn status(options: &DiskOptions) -> Result<Status, Error> {
     let verdict = judge(&Storage::default(), &paths, &manifest, geometry, &disk, before)?;
     // Its VM runs, and the next server takes the session up again.
     let owner = live.as_ref().filter(|live| live.session_is_open()).and_then(LivePage::owner);
-    status.session_owner_pid = owner.filter(|owner| owner.is_alive()).map(|owner| owner.pid);
+    status.session_owner_pid = owner.filter(|owner| owner.may_be_alive()).map(|owner| owner.pid);
     status.pending_blocks = verdict.pending.count();
     status.state = if status.held.is_some() { DiskState::Held } else { DiskState::of(&verdict) };
     if manifest.kept && status.pending_blocks > 0 {

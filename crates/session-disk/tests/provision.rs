@@ -4,6 +4,7 @@
 mod common;
 
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use blockio::tape::{Io, Tape};
@@ -66,4 +67,52 @@ fn assert_other_keeps_its_state(moment: &'static str) {
     let (pending_blocks, manifest) = made.lock().unwrap().take().unwrap();
     assert_eq!(Manifest::load(&one.paths()).unwrap(), manifest);
     assert_eq!(status(&options("other.raw")).unwrap().pending_blocks, pending_blocks);
+}
+
+/// The last sync of all, that of the manifest's name, fails.
+#[derive(Debug, Default)]
+struct LastSyncFails(AtomicBool);
+
+impl Tape for LastSyncFails {
+    fn begin(&self, io: Io<'_>) -> std::io::Result<u64> {
+        match io {
+            Io::Rename { to, .. } if to.ends_with("manifest") => self.0.store(true, Ordering::SeqCst),
+            Io::SyncDir { path } if path.ends_with("state") && self.0.load(Ordering::SeqCst) => {
+                return Err(std::io::ErrorKind::Other.into());
+            }
+            _ => {}
+        }
+        Ok(0)
+    }
+}
+
+/// A manifest has its name, and nobody knows whether for good: nothing of a new disk is left, and an old one is whole.
+#[test]
+fn provision_whose_last_sync_fails_leaves_nothing_or_all() {
+    for exists in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let base = dir.path().join("base.raw");
+        common::write_sparse(&base, &common::base_content(1 << 20));
+        let options = DiskOptions {
+            runtime_dir: Some(dir.path().join("run")),
+            state_dir: Some(dir.path().join("state")),
+            ..DiskOptions::new(dir.path().join("disk.raw"))
+        };
+        std::fs::create_dir(dir.path().join("state")).unwrap();
+        if exists {
+            std::fs::write(&options.disk, vec![9; 1 << 20]).unwrap();
+        }
+        let failing = DiskOptions { tape: Some(Arc::new(LastSyncFails::default())), ..options.clone() };
+        let provisioned = ProvisionOptions { adopt: exists, ..ProvisionOptions::new(&base, failing) };
+        assert!(matches!(provision(&provisioned), Err(Error::State { .. })));
+        if exists {
+            let disk = common::open(&options);
+            disk.drain(&AtomicBool::new(false), &mut |_| ()).unwrap();
+            assert_eq!(std::fs::read(&options.disk).unwrap(), std::fs::read(&base).unwrap());
+        } else {
+            assert!(!options.disk.exists());
+            assert_eq!(std::fs::read_dir(dir.path().join("state")).unwrap().count(), 0);
+            provision(&ProvisionOptions::new(&base, options)).unwrap();
+        }
+    }
 }

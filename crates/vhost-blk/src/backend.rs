@@ -138,12 +138,13 @@ impl Backend {
         *self.device.inflight.lock().unwrap_or_else(PoisonError::into_inner) = Some(table);
     }
 
-    /// Makes what queue `index` needs to be served, if it is there and not open. Returns the descriptors
+    /// Makes what queue `index` needs to be served, if it is not open. Returns the descriptors
     /// that are to wake its worker when I/O is complete, if it was not; they stay open as long as `self`.
     pub(crate) fn open_queue(&self, disk: &dyn Disk, index: usize) -> Result<Option<Vec<RawFd>>, AnyError> {
-        let Some(place) = self.workers.get(index).filter(|place| place.get().is_none()) else {
+        let place = self.workers.get(index).ok_or("there is no such queue")?;
+        if place.get().is_some() {
             return Ok(None);
-        };
+        }
         let config = &self.device.config;
         let io = disk.queue(u32::from(config.queue_size))?;
         let worker = Worker::new(index, io, config.queue_size, config.polling);

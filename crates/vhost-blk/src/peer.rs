@@ -69,12 +69,14 @@ impl Peer {
         })
     }
 
-    /// A process that is known from before.
+    /// A process that is known from before. One that runs and is not shown to us can't be told from another one of its number: nothing is
+    /// known of it.
     pub(crate) fn of_process(process: ProcessId) -> Self {
         let pid = i32::try_from(process.pid).ok().and_then(Pid::from_raw);
         let life = match pid.map(|pid| pidfd_open(pid, PidfdFlags::empty())) {
             // Opened first, looked at then: the number can't be used again while we have it.
             Some(Ok(pidfd)) if process.is_alive() => Life::Watched(pidfd),
+            Some(Ok(_)) if process.may_be_alive() => return Self::unknown(),
             Some(Ok(_) | Err(Errno::SRCH | Errno::INVAL)) => Life::Gone,
             Some(Err(_)) | None => Life::Unknown,
         };

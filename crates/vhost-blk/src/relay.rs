@@ -32,6 +32,8 @@ const MESSAGES_PER_TURN: u32 = 64;
 const NO_FD: u32 = 0x100;
 /// Payload bits of the same that are the number of the ring.
 const RING_MASK: u32 = 0xff;
+/// Bytes of the payload of a message about a descriptor of a ring.
+const KICK_LEN: usize = 8;
 
 /// Why a connection is over.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -354,6 +356,10 @@ impl Relay {
                 no_semaphores(message)?;
                 if message.payload_word(0) & NO_FD != 0 {
                     return Ok(());
+                }
+                if message.fds.len() != 1 || message.payload().len() < KICK_LEN {
+                    // The library would refuse it when a session has begun for it, or ended.
+                    return Err(Ending::Refused("the start of a ring is malformed".to_owned()));
                 }
                 let ring = message.payload_word(0) & RING_MASK;
                 let token = self.table.as_ref().map(|table| table.token());

@@ -37,6 +37,8 @@ pub use self::api::{Exit, Observer, ServerConfig, ServerError, StopHandle};
 
 /// How long accepting rests when the process has run out of descriptors or memory.
 const ACCEPT_REST: Duration = Duration::from_millis(100);
+/// Time after which it is tried again to end a hold that could not be ended.
+const RELEASE_REST: Duration = Duration::from_secs(1);
 /// Most connections that are accepted before other descriptors get their turn.
 const ACCEPTS_PER_TURN: u32 = 8;
 
@@ -55,6 +57,8 @@ pub struct Server {
     held: Option<(UnixStream, Peer)>,
     /// The process that the disk is held for.
     held_for: Option<Peer>,
+    /// When it is tried again to end the hold for a process that is gone.
+    release_after: Option<Instant>,
     /// What a server before has left to this one, or this one leaves to the next.
     handover: Option<HandOver>,
     accept_after: Option<Instant>,
@@ -110,6 +114,7 @@ impl Server {
             owner,
             held: None,
             held_for,
+            release_after: None,
             handover: None,
             accept_after: None,
             refusals: RateLimit::new(),
@@ -215,13 +220,15 @@ impl Server {
                 fds.push(PollFd::from_borrowed_fd(fd, events));
             }
         }
-        for process in [&self.owner, &self.held_for].into_iter().flatten() {
+        let held_for = self.held_for.as_ref().filter(|_| self.release_after.is_none());
+        for process in self.owner.iter().chain(held_for) {
             fds.extend(process.pidfd().map(|pidfd| PollFd::from_borrowed_fd(pidfd, PollFlags::IN)));
         }
         if let Some((stream, _)) = &self.held {
             fds.push(PollFd::new(stream, PollFlags::RDHUP));
         }
-        let deadline = [self.boundary.deadline(), self.accept_after].into_iter().flatten().min();
+        let deadline =
+            [self.boundary.deadline(), self.accept_after, self.release_after].into_iter().flatten().min();
         let timeout = deadline.map(|deadline| {
             // A little late rather than a little early, which would mean to ask again and again.
             let left = deadline.saturating_duration_since(now) + Duration::from_micros(50);
@@ -413,13 +420,23 @@ impl Server {
 
     /// A disk is held no longer than the process lives for which it is.
     fn watch_hold(&mut self) {
-        if self.held_for.as_ref().is_some_and(Peer::is_gone) {
-            self.held_for = None;
-            match self.disk.release_if_over() {
-                Ok(true) => self.observer.released(),
-                // The operator was faster.
-                Ok(false) => {}
-                Err(error) => log::warn!("the disk stays held: {}", in_full(error.as_ref())),
+        let is_due = self.release_after.is_none_or(|after| Instant::now() >= after);
+        if is_due && self.held_for.as_ref().is_some_and(Peer::is_gone) {
+            let released = self.disk.release_if_over();
+            if let Err(error) = &released {
+                if self.release_after.is_none() {
+                    let why = in_full(error.as_ref());
+                    log::warn!(
+                        "the disk stays held although its VM is gone, and is tried to be released again and again: {why}"
+                    );
+                }
+                self.release_after = Some(Instant::now() + RELEASE_REST);
+                return;
+            }
+            (self.held_for, self.release_after) = (None, None);
+            // If not, the operator was faster.
+            if let Ok(true) = released {
+                self.observer.released();
             }
         }
     }

@@ -59,7 +59,7 @@ impl HoldReason {
 
     /// The hold of a session of `owner`, if that process lives.
     pub(super) fn untrusted(why: &Distrust, owner: Option<ProcessId>) -> Option<Self> {
-        let owner = owner.filter(|owner| owner.is_alive())?;
+        let owner = owner.filter(|owner| owner.may_be_alive())?;
         Some(Self::Untrusted { why: why.to_string(), owner, boot: boot_id().ok()? })
     }
 
@@ -73,7 +73,7 @@ impl HoldReason {
         match self {
             Self::ByOperator => false,
             Self::Untrusted { owner, boot, .. } => {
-                !owner.is_alive() || boot_id().is_ok_and(|now| now != *boot)
+                !owner.may_be_alive() || boot_id().is_ok_and(|now| now != *boot)
             }
         }
     }
@@ -269,16 +269,16 @@ pub fn set_hold_of_open_session(
     let disk = Manifest::load_from(&storage, &paths)?.disk;
     let live = LivePage::inspect(&paths.live_page(disk), disk, file_number(&options.disk)?);
     if let Some(live) = live.as_ref().filter(|live| Before::of(Some(live)).session_begins)
-        && live.owner().is_none_or(ProcessId::is_alive)
+        && live.owner().is_none_or(ProcessId::may_be_alive)
     {
         return Err(Error::Refused(format!(
             "{}: its server was killed just as a session began, whose VM runs; serve the disk again first",
             options.disk.display()
         )));
     }
-    let Some(live) = live
-        .filter(|live| Before::of(Some(live)).session_open && live.owner().is_none_or(ProcessId::is_alive))
-    else {
+    let Some(live) = live.filter(|live| {
+        Before::of(Some(live)).session_open && live.owner().is_none_or(ProcessId::may_be_alive)
+    }) else {
         return Ok(None);
     };
     // No server may take it up meanwhile.

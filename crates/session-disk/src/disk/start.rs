@@ -193,7 +193,7 @@ impl SessionDisk {
         } else {
             disk.name_generation_again(named)?;
         }
-        let begins_again = before.session_begins && live.owner().is_none_or(ProcessId::is_alive);
+        let begins_again = before.session_begins && live.owner().is_none_or(ProcessId::may_be_alive);
         // From here on no log needs the page to be exact; before, a failure must leave it as it was.
         begin();
         if begins_again {

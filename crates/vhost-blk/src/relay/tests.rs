@@ -101,6 +101,22 @@ fn relay_asks_at_each_kick_whether_a_ring_may_start() {
     assert_eq!(fds, [0, 1, 0, 1, 0, 1, 0]);
 }
 
+/// No session begins or ends for what the library will refuse.
+#[test]
+fn relay_refuses_a_kick_that_is_malformed_before_it_asks() {
+    let kick = event();
+    let cases: [(&[u32], &[BorrowedFd<'_>]); 3] =
+        [(&[0, 0], &[]), (&[0, 0], &[kick.as_fd(), kick.as_fd()]), (&[0], &[kick.as_fd()])];
+    for (payload, fds) in cases {
+        let (mut relay, frontend, _library) = relay();
+        let mut gate = open_gate();
+        send(&frontend, FrontendReq::SET_VRING_KICK, payload, fds);
+        let refused = Ending::Refused("the start of a ring is malformed".to_owned());
+        assert_eq!(relay.forward(&mut gate), Some(refused));
+        assert!(gate.starts.is_empty());
+    }
+}
+
 #[test]
 fn relay_with_a_shut_gate_forwards_no_kick() {
     let (mut relay, frontend, mut library) = relay();

@@ -68,6 +68,10 @@ impl Observer for Events {
     fn frontend_disconnected(&self, session_open: bool) {
         self.push(format!("left, open: {session_open}"));
     }
+
+    fn released(&self) {
+        self.push("released".to_owned());
+    }
 }
 
 /// A server that runs in a thread.
@@ -447,6 +451,22 @@ fn frontend_of_a_disk_that_turns_away_is_refused_unless_it_owns_the_session() {
     server.disk.turn_away(false);
     let mut driver = Driver::start(&server.path, 1);
     assert_eq!(driver.read(0, 0, 512), Ok(vec![0; 512]));
+}
+
+/// A hold ends with the process that it is for, if need be at another attempt: its manifest is where all was full when it was held.
+#[test]
+fn hold_for_a_process_that_is_gone_ends_when_it_can() {
+    let mut child = Command::new("sleep").arg("600").spawn().unwrap();
+    let disk = MemoryDisk::new(DISK_LEN);
+    disk.hold_for(ProcessId::of(child.id()).unwrap(), 1);
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("s");
+    let socket = Socket::bind(&path, SocketPermissions::default()).unwrap();
+    let server = Running::of(disk, socket, directory, path, |_| {});
+    child.kill().unwrap();
+    child.wait().unwrap();
+    server.wait_for("released");
+    assert_eq!(server.events.all(), ["released"]);
 }
 
 /// Whoever could get no session does not end that of another VM, not even if the disk is held only while it waits.

@@ -42,6 +42,9 @@ struct State {
     refuse_sessions: bool,
     refuse_queues: bool,
     turns_away: bool,
+    /// The process that it is held for, and how often the end of that fails.
+    held_for: Option<ProcessId>,
+    releases_fail: usize,
     held: bool,
     /// Writes that begin here are held back, others are not.
     held_at: Option<u64>,
@@ -91,6 +94,12 @@ impl MemoryDisk {
     /// Whether frontends are turned away.
     pub(crate) fn turn_away(&self, away: bool) {
         self.state().turns_away = away;
+    }
+
+    /// It is held for `process`; the first `fails` attempts to end that fail.
+    pub(crate) fn hold_for(&self, process: ProcessId, fails: usize) {
+        let mut state = self.state();
+        (state.held_for, state.releases_fail) = (Some(process), fails);
     }
 
     /// How I/O ends from now on, whatever became of it.
@@ -209,11 +218,16 @@ impl Disk for Arc<MemoryDisk> {
     }
 
     fn held_for(&self) -> Option<ProcessId> {
-        None
+        self.state().held_for
     }
 
     fn release_if_over(&self) -> Result<bool, AnyError> {
-        Ok(false)
+        let mut state = self.state();
+        if let Some(left) = state.releases_fail.checked_sub(1) {
+            state.releases_fail = left;
+            return Err("no room".into());
+        }
+        Ok(state.held_for.take().is_some())
     }
 
     fn owner(&self) -> Option<ProcessId> {
