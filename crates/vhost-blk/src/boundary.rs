@@ -12,7 +12,8 @@
 //! - If the owner's process can't be watched (it is in another pid namespace, and Linux older than 6.9), the session ends
 //!   when the grace has passed after the end of the connection. Nobody can prove to be the owner.
 //! - After a restart of the server the session is open still, and its owner is awaited. An owner in
-//!   another pid namespace, of which the server before could leave no record, proves itself with the token in its in-flight table.
+//!   another pid namespace, of which the server before could leave no record, proves itself with the token in its in-flight table. Whoever
+//!   does not for a second is served no longer when another one comes.
 //! - A frontend that connects while another one is connected is turned away.
 //! - A frontend without a session whose rings are not fresh is a guest that was restored, or one
 //!   whose session is over: refused, for it would see other contents under its file system. If its first ring was, and
@@ -21,6 +22,9 @@
 use std::time::{Duration, Instant};
 
 use session_disk::ProcessId;
+
+/// Time in which an owner that comes back starts a ring, by which it proves that it is. (It takes milliseconds.)
+const PROOF: Duration = Duration::from_secs(1);
 
 /// By what a process is recognised when it connects again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -112,8 +116,8 @@ enum Session {
     /// Begun over an earlier connection of the same process.
     Continued,
     /// Begun before the server was restarted, by a process that is not known: whether it is this one,
-    /// its first ring will show. The session is open since `since` without its owner.
-    Unproven { since: Instant },
+    /// its first ring will show. The session is open since `since` without its owner, and this one is there since `connected`.
+    Unproven { since: Instant, connected: Instant },
     /// It is that of another process, which is away: it ends when this frontend starts a ring, if that is fresh.
     Candidate { of: Identity, since: Instant },
 }
@@ -156,6 +160,12 @@ impl Boundary {
                 self.state = State::Served { owner: peer, session: Session::Continued };
                 Admission::Serve
             }
+            State::Served { owner, session: Session::Unproven { connected, .. } }
+                if now >= *connected + PROOF =>
+            {
+                (*owner, *connected) = (peer, now);
+                Admission::Serve
+            }
             State::Served { .. } => Admission::Refuse("another frontend is connected"),
             State::Idle => {
                 self.state = State::Served { owner: peer, session: Session::None };
@@ -168,7 +178,7 @@ impl Boundary {
             State::Orphaned { owner, since, stranger_since: None }
                 if owner.process.is_none() && self.restarted =>
             {
-                let session = Session::Unproven { since: *since };
+                let session = Session::Unproven { since: *since, connected: now };
                 self.state = State::Served { owner: peer, session };
                 Admission::Serve
             }
@@ -260,7 +270,7 @@ impl Boundary {
             return Some(EndReason::Mistaken);
         }
         let (owner, since) = match session {
-            Session::Unproven { since } => (Identity { process: None, watched: false }, since),
+            Session::Unproven { since, .. } => (Identity { process: None, watched: false }, since),
             Session::Candidate { of, since } => (of, since),
             _ => {
                 self.restarted = false;

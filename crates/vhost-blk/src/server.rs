@@ -287,13 +287,15 @@ impl Server {
             Admission::Serve => {
                 self.owner = None;
                 const BACK: &str = "the owner of the session has come back";
+                const UNPROVEN: &str =
+                    "it has not shown that the open session is its own, and another frontend connects";
                 if self.held.take().is_some() {
                     self.refuse(BACK);
                 }
                 if let Some(candidate) = self.served.take() {
                     self.take_down(candidate)?;
                     self.observer.frontend_disconnected(true);
-                    self.refuse(BACK);
+                    self.refuse(if self.boundary.is_anothers() { UNPROVEN } else { BACK });
                 }
                 if !continues {
                     self.disk.set_write_through(false);

@@ -273,6 +273,22 @@ fn boundary_after_a_restart_knows_an_owner_without_a_process_by_its_token() {
     assert_eq!(boundary.disconnected(false, now + GRACE), Some(EndReason::Disconnected));
 }
 
+/// Invariant 3: whoever was there first and shows nothing does not keep the owner out, nor does it gain time for a session without one.
+#[test]
+fn frontend_that_does_not_prove_to_be_the_owner_gives_way_to_another() {
+    let now = Instant::now();
+    let mut boundary = Boundary::with_open_session(UNKNOWN, GRACE, now);
+    assert_eq!(boundary.connected(process(7), now), Admission::Serve);
+    assert!(boundary.connected(UNKNOWN, now + PROOF - Duration::from_millis(1)).is_refusal());
+    let mut without = boundary;
+    assert_eq!(boundary.connected(UNKNOWN, now + PROOF), Admission::Serve);
+    assert_eq!(boundary.ring_starts(false, true), RingStart::Continue);
+    assert!(boundary.connected(process(7), now + 2 * PROOF).is_refusal());
+    assert_eq!(without.connected(process(8), now + PROOF), Admission::Serve);
+    assert!(without.connected(process(9), now + PROOF).is_refusal());
+    assert_eq!(without.disconnected(false, now + GRACE), Some(EndReason::Disconnected));
+}
+
 impl Admission {
     fn is_refusal(self) -> bool {
         matches!(self, Admission::Refuse(_))

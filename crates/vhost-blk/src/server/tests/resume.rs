@@ -11,6 +11,29 @@ fn successor(token: uuid::Uuid) -> Running {
     Running::of(MemoryDisk::in_session(DISK_LEN, token), socket, directory, path, |_| {})
 }
 
+/// Invariant 3: the owner of a session, of which nothing is known but its token, comes to a server to which another frontend is
+/// connected that starts nothing.
+#[test]
+fn owner_is_served_although_another_one_was_there_before() {
+    let server = Running::new(|_| {});
+    let mut driver = start_with_inflight(&server);
+    assert_eq!(driver.write(0, 0, &[1; 512]), 0);
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("s");
+    let socket = Socket::bind(&path, SocketPermissions::default()).unwrap();
+    let disk = MemoryDisk::in_session(DISK_LEN, driver.token());
+    let next = Running::of(disk, socket, directory, path, |config| config.reconnect_grace = PATIENCE);
+    let mut idle = Driver::connect(&next.path, 2);
+    idle.negotiate(|offered| offered).unwrap();
+    // As the owner does, until it is served.
+    wait_until("an answer", || Driver::connect(&next.path, 2).negotiate(|offered| offered).is_ok());
+    next.wait_for_count("left, open: true", 2);
+    let mut driver = driver.survive(&next.path);
+    driver.start_queue_at(0, 1).unwrap();
+    assert_eq!(driver.write(0, 8, &[2; 512]), 0);
+    assert!(!next.events.all().iter().any(|event| event.starts_with("end")));
+}
+
 /// Makes a write of `byte` to `sector` available, and waits for nothing.
 fn offer_write(driver: &mut Driver, number: u64, sector: u64, byte: u8) {
     let (data, header) = (DATA_AT + number * 0x1000, DATA_AT + 0x20_0000 + number * 0x100);
