@@ -100,7 +100,9 @@ fn rebase(options: &RebaseOptions, stop: &AtomicBool) -> Result<Rebased, Failure
     });
     drop(progress);
     result.map_err(|error| match error {
-        error @ (Error::Base(_) | Error::Stopped) if was_stopped(stop, &error) => Failure::new(format!("stopped; {} is on its old base, as before", disk.display())),
+        error @ (Error::Base(_) | Error::Stopped) if was_stopped(stop, &error) => {
+            Failure::new(format!("stopped; {} is on its old base, as before", disk.display()))
+        }
         Error::InUse { .. } => Failure::of(&error).with_hint(
             "stop its server, rebase, and start the server again: its first session is on the new base at once",
         ),
