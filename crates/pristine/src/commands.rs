@@ -1,12 +1,12 @@
 //! `provision`, `restore`, `verify` and `status`.
 
-use std::io::{Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use blockio::{File, OpenOptions};
 use blocks::BLOCK_SIZE;
 use indicatif::BinaryBytes;
 use session_disk::{Basis, Changes, DiskOptions, DiskState, Error, ProvisionOptions, SessionDisk, Status};
@@ -37,8 +37,8 @@ pub(crate) fn amount(blocks: u64) -> String {
 }
 
 /// Bytes of a file or block device; 0 where that can't be told.
-pub(crate) fn size_of(path: &Path) -> u64 {
-    std::fs::File::open(path).and_then(|mut file| file.seek(SeekFrom::End(0))).unwrap_or(0)
+pub(crate) fn bytes_of(path: &Path) -> u64 {
+    File::open(path, OpenOptions::default()).and_then(|file| file.size()).unwrap_or(0)
 }
 
 /// A path in JSON, which has no other text than UTF-8: what is none is replaced.
@@ -172,7 +172,7 @@ pub(crate) fn verify(args: &VerifyArgs) -> Result<ExitCode, Failure> {
     let _signals = StopOnSignal::start(Arc::clone(&stop), || ())?;
     let (deep, args) = (args.deep, &args.report);
     let options = args.disk.options();
-    let total = size_of(&options.disk);
+    let total = bytes_of(&options.disk);
     let failure = |error| match error {
         error @ (Error::Base(_) | Error::Stopped) if was_stopped(&stop, &error) => {
             Failure::new("stopped before all was read; nothing was found out")

@@ -11,7 +11,7 @@ use clap::Args;
 use session_disk::{DiskOptions, Error, RebaseOptions, Rebased, SessionDisk, Way};
 
 use crate::args::{DiskArgs, FormatArgs, base_location};
-use crate::commands::{amount, drain, seconds, size_of, warn_of_intents};
+use crate::commands::{amount, bytes_of, drain, seconds, warn_of_intents};
 use crate::copies::ReflinkArgs;
 use crate::failure::{Failure, was_stopped};
 use crate::progress::Progress;
@@ -92,7 +92,7 @@ pub(crate) fn run(args: &RebaseArgs) -> Result<ExitCode, Failure> {
 /// Moves the disk to its new base; copies nothing.
 fn rebase(options: &RebaseOptions, stop: &AtomicBool) -> Result<Rebased, Failure> {
     let disk = &options.disk.disk;
-    let total = size_of(disk);
+    let total = bytes_of(disk);
     // Shown only where the disk has to be compared: that alone takes its time.
     let mut progress: Option<Progress> = None;
     let result = session_disk::rebase(options, stop, &mut |done| {

@@ -15,9 +15,9 @@ const DESCRIPTOR_LEN: u64 = 16;
 const AVAIL_HEADER_LEN: u64 = 4;
 
 /// Flags of a descriptor.
-const NEXT: u16 = VRING_DESC_F_NEXT as u16;
-const WRITE: u16 = VRING_DESC_F_WRITE as u16;
-const INDIRECT: u16 = VRING_DESC_F_INDIRECT as u16;
+pub(crate) const NEXT: u16 = VRING_DESC_F_NEXT as u16;
+pub(crate) const WRITE: u16 = VRING_DESC_F_WRITE as u16;
+pub(crate) const INDIRECT: u16 = VRING_DESC_F_INDIRECT as u16;
 
 /// One descriptor, as the guest wrote it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,7 +89,7 @@ impl Table {
 
     /// The chain that begins at descriptor `head`, if it is one of three, in this table or as a whole in an indirect one, of which only
     /// the second may be either the device's to read or to write: the first is to be read, the third to be written. `None`: it is another one.
-    /// [`chain`](Self::chain) tells all of them, in three times the time.
+    /// [`chain`](Self::chain) tells all of them, and takes longer.
     #[inline(always)]
     pub(crate) fn chain_of_three(&self, memory: &GuestRegions, head: u16) -> Option<[Descriptor; 3]> {
         let mut first = self.descriptor(memory, head)?;

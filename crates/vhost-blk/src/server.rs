@@ -424,21 +424,22 @@ impl Server {
     fn watch_hold(&mut self) {
         let is_due = self.release_after.is_none_or(|after| Instant::now() >= after);
         if is_due && self.held_for.as_ref().is_some_and(Peer::is_gone) {
-            let released = self.disk.release_if_over();
-            if let Err(error) = &released {
-                if self.release_after.is_none() {
-                    let why = in_full(error.as_ref());
-                    log::warn!(
-                        "the disk stays held although its VM is gone, and is tried to be released again and again: {why}"
-                    );
+            match self.disk.release_if_over() {
+                Ok(is_released) => {
+                    (self.held_for, self.release_after) = (None, None);
+                    // If not, the operator was faster.
+                    if is_released {
+                        self.observer.released();
+                    }
                 }
-                self.release_after = Some(Instant::now() + RELEASE_REST);
-                return;
-            }
-            (self.held_for, self.release_after) = (None, None);
-            // If not, the operator was faster.
-            if let Ok(true) = released {
-                self.observer.released();
+                Err(error) => {
+                    if self.release_after.replace(Instant::now() + RELEASE_REST).is_none() {
+                        let why = in_full(error.as_ref());
+                        log::warn!(
+                            "the disk stays held although its VM is gone, until it can be released: {why}"
+                        );
+                    }
+                }
             }
         }
     }

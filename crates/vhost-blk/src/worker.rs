@@ -163,16 +163,9 @@ impl Worker {
     /// Waits for everything that is in flight and publishes the answers. The ring's state does not
     /// matter: its requests were taken while it was started.
     pub(crate) fn drain(&mut self, device: &Device, vring: Option<&Vring>) {
-        self.watch = None;
         loop {
             self.io.quiesce(&mut self.finished);
-            self.io.reap(&mut self.finished);
-            self.collect();
-            if let Some(vring) = vring {
-                self.publish(device, vring);
-                self.tell(device, vring);
-            }
-            self.answers.clear();
+            self.finish(device, vring);
             // What is to be done again counts as taken. Who stops leaves it to the next server.
             let rest = vring.filter(|_| !self.again.is_empty() && !device.is_stopping());
             let Some(vring) = rest else { break };

@@ -1,7 +1,6 @@
 use blockio::GuestBuf;
 use blocks::Geometry;
 use proptest::prelude::*;
-use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use virtio_queue::{
     Queue,
     desc::{RawDescriptor, split::Descriptor},
@@ -11,25 +10,22 @@ use virtio_queue::{
 use vm_memory::{Bytes, GuestMemoryBackend};
 
 use super::*;
-
-const NEXT: u16 = VRING_DESC_F_NEXT as u16;
-const WRITE: u16 = VRING_DESC_F_WRITE as u16;
-const INDIRECT: u16 = VRING_DESC_F_INDIRECT as u16;
+use crate::chain::{INDIRECT, NEXT, WRITE};
 
 /// Two regions that touch each other, and a gap after them.
-const REGION: u64 = 0x8000;
+pub(super) const REGION: u64 = 0x8000;
 const MEMORY_LEN: u64 = 2 * REGION;
-const HEADER_AT: u64 = 0x2000;
-const STATUS_AT: u64 = 0x2100;
-const SECTORS: u64 = 2048;
+pub(super) const HEADER_AT: u64 = 0x2000;
+pub(super) const STATUS_AT: u64 = 0x2100;
+pub(super) const SECTORS: u64 = 2048;
 const QUEUE_SIZE: u16 = 64;
 
-fn memory() -> Arc<Memory> {
+pub(super) fn memory() -> Arc<Memory> {
     let regions = [(GuestAddress(0), REGION as usize), (GuestAddress(REGION), REGION as usize)];
     Arc::new(Memory::from_ranges(&regions).unwrap())
 }
 
-fn disk() -> DiskTraits {
+pub(super) fn disk() -> DiskTraits {
     DiskTraits {
         geometry: Geometry::new(SECTORS * 512).unwrap(),
         serial: *b"serial-0123456789abc",
@@ -39,7 +35,7 @@ fn disk() -> DiskTraits {
     }
 }
 
-fn header(memory: &Memory, at: u64, kind: u32, sector: u64) {
+pub(super) fn header(memory: &Memory, at: u64, kind: u32, sector: u64) {
     let mut bytes = [0; 16];
     bytes[..4].copy_from_slice(&kind.to_le_bytes());
     bytes[8..].copy_from_slice(&sector.to_le_bytes());
@@ -47,7 +43,7 @@ fn header(memory: &Memory, at: u64, kind: u32, sector: u64) {
 }
 
 /// Descriptor `index` of the ring's table, with all its fields.
-fn store(memory: &Memory, table: u64, index: u16, addr: u64, len: u32, flags: u16, next: u16) {
+pub(super) fn store(memory: &Memory, table: u64, index: u16, addr: u64, len: u32, flags: u16, next: u16) {
     let descriptor = RawDescriptor::from(Descriptor::new(addr, len, flags, next));
     memory.write_obj(descriptor, GuestAddress(table + u64::from(index) * 16)).unwrap();
 }

@@ -1,28 +1,12 @@
-use std::sync::Arc;
-
 use proptest::prelude::*;
-use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
-use virtio_queue::{
-    Queue,
-    desc::{RawDescriptor, split::Descriptor},
-    mock::MockSplitQueue,
-};
-use vm_memory::{Bytes, GuestAddress};
+use virtio_queue::{Queue, mock::MockSplitQueue};
 
 use super::*;
-use crate::request::Memory;
-use blocks::Geometry;
+use crate::chain::{INDIRECT, NEXT, WRITE};
+use crate::request::tests::{HEADER_AT, REGION, SECTORS, STATUS_AT, disk, header, memory, store};
 
-const NEXT: u16 = VRING_DESC_F_NEXT as u16;
-const WRITE: u16 = VRING_DESC_F_WRITE as u16;
-const INDIRECT: u16 = VRING_DESC_F_INDIRECT as u16;
-
-/// Two regions that touch each other, and nothing after them.
-const REGION: u64 = 0x8000;
-const SECTORS: u64 = 2048;
 const TABLE: u64 = 0;
 const INDIRECT_TABLE: u64 = 0x1000;
-const HEADER_AT: u64 = 0x2000;
 
 /// A chain as most drivers make them, by its fields, with what is to be wrong with it.
 #[derive(Clone, Debug)]
@@ -43,7 +27,7 @@ impl Chain {
         Self {
             indirect,
             size: 16,
-            descriptors: [(HEADER_AT, 16, NEXT, 1), (0x4000, 4096, data, 2), (0x2100, 1, WRITE, 0)],
+            descriptors: [(HEADER_AT, 16, NEXT, 1), (0x4000, 4096, data, 2), (STATUS_AT, 1, WRITE, 0)],
             kind: if writes { VIRTIO_BLK_T_OUT } else { VIRTIO_BLK_T_IN },
             sector: 8,
             table_len: 48,
@@ -52,31 +36,18 @@ impl Chain {
 
     /// What comes of it in each of the two ways, with the host memory of its data.
     fn parsed(&self, read_only: bool) -> (Option<String>, String) {
-        let regions = [(GuestAddress(0), REGION as usize), (GuestAddress(REGION), REGION as usize)];
-        let memory = Arc::new(Memory::from_ranges(&regions).unwrap());
-        let store = |at: u64, (addr, len, flags, next)| {
-            memory
-                .write_obj(RawDescriptor::from(Descriptor::new(addr, len, flags, next)), GuestAddress(at))
-                .unwrap();
-        };
+        let memory = memory();
         let mut at = TABLE;
         if self.indirect {
-            store(at, (INDIRECT_TABLE, self.table_len, INDIRECT, 0));
+            store(&memory, at, 0, INDIRECT_TABLE, self.table_len, INDIRECT, 0);
             at = INDIRECT_TABLE;
         }
-        for (index, descriptor) in (0..).zip(self.descriptors) {
-            store(at + 16 * index, descriptor);
+        for (index, (addr, len, flags, next)) in (0..).zip(self.descriptors) {
+            store(&memory, at, index, addr, len, flags, next);
         }
-        memory.write_obj(self.kind, GuestAddress(HEADER_AT)).unwrap();
-        memory.write_obj(self.sector, GuestAddress(HEADER_AT + 8)).unwrap();
+        header(&memory, HEADER_AT, self.kind, self.sector);
         let queue: Queue = MockSplitQueue::new(memory.as_ref(), self.size).create_queue().unwrap();
-        let disk = DiskTraits {
-            geometry: Geometry::new(SECTORS * 512).unwrap(),
-            serial: *b"serial-0123456789abc",
-            logical_block_size: 512,
-            discard: true,
-            write_zeroes: true,
-        };
+        let disk = disk();
         let mut parser = Parser::default();
         parser.begin(&memory);
         let tell =
